@@ -1,0 +1,289 @@
+"""Messages to frames and back, and the peek at the header that routing needs.
+
+A message is `[header][body][attachment]*`; REQUEST has a second body, its payload. The header is 24 bytes:
+
+    offset  0  3 bytes   "TMQ"
+    offset  3  1 byte    protocol version, 1
+    offset  4  1 byte    command
+    offset  5  3 bytes   zero
+    offset  8  16 bytes  id: of the request or query; of the return route for CHUNKS; else zero
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from . import limits
+from .errors import ProtocolError
+from .messages import (
+    ID_BYTES,
+    NO_ID,
+    Accepted,
+    Cancel,
+    Chunk,
+    Chunks,
+    Command,
+    Credit,
+    Disconnect,
+    DisconnectCode,
+    Draining,
+    Envelope,
+    Error,
+    Finish,
+    FinishReason,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Load,
+    Message,
+    ModelInfo,
+    Query,
+    Ready,
+    Reply,
+    Request,
+    Timings,
+    Usage,
+    Welcome,
+    WorkerState,
+)
+from .packing import pack, unpack
+from .schema import (
+    Check,
+    binary,
+    boolean,
+    choice,
+    count,
+    dump,
+    entries,
+    integers,
+    listing,
+    mapping,
+    number,
+    optional,
+    plain,
+    record,
+    seconds,
+    text,
+)
+
+HEADER_BYTES = 8 + ID_BYTES
+VERSION = 1
+_MAGIC = b"TMQ" + bytes([VERSION])
+#: The first bytes of a header, by command: one comparison tells magic, version and command at once.
+PREFIX: dict[Command, bytes] = {command: _MAGIC + bytes([command, 0, 0, 0]) for command in Command}
+CHUNKS_PREFIX = PREFIX[Command.CHUNKS]
+_COMMANDS = {prefix: command for command, prefix in PREFIX.items()}
+
+_name = text(empty=False)
+_prose = text(limits.MAX_TEXT_CHARS)
+_attempt = count(1)
+_interval = number(0.001, limits.MAX_SECONDS)
+
+MODEL_INFO = record(ModelInfo, {"name": _name, "context_tokens": count(), "chat": boolean})
+LOAD = record(
+    Load,
+    {
+        "state": choice(WorkerState),
+        "running": count(),
+        "waiting": count(),
+        "held": count(),
+        "steps": count(),
+        "step_age_s": seconds,
+        "tokens_per_s": number(0.0, 1e12),
+        "kv_use": number(0.0, 1.0),
+    },
+)
+_USAGE = record(Usage, {"prompt_tokens": count(), "completion_tokens": count()})
+_TIMINGS = record(
+    Timings, {"broker_queue_s": seconds, "worker_queue_s": seconds, "prefill_s": seconds, "decode_s": seconds}
+)
+_ENVELOPE = record(
+    Envelope,
+    {
+        "model": _name,
+        "attempt": _attempt,
+        "credit": count(),
+        "deadline_s": optional(seconds),
+        "route": optional(binary(ID_BYTES)),
+    },
+)
+_token_ids = integers(0, limits.MAX_TOKEN_ID, limits.MAX_ARRAY_ITEMS)
+_chunk_text = text(limits.MAX_BODY_BYTES)
+_session = {"software": text(), "heartbeat_s": _interval, "expiry_s": _interval}
+
+#: The fields that the body of a message carries; its id stands in the header.
+_FIELDS: dict[type[Any], dict[str, Check]] = {
+    Hello: {"client": text(), "software": text(), "heartbeat_s": optional(_interval)},
+    Welcome: {"broker": _name, **_session},
+    Ready: {
+        "worker": _name,
+        "incarnation": count(),
+        "software": text(),
+        "models": listing(MODEL_INFO, limits.MAX_MODELS, least=1),
+        "slots": count(1, limits.MAX_SLOTS),
+        "speed": number(1e-6, 1e6),
+        "engine": text(),
+        "load": LOAD,
+        "heartbeat_s": optional(_interval),
+    },
+    Accepted: {"broker": _name, **_session},
+    Credit: {"attempt": _attempt, "limit": count()},
+    Cancel: {"attempt": _attempt},
+    Finish: {
+        "attempt": _attempt,
+        "reason": choice(FinishReason),
+        "usage": _USAGE,
+        "timings": _TIMINGS,
+        "worker": text(),
+    },
+    Error: {
+        "attempt": count(),
+        "code": _name,
+        "message": _prose,
+        "retryable": boolean,
+        "retry_after_s": optional(seconds),
+    },
+    Query: {"method": _name, "arguments": mapping},
+    Reply: {"result": plain},
+    Heartbeat: {"sent": count(), "load": optional(LOAD)},
+    Draining: {},
+    Goodbye: {},
+    Disconnect: {"code": choice(DisconnectCode), "message": _prose},
+}
+_BODIES: dict[Command, tuple[type[Any], Check]] = {
+    kind.command: (kind, entries(kind, checks)) for kind, checks in _FIELDS.items()
+}
+_WITH_ID = {kind.command for kind in _FIELDS if any(item.name == "id" for item in fields(kind))}
+
+
+def header(command: Command, subject: bytes = NO_ID) -> bytes:
+    """Return the header of a message; `subject` is its 16-byte id."""
+    return PREFIX[command] + subject
+
+
+def peek(frame: bytes) -> tuple[Command, bytes]:
+    """Return the command and the id of a header.
+
+    Raises:
+        ProtocolError: it is not a TMQ/1 header.
+    """
+    if len(frame) != HEADER_BYTES:
+        raise ProtocolError(f"header: expected {HEADER_BYTES} bytes, got {len(frame)}")
+    command = _COMMANDS.get(frame[:8])
+    if command is not None:
+        return command, frame[8:]
+    if frame[:3] != b"TMQ":
+        raise ProtocolError("header: does not begin with TMQ")
+    if frame[3] != VERSION:
+        raise ProtocolError(f"header: protocol version {frame[3]}, this peer speaks {VERSION}")
+    if frame[5:8] != bytes(3):
+        raise ProtocolError("header: reserved bytes are not zero")
+    raise ProtocolError(f"header: unknown command 0x{frame[4]:02x}")
+
+
+def _encode_request(message: Request) -> list[bytes]:
+    first = header(Command.REQUEST, message.id)
+    return [first, pack(dump(message.envelope)), message.payload, *message.attachments]
+
+
+def _encode_chunks(message: Chunks) -> list[bytes]:
+    body = pack([[c.request_id, c.attempt, c.index, c.offset, c.token_ids, c.text] for c in message.chunks])
+    return [header(Command.CHUNKS, message.route), body]
+
+
+_SPECIAL_ENCODERS: dict[type[Any], Callable[[Any], list[bytes]]] = {
+    Request: _encode_request,
+    Chunks: _encode_chunks,
+}
+
+
+def encode(message: Message) -> list[bytes]:
+    """Return the frames of a message.
+
+    Raises:
+        ProtocolError: a value cannot be packed. Limits are checked where messages arrive, by `decode`.
+    """
+    special = _SPECIAL_ENCODERS.get(type(message))
+    if special is not None:
+        return special(message)
+    subject = getattr(message, "id", NO_ID)
+    body = {
+        item.name: dump(value)
+        for item in fields(message)
+        if item.name != "id" and (value := getattr(message, item.name)) is not None
+    }
+    return [header(message.command, subject), pack(body)]
+
+
+def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:
+    if len(frames) < 3:
+        raise ProtocolError(f"REQUEST: expected an envelope and a payload, got {len(frames) - 1} frames")
+    attachments = tuple(frames[3:])
+    if len(attachments) > limits.MAX_ATTACHMENTS:
+        raise ProtocolError(f"REQUEST: {len(attachments)} attachments, at most {limits.MAX_ATTACHMENTS} are allowed")
+    if len(frames[2]) > limits.MAX_PAYLOAD_BYTES:
+        raise ProtocolError(
+            f"REQUEST: a payload of {len(frames[2])} bytes, at most {limits.MAX_PAYLOAD_BYTES} are allowed"
+        )
+    total = sum(map(len, frames))
+    if total > limits.MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"REQUEST: {total} bytes, at most {limits.MAX_MESSAGE_BYTES} are allowed")
+    envelope = _ENVELOPE(unpack(frames[1], "envelope"), "envelope")
+    return Request(subject, envelope, frames[2], attachments)
+
+
+_request_id = binary(ID_BYTES)
+_index = count(0, limits.MAX_COMPLETIONS - 1)
+_offset = count()
+
+
+def _decode_chunk(value: Any, path: str) -> Chunk:
+    # Longer arrays are allowed: a newer peer may add elements.
+    if not isinstance(value, list) or len(value) < 6:
+        raise ProtocolError(f"{path}: expected a list of 6 elements")
+    return Chunk(
+        _request_id(value[0], f"{path}.request_id"),
+        _attempt(value[1], f"{path}.attempt"),
+        _index(value[2], f"{path}.index"),
+        _offset(value[3], f"{path}.offset"),
+        _token_ids(value[4], f"{path}.token_ids"),
+        _chunk_text(value[5], f"{path}.text"),
+    )
+
+
+_chunk_list = listing(_decode_chunk, limits.MAX_CHUNKS, least=1)
+
+
+def decode(frames: Sequence[bytes]) -> Message:
+    """Return the message that the frames hold.
+
+    Args:
+        frames: all frames of one message, without a ROUTER's routing id.
+
+    Raises:
+        ProtocolError: anything is wrong with them; its `subject` is set where a REQUEST or QUERY can be answered.
+    """
+    if not frames:
+        raise ProtocolError("empty message")
+    command, subject = peek(frames[0])
+    try:
+        return _decode_body(command, subject, frames)
+    except ProtocolError as error:
+        if command in (Command.REQUEST, Command.QUERY):
+            error.subject = subject
+        raise
+
+
+def _decode_body(command: Command, subject: bytes, frames: Sequence[bytes]) -> Message:
+    if command is Command.REQUEST:
+        return _decode_request(subject, frames)
+    if len(frames) != 2:
+        raise ProtocolError(f"{command.name}: expected one body, got {len(frames) - 1} frames")
+    value = unpack(frames[1], command.name)
+    if command is Command.CHUNKS:
+        return Chunks(subject, _chunk_list(value, "chunks"))
+    kind, taken = _BODIES[command]
+    body = taken(value, command.name)
+    return kind(subject, **body) if command in _WITH_ID else kind(**body)  # type: ignore[no-any-return]

@@ -1,0 +1,54 @@
+"""Every limit of the wire, in one place, each with its reason.
+
+A peer that exceeds one is answered with ERROR bad_request where a request can be named, else with DISCONNECT.
+"""
+
+#: One frame, as set on every socket (ZMQ_MAXMSGSIZE): libzmq cuts a peer off before it allocates more.
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+#: All frames of one message: a prompt with a few large images.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+#: A body other than a request's payload: the longest is a chunk list or a management answer.
+MAX_BODY_BYTES = 8 * 1024 * 1024
+#: The part of a REQUEST that only the worker reads: two million characters of prompt fit.
+MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
+#: Raw frames (images) behind a REQUEST.
+MAX_ATTACHMENTS = 64
+
+#: Nesting of msgpack containers: tool schemas in chat messages are the deepest honest input.
+MAX_DEPTH = 32
+#: Elements of one msgpack array: the tokens of the longest prompt.
+MAX_ARRAY_ITEMS = 1_048_576
+#: Entries of one msgpack map.
+MAX_MAP_ITEMS = 65_536
+
+#: Names of models, workers, clients, policies, codes.
+MAX_NAME_CHARS = 256
+#: A message for a person.
+MAX_TEXT_CHARS = 4_096
+#: Models that one worker serves.
+MAX_MODELS = 1_024
+#: Requests that one worker may run at a time.
+MAX_SLOTS = 65_536
+#: Chunks in one CHUNKS message: the streams of one client in one engine step.
+MAX_CHUNKS = 65_536
+#: Largest counter that the wire carries: it fits a signed 64-bit integer everywhere.
+MAX_COUNT = 2**63 - 1
+#: Largest duration in seconds (about 31 years): more is a mistake, and larger floats lose milliseconds.
+MAX_SECONDS = 1e9
+
+#: Tokens that one request may ask for.
+MAX_NEW_TOKENS = 1_048_576
+#: Completions of one request.
+MAX_COMPLETIONS = 1_024
+#: Token ids fit a signed 32-bit integer in every tokenizer.
+MAX_TOKEN_ID = 2**31 - 1
+#: Characters of one prompt or message content.
+MAX_PROMPT_CHARS = 4_000_000
+#: Token ids of one prompt.
+MAX_PROMPT_TOKENS = MAX_ARRAY_ITEMS
+#: Messages of one chat.
+MAX_MESSAGES = 4_096
+#: Stop strings or stop ids of one request: each is looked for at every step.
+MAX_STOPS = 64
+#: Characters of one stop string: the detokeniser holds back as many.
+MAX_STOP_CHARS = 1_024

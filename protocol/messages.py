@@ -1,0 +1,372 @@
+"""One frozen class a command of TMQ/1, and the small records inside them.
+
+These classes carry values only. What a value may be stands in `schema.py`, how it looks in bytes in `codec.py`.
+Durations are in seconds and relative (peers share no clock); counts are non-negative integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Any, ClassVar, TypeAlias
+
+ID_BYTES = 16
+#: The id of messages that are about no single request.
+NO_ID = bytes(ID_BYTES)
+
+
+class Command(IntEnum):
+    """The command byte of the header."""
+
+    HELLO = 0x01
+    WELCOME = 0x02
+    READY = 0x03
+    ACCEPTED = 0x04
+    REQUEST = 0x10
+    CREDIT = 0x11
+    CANCEL = 0x12
+    CHUNKS = 0x13
+    FINISH = 0x14
+    ERROR = 0x15
+    QUERY = 0x20
+    REPLY = 0x21
+    HEARTBEAT = 0x30
+    DRAINING = 0x31
+    GOODBYE = 0x32
+    DISCONNECT = 0x33
+
+
+class WorkerState(str, Enum):
+    """What a worker can do at the moment."""
+
+    LOADING = "loading"
+    READY = "ready"
+    STALLED = "stalled"
+    DRAINING = "draining"
+
+
+class FinishReason(str, Enum):
+    """Why a stream ended well."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class DisconnectCode(str, Enum):
+    """Why a broker ends a session."""
+
+    #: The broker has no session with this peer: register anew.
+    UNKNOWN_PEER = "unknown_peer"
+    #: The peer sent what the protocol does not allow here.
+    PROTOCOL = "protocol"
+    #: Nothing was heard from the peer for the expiry time.
+    EXPIRED = "expired"
+    #: Messages of the session went missing.
+    LOST_MESSAGES = "lost_messages"
+    #: A newer incarnation of the same worker has registered: do not come back.
+    SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as a worker serves it; `context_tokens` is 0 where the engine sets no bound."""
+
+    name: str
+    context_tokens: int = 0
+    chat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker reports of itself.
+
+    Attributes:
+        state: whether it takes requests.
+        running: requests in the engine's batch, of all brokers.
+        waiting: requests that the worker holds but does not run yet, of all brokers.
+        held: requests of the broker that this report goes to, running or waiting.
+        steps: engine steps since start: it stands still when the engine does.
+        step_age_s: seconds that the current step has lasted; 0 when the engine is idle.
+        tokens_per_s: tokens generated a second, all streams together, smoothed.
+        kv_use: part of the KV cache in use, 0 to 1.
+    """
+
+    state: WorkerState = WorkerState.READY
+    running: int = 0
+    waiting: int = 0
+    held: int = 0
+    steps: int = 0
+    step_age_s: float = 0.0
+    tokens_per_s: float = 0.0
+    kv_use: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request cost."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in seconds.
+
+    Attributes:
+        broker_queue_s: in the broker's waiting room.
+        worker_queue_s: at the worker, before its prefill began.
+        prefill_s: from the begin of the prefill to the first token.
+        decode_s: from the first token to the last.
+    """
+
+    broker_queue_s: float = 0.0
+    worker_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one stream.
+
+    Attributes:
+        request_id: the stream's request.
+        attempt: the submission of the request that the tokens belong to.
+        index: which of the request's completions this is; 0 where there is one.
+        offset: position of the first token in the completion, from 0.
+        token_ids: the tokens.
+        text: the text that they complete. It lags behind the tokens inside a character or a possible stop string.
+    """
+
+    request_id: bytes
+    attempt: int
+    index: int
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """client -> broker: open a session. `heartbeat_s` is a wish, None for the broker's own interval."""
+
+    command: ClassVar[Command] = Command.HELLO
+    client: str
+    software: str
+    heartbeat_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """broker -> client: the session is open, with these intervals."""
+
+    command: ClassVar[Command] = Command.WELCOME
+    broker: str
+    software: str
+    heartbeat_s: float
+    expiry_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """worker -> broker: register; sent again in a session, it changes models, slots or speed.
+
+    Attributes:
+        worker: the worker's name, one process's own.
+        incarnation: grows with each start of that process; the newer evicts the older.
+        models: what it serves.
+        slots: requests that it runs at a time.
+        speed: relative weight for the dispatch policies; 1 is normal.
+        engine: the engine's name, for people.
+        load: the first report.
+        heartbeat_s: a wish, None for the broker's own interval.
+    """
+
+    command: ClassVar[Command] = Command.READY
+    worker: str
+    incarnation: int
+    software: str
+    models: tuple[ModelInfo, ...]
+    slots: int
+    speed: float
+    engine: str
+    load: Load
+    heartbeat_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """broker -> worker: registered, with these intervals."""
+
+    command: ClassVar[Command] = Command.ACCEPTED
+    broker: str
+    software: str
+    heartbeat_s: float
+    expiry_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The part of a REQUEST that the broker reads.
+
+    Attributes:
+        model: which model.
+        attempt: which submission of this request it is, from 1.
+        credit: the stream's first credit: tokens with a position below it may be sent.
+        deadline_s: seconds from now until the request has lost its worth; None for never.
+        route: broker -> worker only: what the worker puts into the header of CHUNKS for this client.
+    """
+
+    model: str
+    attempt: int
+    credit: int
+    deadline_s: float | None = None
+    route: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """client -> broker -> worker: generate. `payload` is packed by `payload.py`; a broker never opens it."""
+
+    command: ClassVar[Command] = Command.REQUEST
+    id: bytes
+    envelope: Envelope
+    payload: bytes
+    attachments: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """client -> broker -> worker: tokens of this stream with a position below `limit` may be sent.
+
+    The limit is absolute, so that a repeated or late grant does no harm; the highest one counts.
+    """
+
+    command: ClassVar[Command] = Command.CREDIT
+    id: bytes
+    attempt: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """client -> broker -> worker: stop; a FINISH with reason `cancelled` follows, unless the end was on its way."""
+
+    command: ClassVar[Command] = Command.CANCEL
+    id: bytes
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """worker -> broker -> client: what one engine step brought for the streams of one client."""
+
+    command: ClassVar[Command] = Command.CHUNKS
+    route: bytes
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """worker -> broker -> client: the request ended well; every token has been sent before."""
+
+    command: ClassVar[Command] = Command.FINISH
+    id: bytes
+    attempt: int
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """worker -> broker -> client: the request (or query) ended badly."""
+
+    command: ClassVar[Command] = Command.ERROR
+    id: bytes
+    attempt: int
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """client -> broker: a management question; answered with REPLY or ERROR of the same id."""
+
+    command: ClassVar[Command] = Command.QUERY
+    id: bytes
+    method: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """broker -> client: the answer to a QUERY, plain data."""
+
+    command: ClassVar[Command] = Command.REPLY
+    id: bytes
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Any peer: I live.
+
+    Attributes:
+        sent: messages that the sender has sent in this session before this one. Connections keep order, so a
+            receiver that has counted fewer knows that some were lost, and ends the session.
+        load: from workers, their report; from others None.
+    """
+
+    command: ClassVar[Command] = Command.HEARTBEAT
+    sent: int
+    load: Load | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """worker -> broker: send me nothing more; what I hold I finish."""
+
+    command: ClassVar[Command] = Command.DRAINING
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """Any peer: the session is over, by my own will; do not answer."""
+
+    command: ClassVar[Command] = Command.GOODBYE
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnect:
+    """broker -> client or worker: there is no session; open a new connection and say HELLO or READY."""
+
+    command: ClassVar[Command] = Command.DISCONNECT
+    code: DisconnectCode
+    message: str
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Ready
+    | Accepted
+    | Request
+    | Credit
+    | Cancel
+    | Chunks
+    | Finish
+    | Error
+    | Query
+    | Reply
+    | Heartbeat
+    | Draining
+    | Goodbye
+    | Disconnect
+)

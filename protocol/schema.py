@@ -1,0 +1,221 @@
+"""Checks of values that come from the wire: each returns the value in its own type or raises ProtocolError.
+
+A check is called with the path of the field (`load.state`), so that every error names what was wrong and where.
+`record` makes the check of a dataclass from the checks of its fields; `dump` is its opposite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, TypeAlias, TypeVar
+
+from . import limits
+from .errors import ProtocolError
+
+Check: TypeAlias = Callable[[Any, str], Any]
+EnumT = TypeVar("EnumT", bound=Enum)
+
+
+def fail(path: str, expected: str, value: Any) -> ProtocolError:
+    """Return the error for a value that is not what was expected there."""
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return ProtocolError(f"{path}: expected {expected}, got {shown}")
+
+
+def text(limit: int = limits.MAX_NAME_CHARS, *, empty: bool = True) -> Check:
+    """Make a check for a string of at most `limit` characters."""
+    expected = f"a string of {0 if empty else 1} to {limit} characters"
+
+    def check(value: Any, path: str) -> str:
+        if not isinstance(value, str) or len(value) > limit or not (empty or value):
+            raise fail(path, expected, value)
+        return value
+
+    return check
+
+
+def count(low: int = 0, high: int = limits.MAX_COUNT) -> Check:
+    """Make a check for an integer from `low` to `high`, both included."""
+    expected = f"an integer from {low} to {high}"
+
+    def check(value: Any, path: str) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise fail(path, expected, value)
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Check:
+    """Make a check for a finite number from `low` to `high`, both included; integers become floats."""
+    expected = f"a number from {low:g} to {high:g}"
+
+    def check(value: Any, path: str) -> float:
+        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
+            raise fail(path, expected, value)
+        return float(value)
+
+    return check
+
+
+def seconds(value: Any, path: str) -> float:
+    """Check a duration in seconds, not negative."""
+    return _SECONDS(value, path)  # type: ignore[no-any-return]
+
+
+_SECONDS = number(0.0, limits.MAX_SECONDS)
+
+
+def boolean(value: Any, path: str) -> bool:
+    """Check a boolean."""
+    if type(value) is not bool:
+        raise fail(path, "true or false", value)
+    return value
+
+
+def binary(size: int) -> Check:
+    """Make a check for a byte string of exactly `size` bytes."""
+
+    def check(value: Any, path: str) -> bytes:
+        if type(value) is not bytes or len(value) != size:
+            raise fail(path, f"{size} bytes", value)
+        return value
+
+    return check
+
+
+def choice(kind: type[EnumT]) -> Check:
+    """Make a check for a member of an enumeration of strings."""
+    members = {member.value: member for member in kind}
+    expected = "one of " + ", ".join(members)
+
+    def check(value: Any, path: str) -> EnumT:
+        member = members.get(value) if isinstance(value, str) else None
+        if member is None:
+            raise fail(path, expected, value)
+        return member
+
+    return check
+
+
+def optional(inner: Check) -> Check:
+    """Make a check that lets None pass and hands everything else to `inner`."""
+
+    def check(value: Any, path: str) -> Any:
+        return None if value is None else inner(value, path)
+
+    return check
+
+
+def listing(inner: Check, limit: int, *, least: int = 0) -> Check:
+    """Make a check for an array of `least` to `limit` elements, each checked by `inner`; gives a tuple."""
+
+    def check(value: Any, path: str) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= limit:
+            raise fail(path, f"a list of {least} to {limit} elements", value)
+        return tuple(inner(item, f"{path}[{position}]") for position, item in enumerate(value))
+
+    return check
+
+
+def integers(low: int, high: int, limit: int, *, least: int = 0) -> Check:
+    """Make a check for an array of integers from `low` to `high`; gives a tuple. Token ids come by the thousand."""
+    expected = f"a list of {least} to {limit} integers from {low} to {high}"
+
+    def check(value: Any, path: str) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= limit:
+            raise fail(path, expected, value)
+        if not all(type(item) is int and low <= item <= high for item in value):
+            raise fail(path, expected, value)
+        return tuple(value)
+
+    return check
+
+
+def plain(value: Any, path: str) -> Any:
+    """Check free-form data: null, booleans, numbers, strings, bytes, arrays, maps with string keys, bounded depth."""
+    pending = [(value, 1)]
+    while pending:
+        item, depth = pending.pop()
+        if depth > limits.MAX_DEPTH:
+            raise ProtocolError(f"{path}: nested deeper than {limits.MAX_DEPTH} levels")
+        if isinstance(item, Mapping):
+            if not all(isinstance(key, str) for key in item):
+                raise ProtocolError(f"{path}: a map has a key that is not a string")
+            pending.extend((inner, depth + 1) for inner in item.values())
+        elif isinstance(item, (list, tuple)):
+            pending.extend((inner, depth + 1) for inner in item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise fail(path, "finite numbers only", item)
+        elif item is not None and type(item) not in (bool, int, float, str, bytes):
+            raise fail(path, "plain data", item)
+    return value
+
+
+def mapping(value: Any, path: str) -> dict[str, Any]:
+    """Check a free-form map with string keys."""
+    if not isinstance(value, Mapping):
+        raise fail(path, "a map", value)
+    plain(value, path)
+    return dict(value)
+
+
+def entries(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False) -> Check:
+    """Make a check that takes the fields of the dataclass `kind` out of a map; gives them as a dict.
+
+    Args:
+        kind: the dataclass; fields with a default may be missing from the map.
+        checks: one check for each field of `kind` that the map carries.
+        strict: refuse keys that name no field. The wire ignores them, so that newer peers can add fields; what a
+            user asks for must not be ignored in silence.
+    """
+    missing = dataclasses.MISSING
+    required = {
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.name in checks and item.default is missing and item.default_factory is missing
+    }
+
+    def check(value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise fail(path, "a map", value)
+        absent = required - value.keys()
+        if absent:
+            raise ProtocolError(f"{path}: missing {', '.join(sorted(absent))}")
+        if strict:
+            unknown = [str(key)[:64] for key in value if key not in checks]
+            if unknown:
+                known = ", ".join(sorted(checks))
+                raise ProtocolError(f"{path}: unknown {', '.join(sorted(unknown)[:8])}; known are {known}")
+        return {name: inner(value[name], f"{path}.{name}") for name, inner in checks.items() if name in value}
+
+    return check
+
+
+def record(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False) -> Check:
+    """Make a check that builds the dataclass `kind` from a map; see `entries`."""
+    taken = entries(kind, checks, strict=strict)
+
+    def check(value: Any, path: str) -> Any:
+        return kind(**taken(value, path))
+
+    return check
+
+
+def dump(value: Any) -> Any:
+    """Turn records, enumerations and tuples into plain data; None fields of a record are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+        return {name: dump(inner) for name, inner in pairs if inner is not None}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [dump(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""The worker: registers with brokers, runs an engine, streams its tokens."""

@@ -1,0 +1,167 @@
+"""The Engine interface: what a worker needs from whatever generates tokens.
+
+An engine lives in one thread, the engine thread, which calls all its methods; it needs no locks. The thread calls
+`load` once, then `submit` and `cancel` as requests come and go, and `step` as long as there is work. A step may take
+as long as it must: heartbeats are sent by another thread.
+
+An engine never waits for a reader. It generates at its own pace, and whoever called keeps what the reader has no
+credit for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ...protocol.messages import FinishReason, ModelInfo
+from ...protocol.payload import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request as an engine sees it.
+
+    Attributes:
+        ticket: the worker's own number for the request; every output carries it.
+        model: the served name that was asked for, one of the engine's models.
+        generation: prompt and sampling, valid in form; what only the model can judge (prompt length, chat template)
+            the engine checks.
+        attachments: raw bytes, such as images.
+    """
+
+    ticket: int
+    model: str
+    generation: Generation
+    attachments: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens that a step brought for one request.
+
+    Attributes:
+        ticket: the request's.
+        token_ids: one or more tokens, in order; or none, when only held-back text is released.
+        text: the text that they complete; may be empty inside a character or a possible stop string.
+        index: which completion of the request.
+    """
+
+    ticket: int
+    token_ids: tuple[int, ...]
+    text: str
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request has ended well; nothing follows for its ticket.
+
+    Attributes:
+        ticket: the request's.
+        reason: why.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated.
+        queue_s: seconds from `submit` until its prefill began.
+        prefill_s: seconds from there to the first token.
+        decode_s: seconds from the first token to the last.
+    """
+
+    ticket: int
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request has ended badly; nothing follows for its ticket. `code` is one of protocol.errors.ErrorCode."""
+
+    ticket: int
+    code: str
+    message: str
+    retryable: bool = False
+
+
+Output: TypeAlias = Tokens | Done | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine tells of itself; cheap, taken after every step.
+
+    Attributes:
+        running: requests in the batch.
+        waiting: requests submitted and not in the batch yet.
+        kv_use: part of the KV cache in use, 0 to 1.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_use: float = 0.0
+
+
+class Engine(ABC):
+    """What turns jobs into tokens; see the module for who calls what and when."""
+
+    #: The engine's name, shown to people.
+    name: str
+
+    @abstractmethod
+    def load(self) -> Sequence[ModelInfo]:
+        """Load the model; may take minutes. Return the models that the engine serves.
+
+        Raises:
+            EngineLoadError: it cannot be loaded; the message tells a person why.
+        """
+
+    @abstractmethod
+    def submit(self, job: Job) -> Sequence[Output]:
+        """Take a job; it runs in coming steps.
+
+        Returns:
+            Nothing as a rule; one Failed when the job cannot run (prompt too long, no chat template). Never raises
+            for what a user sent.
+        """
+
+    @abstractmethod
+    def cancel(self, ticket: int) -> Sequence[Output]:
+        """End a job at once and free its place, in the batch or in the queue.
+
+        Returns:
+            Done with reason `cancelled`; nothing for a ticket that is not there (it may just have ended).
+        """
+
+    @abstractmethod
+    def step(self) -> Sequence[Output]:
+        """Advance all running jobs by one step; let waiting ones join first.
+
+        Returns:
+            What it brought, in order for each ticket.
+
+        Raises:
+            Exception: the engine failed as a whole; the worker fails all its jobs and reports it.
+        """
+
+    @abstractmethod
+    def next_step_in(self) -> float | None:
+        """Return seconds until `step` has something to do: 0 for now, None while there are no jobs."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Drop all jobs, after a step raised; the engine must be able to take new ones."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Return the engine's present figures."""
+
+    def close(self) -> None:  # noqa: B027 (most engines hold nothing that must be freed)
+        """Free what the engine holds; called last."""
+
+
+class EngineLoadError(Exception):
+    """The engine or its model cannot be loaded; the message tells a person why."""
