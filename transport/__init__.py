@@ -1,1 +1,1 @@
-"""x"""
+"""ZeroMQ, and nothing but: the only shared code that touches zmq."""

@@ -1,0 +1,43 @@
+"""Endpoints as users type them: checked before libzmq sees them, and told apart by who can reach them."""
+
+from __future__ import annotations
+
+import ipaddress
+
+DEFAULT_FRONTEND = "tcp://127.0.0.1:5555"
+DEFAULT_BACKEND = "tcp://127.0.0.1:5556"
+_EXPECTED = "expected tcp://HOST:PORT or ipc://PATH"
+
+
+class EndpointError(ValueError):
+    """An endpoint that cannot be used; the message names it and says why."""
+
+
+def check_endpoint(endpoint: str) -> str:
+    """Return the endpoint if it has a form that tokenmq uses.
+
+    Raises:
+        EndpointError: it has not.
+    """
+    scheme, separator, rest = endpoint.partition("://")
+    if not separator or scheme not in ("tcp", "ipc", "inproc") or not rest:
+        raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}")
+    if scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        if not host or not (port == "*" or (port.isascii() and port.isdigit() and int(port) <= 65535)):
+            raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}, PORT from 0 to 65535")
+    return endpoint
+
+
+def is_local(endpoint: str) -> bool:
+    """Tell whether only this machine can reach a socket that is bound to the endpoint."""
+    scheme, _, rest = check_endpoint(endpoint).partition("://")
+    if scheme != "tcp":
+        return True
+    host = rest.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # "*", an interface's name, a host name: taken for open

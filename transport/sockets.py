@@ -1,0 +1,97 @@
+"""Socket factories: every option that differs from libzmq's default is set here, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import zmq
+
+from ..protocol.limits import MAX_FRAME_BYTES
+from .endpoints import EndpointError, check_endpoint
+
+#: Messages that libzmq queues for one peer. Credit keeps what is in flight far below, so a full queue means a peer
+#: that has stopped reading.
+PEER_QUEUE_MESSAGES = 10_000
+#: Connections that wait for accept: many clients may start at once, or come back after a restart (default 100).
+_BACKLOG = 1024
+#: A peer that connects and does not speak ZMTP holds a file descriptor no longer than this (default 30 s).
+_HANDSHAKE_MS = 5_000
+#: Reconnection starts quickly and backs off, so that a thousand peers do not storm a broker that is down.
+_RECONNECT_MS = 50
+_RECONNECT_MAX_MS = 1_000
+#: What may still leave when a socket closes: a GOODBYE. The default (for ever) hangs the exit.
+_LINGER_MS = 200
+
+
+def _common(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)  # default: unlimited
+    socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    socket.setsockopt(zmq.SNDHWM, PEER_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, PEER_QUEUE_MESSAGES)
+
+
+def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) -> tuple[zmq.Socket[bytes], list[str]]:
+    """Make a ROUTER bound to all endpoints.
+
+    Returns:
+        The socket and the endpoints as bound, with the port that was chosen where `*` was asked for.
+
+    Raises:
+        EndpointError: one of them cannot be bound; the message says why. No socket is left behind.
+    """
+    socket = context.socket(zmq.ROUTER)
+    try:
+        _common(socket)
+        # A full or vanished peer is an error to handle; by default ROUTER drops the message and reports success.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        bound = []
+        for endpoint in endpoints:
+            _bind(socket, endpoint)
+            bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        return socket, bound
+    except BaseException:
+        socket.close(linger=0)
+        raise
+
+
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    check_endpoint(endpoint)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        reason = "the address is already in use" if error.errno == zmq.EADDRINUSE else zmq.strerror(error.errno or 0)
+        raise EndpointError(f"cannot listen on {endpoint}: {reason}") from error
+
+
+def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """Make a DEALER for the endpoint; `connect` connects it, now or as soon as somebody listens there.
+
+    Raises:
+        EndpointError: the endpoint is not valid.
+    """
+    check_endpoint(endpoint)
+    socket = context.socket(zmq.DEALER)
+    try:
+        _common(socket)
+        # Queue for finished connections only: by default messages pile up for a broker that is not there.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+        return socket
+    except BaseException:
+        socket.close(linger=0)
+        raise
+
+
+def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect; apart from `dealer`, so that a monitor can be attached first and misses nothing.
+
+    Raises:
+        EndpointError: libzmq refuses the endpoint (an unknown host name is found out later, when it connects).
+    """
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise EndpointError(f"cannot connect to {endpoint}: {zmq.strerror(error.errno or 0)}") from error
