@@ -1,0 +1,476 @@
+"""BrokerCore: sessions with clients and workers, and who is told what when. No sockets, no clock, no threads.
+
+The rules:
+
+- A peer without a session may say HELLO or READY; whatever else it says is answered with DISCONNECT, and it registers
+  anew. That repairs everything after a restart of the broker.
+- Any message is a sign of life. A peer that is silent for the expiry is given up; but when this core itself was not
+  called in time, nobody is given up for the time in which nobody listened.
+- A session ends with all that hangs on it: a client's requests are cancelled, a worker's requests fail.
+
+Requests themselves are in `exchange.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from ..protocol.errors import BadRequestError, ErrorCode, ProtocolError
+from ..protocol.liveness import Liveness, negotiate
+from ..protocol.messages import (
+    Accepted,
+    Cancel,
+    Chunks,
+    Credit,
+    Disconnect,
+    DisconnectCode,
+    Draining,
+    Error,
+    Finish,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Query,
+    Ready,
+    Reply,
+    Request,
+    Welcome,
+)
+from . import management
+from .dispatch import POLICIES
+from .events import (
+    Action,
+    BadClient,
+    BadWorker,
+    ClientGone,
+    Event,
+    FromClient,
+    FromWorker,
+    ToClient,
+    ToWorker,
+    WorkerGone,
+)
+from .exchange import Exchange
+from .metrics import Counters
+from .outbox import Outbox
+from .registry import ClientSession, Registry, Session, WorkerSession
+from .settings import BrokerSettings
+
+#: Sessions are looked at this often in one heartbeat interval: a beat is late by a quarter of it at most.
+_TICKS_PER_HEARTBEAT = 4
+#: Malformed messages are logged at most once in this time, with their number: a flood must not fill the disk.
+_MALFORMED_LOG_S = 1.0
+
+
+class BrokerCore:
+    """The broker's state machine: events and the time in, actions out.
+
+    Attributes:
+        clients: sessions by the peer's routing id.
+        registry: the workers.
+        exchange: the requests.
+        counters: what has happened so far.
+        stopped: everything is said; the loop may end.
+    """
+
+    def __init__(self, settings: BrokerSettings, *, software: str, now: float, random: Random | None = None) -> None:
+        """Make a broker that knows nobody yet. `random` serves the policies that draw lots."""
+        self.settings = settings
+        self.software = software
+        self.started_at = now
+        self.counters = Counters()
+        self.clients: dict[bytes, ClientSession] = {}
+        self.registry = Registry()
+        self.stopped = False
+        self._outbox = Outbox()
+        self.exchange = Exchange(
+            self.registry,
+            self._outbox,
+            self.counters,
+            POLICIES[settings.policy],
+            random or Random(),  # noqa: S311 (dispatch, not secrets)
+            settings.max_waiting,
+        )
+        self._tick_s = settings.heartbeat_s / _TICKS_PER_HEARTBEAT
+        self._next_tick = now + self._tick_s
+        self._routes = 0
+        self._drain_until: float | None = None
+        self._malformed_logged_at = now - _MALFORMED_LOG_S
+        self._malformed_unlogged = 0
+
+    # In and out.
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """Take an event; return what to do, in order."""
+        self._outbox.now = now
+        _EVENTS[type(event)](self, event, now)
+        return self._outbox.take()
+
+    def route_chunks(self, peer: bytes, header: bytes, now: float) -> bytes | None:
+        """Return the routing id of the client that a CHUNKS message goes to: the hot path, one look-up.
+
+        Args:
+            peer: the worker's routing id.
+            header: the header, known to be one of CHUNKS.
+            now: the time.
+
+        Returns:
+            The client's routing id; None when the worker has no session or holds no request of such a client: then
+            the message must go through `handle`, which knows what to do about it.
+        """
+        worker = self.registry.by_peer.get(peer)
+        if worker is None:
+            return None
+        hold = worker.routes.get(header[8:])
+        if hold is None or hold.client is None:
+            return None
+        worker.received += 1
+        worker.liveness.heard_at = now
+        hold.client.sent += 1
+        self.counters.chunk_messages += 1
+        return hold.client.peer
+
+    def tick(self, now: float) -> list[Action]:
+        """Do what is due; call it whenever `next_deadline` is reached, and after each batch of events."""
+        self._outbox.now = now
+        self.exchange.expire(now)
+        if now >= self._next_tick:
+            self._forgive_lag(now)
+            self._next_tick = now + self._tick_s
+            self._watch_clients(now)
+            self._watch_workers(now)
+        self._advance_drain(now)
+        return self._outbox.take()
+
+    def next_deadline(self) -> float:
+        """Return the time by which `tick` must be called."""
+        deadline = self.exchange.next_deadline()
+        times = [self._next_tick, *(time for time in (deadline, self._drain_until) if time is not None)]
+        return min(times)
+
+    def probe_clients(self, now: float) -> list[Action]:
+        """Say something to every client, since one connection of theirs broke: the one that is gone shows itself."""
+        self._outbox.now = now
+        for client in self.clients.values():
+            self._outbox.heartbeat_client(client)
+        return self._outbox.take()
+
+    def probe_workers(self, now: float) -> list[Action]:
+        """Say something to every worker, since one connection of theirs broke."""
+        self._outbox.now = now
+        for worker in self.registry:
+            self._outbox.heartbeat_worker(worker)
+        return self._outbox.take()
+
+    def drain(self, now: float, grace_s: float) -> list[Action]:
+        """Accept nothing more, let what there is end within the grace time, then say goodbye and be `stopped`."""
+        self._outbox.now = now
+        if self._drain_until is None:
+            self.exchange.draining = True
+            tally = self.exchange.tally()
+            self._outbox.log("broker_draining", grace_s=grace_s, waiting=tally["waiting"], running=tally["running"])
+        self._drain_until = now + grace_s
+        self._advance_drain(now)
+        return self._outbox.take()
+
+    def validate(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        self.registry.validate()
+        self.exchange.validate()
+        mine = {id: record for client in self.clients.values() for id, record in client.requests.items()}
+        attended = {id: record for id, record in self.exchange.records.items() if record.client is not None}
+        assert mine == attended, "a client's list of requests is wrong"
+        for peer, client in self.clients.items():
+            assert client.peer == peer
+            assert all(record.client is client for record in client.requests.values())
+        for record in attended.values():
+            assert record.client is not None
+            assert self.clients.get(record.client.peer) is record.client, "a request of a client that is gone"
+        for worker in self.registry:
+            for hold in worker.routes.values():
+                assert hold.client is None or self.clients.get(hold.client.peer) is hold.client
+
+    # Clients.
+
+    def _from_client(self, event: FromClient, now: float) -> None:
+        message = event.message
+        client = self.clients.get(event.peer)
+        if client is None:
+            self._from_new_client(event.peer, message, now)
+            return
+        client.received += 1
+        client.liveness.heard(now)
+        if isinstance(message, Request):
+            self.exchange.submit(client, message, now)
+        elif isinstance(message, Credit):
+            self.exchange.credit(client, message)
+        elif isinstance(message, Cancel):
+            self.exchange.cancel(client, message)
+        elif isinstance(message, Heartbeat):
+            if message.sent != client.received - 1:
+                self._disconnect_client(client, DisconnectCode.LOST_MESSAGES, _lost(message, client))
+        elif isinstance(message, Query):
+            self._answer_query(client, message, now)
+        elif isinstance(message, Goodbye):
+            self._drop_client(client, "goodbye", level=logging.DEBUG)
+        else:
+            why = f"{message.command.name} is not allowed from a client in a session"
+            self._disconnect_client(client, DisconnectCode.PROTOCOL, why)
+
+    def _from_new_client(self, peer: bytes, message: Message, now: float) -> None:
+        if isinstance(message, Hello):
+            heartbeat_s, expiry_s = self._intervals(message.heartbeat_s)
+            self._routes += 1
+            client = ClientSession(
+                peer=peer,
+                liveness=Liveness(heartbeat_s, expiry_s, now, now),
+                name=message.client,
+                route=self._routes.to_bytes(16, "big"),
+            )
+            self.clients[peer] = client
+            self._outbox.to_client(client, Welcome(self.settings.name, self.software, heartbeat_s, expiry_s))
+            self._outbox.log("client_connected", level=logging.DEBUG, client=client.name)
+        elif not isinstance(message, Goodbye):
+            self._refuse(ToClient(peer, _unknown(message, "HELLO")))
+
+    def _answer_query(self, client: ClientSession, query: Query, now: float) -> None:
+        try:
+            result = management.answer(self, query.method, query.arguments, now)
+        except BadRequestError as error:
+            self._outbox.to_client(client, Error(query.id, 0, ErrorCode.BAD_REQUEST.value, error.message))
+        else:
+            self._outbox.to_client(client, Reply(query.id, result))
+
+    def _client_gone(self, event: ClientGone, _now: float) -> None:
+        client = self.clients.get(event.peer)
+        if client is not None:
+            self.counters.clients_lost += 1
+            self._drop_client(client, event.why)
+
+    def _bad_client(self, event: BadClient, now: float) -> None:
+        self._malformed("client", event.error, now)
+        client = self.clients.get(event.peer)
+        if client is None:
+            self._refuse(ToClient(event.peer, _protocol(event.error)))
+        elif event.error.subject is not None:
+            client.received += 1
+            client.liveness.heard(now)
+            answer = Error(event.error.subject, 0, ErrorCode.BAD_REQUEST.value, event.error.message)
+            self._outbox.to_client(client, answer)
+        else:
+            self._disconnect_client(client, DisconnectCode.PROTOCOL, event.error.message)
+
+    def _disconnect_client(self, client: ClientSession, code: DisconnectCode, why: str) -> None:
+        self._refuse(ToClient(client.peer, Disconnect(code, why)))
+        self.counters.clients_lost += 1
+        self._drop_client(client, f"{code.value}: {why}", level=logging.WARNING)
+
+    def _drop_client(self, client: ClientSession, why: str, *, level: int = logging.INFO) -> None:
+        del self.clients[client.peer]
+        self._outbox.log("client_left", level=level, client=client.name, why=why, requests=len(client.requests))
+        self.exchange.client_lost(client)
+
+    # Workers.
+
+    def _from_worker(self, event: FromWorker, now: float) -> None:
+        message = event.message
+        worker = self.registry.by_peer.get(event.peer)
+        if worker is None:
+            self._from_new_worker(event.peer, message, now)
+            return
+        worker.received += 1
+        worker.liveness.heard(now)
+        if isinstance(message, Heartbeat):
+            self._worker_heartbeat(worker, message, now)
+        elif isinstance(message, (Finish, Error)):
+            self.exchange.answered(worker, message, now)
+        elif isinstance(message, Chunks):
+            self.counters.chunk_messages_dropped += 1  # `route_chunks` would have found its client
+        elif isinstance(message, Ready):
+            self._worker_changed(worker, message, now)
+        elif isinstance(message, Draining):
+            worker.draining = True
+            self._outbox.log("worker_draining", worker=worker.name, in_flight=len(worker.in_flight))
+        elif isinstance(message, Goodbye):
+            self._drop_worker(worker, "it said goodbye")
+        else:
+            why = f"{message.command.name} is not allowed from a worker in a session"
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why)
+
+    def _from_new_worker(self, peer: bytes, message: Message, now: float) -> None:
+        if isinstance(message, Ready):
+            self._register(peer, message, now)
+        elif not isinstance(message, Goodbye):
+            self._refuse(ToWorker(peer, _unknown(message, "READY")))
+
+    def _register(self, peer: bytes, ready: Ready, now: float) -> None:
+        known = self.registry.by_name.get(ready.worker)
+        if known is not None:
+            superseded = Disconnect(DisconnectCode.SUPERSEDED, f"a newer worker {ready.worker} has registered")
+            if known.incarnation > ready.incarnation:
+                self._refuse(ToWorker(peer, superseded))
+                return
+            if known.incarnation < ready.incarnation:
+                self._refuse(ToWorker(known.peer, superseded))
+            self._drop_worker(known, "it has registered anew")
+        heartbeat_s, expiry_s = self._intervals(ready.heartbeat_s)
+        worker = WorkerSession(
+            peer=peer,
+            liveness=Liveness(heartbeat_s, expiry_s, now, now),
+            name=ready.worker,
+            incarnation=ready.incarnation,
+            ready=ready,
+            reported=ready.load,
+        )
+        self.registry.add(worker)
+        models = [info.name for info in ready.models]
+        self.exchange.models_served(models)
+        self._outbox.to_worker(worker, Accepted(self.settings.name, self.software, heartbeat_s, expiry_s))
+        self._outbox.log(
+            "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],
+            slots=ready.slots, speed=ready.speed, state=worker.state.value,
+        )  # fmt: skip
+        self.exchange.dispatch_for(worker, now)
+
+    def _worker_changed(self, worker: WorkerSession, ready: Ready, now: float) -> None:
+        if (ready.worker, ready.incarnation) != (worker.name, worker.incarnation):
+            why = "READY with another name or incarnation within a session"
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why)
+            return
+        before = {info.name for info in worker.ready.models}
+        after = {info.name for info in ready.models}
+        self.registry.update(worker, ready)
+        self.exchange.models_served(after)
+        self._take_load(worker, ready.load)
+        self.exchange.models_lost(sorted(before - after))
+        self.exchange.dispatch_for(worker, now)
+
+    def _worker_heartbeat(self, worker: WorkerSession, beat: Heartbeat, now: float) -> None:
+        if beat.sent != worker.received - 1:
+            self._disconnect_worker(worker, DisconnectCode.LOST_MESSAGES, _lost(beat, worker))
+            return
+        if beat.load is not None:
+            self._take_load(worker, beat.load)
+            self.exchange.dispatch_for(worker, now)
+
+    def _take_load(self, worker: WorkerSession, load: Any) -> None:
+        before = worker.state
+        worker.reported = load
+        if worker.state is not before:
+            self._outbox.log("worker_state", worker=worker.name, state=worker.state.value, before=before.value)
+
+    def _worker_gone(self, event: WorkerGone, _now: float) -> None:
+        worker = self.registry.by_peer.get(event.peer)
+        if worker is not None:
+            self.counters.workers_lost += 1
+            self._drop_worker(worker, event.why)
+
+    def _bad_worker(self, event: BadWorker, now: float) -> None:
+        self._malformed("worker", event.error, now)
+        worker = self.registry.by_peer.get(event.peer)
+        if worker is None:
+            self._refuse(ToWorker(event.peer, _protocol(event.error)))
+        else:
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, event.error.message)
+
+    def _disconnect_worker(self, worker: WorkerSession, code: DisconnectCode, why: str) -> None:
+        self._refuse(ToWorker(worker.peer, Disconnect(code, why)))
+        self.counters.workers_lost += 1
+        self._drop_worker(worker, f"{code.value}: {why}", level=logging.WARNING)
+
+    def _drop_worker(self, worker: WorkerSession, why: str, *, level: int = logging.INFO) -> None:
+        self.registry.remove(worker)
+        self._outbox.log("worker_left", level=level, worker=worker.name, why=why, in_flight=len(worker.in_flight))
+        self.exchange.worker_lost(worker, why)
+
+    # Both.
+
+    def _intervals(self, wish_s: float | None) -> tuple[float, float]:
+        return negotiate(self.settings.heartbeat_s, self.settings.expiry_s, wish_s)
+
+    def _refuse(self, action: ToClient | ToWorker) -> None:
+        self.counters.disconnected += 1
+        self._outbox.to_stranger(action)
+
+    def _malformed(self, side: str, error: ProtocolError, now: float) -> None:
+        self.counters.malformed += 1
+        self._malformed_unlogged += 1
+        if now < self._malformed_logged_at + _MALFORMED_LOG_S:
+            return
+        self._outbox.log(
+            "malformed_message", level=logging.WARNING, side=side, count=self._malformed_unlogged, last=error.message
+        )
+        self._malformed_unlogged = 0
+        self._malformed_logged_at = now
+
+    def _forgive_lag(self, now: float) -> None:
+        """Take the time by which this tick is late off everybody's silence: nobody listened then."""
+        lag_s = now - self._next_tick
+        if lag_s > self._tick_s:
+            self._outbox.log("loop_late", level=logging.WARNING, s=lag_s)
+            for session in self._sessions():
+                session.liveness.forgive(lag_s)
+
+    def _sessions(self) -> list[Session]:
+        return [*self.clients.values(), *self.registry]
+
+    def _watch_clients(self, now: float) -> None:
+        for client in list(self.clients.values()):
+            if client.liveness.expired(now):
+                why = f"silent for {now - client.liveness.heard_at:.3f} s"
+                self._disconnect_client(client, DisconnectCode.EXPIRED, why)
+            elif client.liveness.due(now):
+                self._outbox.heartbeat_client(client)
+
+    def _watch_workers(self, now: float) -> None:
+        for worker in self.registry:
+            if worker.liveness.expired(now):
+                why = f"silent for {now - worker.liveness.heard_at:.3f} s"
+                self._disconnect_worker(worker, DisconnectCode.EXPIRED, why)
+            elif worker.liveness.due(now):
+                self._outbox.heartbeat_worker(worker)
+
+    def _advance_drain(self, now: float) -> None:
+        if self._drain_until is None or self.stopped:
+            return
+        tally = self.exchange.tally()
+        if (tally["waiting"] or tally["running"]) and now < self._drain_until:
+            return
+        self.exchange.give_up("the broker has shut down")
+        for client in self.clients.values():
+            self._outbox.to_client(client, Goodbye())
+        for worker in self.registry:
+            self._outbox.to_worker(worker, Goodbye())
+        self._outbox.log("broker_stopped", unfinished=tally["waiting"] + tally["running"])
+        self.stopped = True
+
+
+_EVENTS: dict[type[Event], Callable[[BrokerCore, Any, float], None]] = {
+    FromClient: BrokerCore._from_client,
+    FromWorker: BrokerCore._from_worker,
+    BadClient: BrokerCore._bad_client,
+    BadWorker: BrokerCore._bad_worker,
+    ClientGone: BrokerCore._client_gone,
+    WorkerGone: BrokerCore._worker_gone,
+}
+
+
+def _unknown(message: Message, expected: str) -> Disconnect:
+    why = f"no session with this peer: expected {expected}, got {message.command.name}"
+    return Disconnect(DisconnectCode.UNKNOWN_PEER, why)
+
+
+def _protocol(error: ProtocolError) -> Disconnect:
+    return Disconnect(DisconnectCode.PROTOCOL, error.message)
+
+
+def _lost(beat: Heartbeat, session: Session) -> str:
+    return f"{beat.sent} messages were sent, {session.received - 1} arrived"

@@ -1,0 +1,80 @@
+"""What comes into BrokerCore and what goes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..protocol.errors import ProtocolError
+from ..protocol.log import Log
+from ..protocol.messages import Message
+
+
+@dataclass(frozen=True, slots=True)
+class FromClient:
+    """A client sent a message."""
+
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    """A worker sent a message."""
+
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class BadClient:
+    """A peer of the frontend sent something that is not a message."""
+
+    peer: bytes
+    error: ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class BadWorker:
+    """A peer of the backend sent something that is not a message."""
+
+    peer: bytes
+    error: ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """A message to a client could not be sent: its connection is gone, or it has stopped reading."""
+
+    peer: bytes
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A message to a worker could not be sent: its connection is gone, or it has stopped reading."""
+
+    peer: bytes
+    why: str
+
+
+Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone
+
+
+@dataclass(frozen=True, slots=True)
+class ToClient:
+    """Send this to a client."""
+
+    peer: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    """Send this to a worker."""
+
+    peer: bytes
+    message: Message
+
+
+Action: TypeAlias = ToClient | ToWorker | Log

@@ -1,0 +1,90 @@
+"""The answers to management queries: plain data, made from the registry and the exchange."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..protocol.errors import BadRequestError
+from ..protocol.messages import WorkerState
+
+if TYPE_CHECKING:
+    from .core import BrokerCore
+
+
+def answer(core: BrokerCore, method: str, arguments: Mapping[str, Any], now: float) -> Any:
+    """Return the answer to a query.
+
+    Raises:
+        BadRequestError: there is no such method, or it does not take these arguments.
+    """
+    found = _METHODS.get(method)
+    if found is None:
+        raise BadRequestError(f"unknown query {method!r}; known are {', '.join(sorted(_METHODS))}")
+    if arguments:
+        raise BadRequestError(f"query {method!r} takes no arguments, got {', '.join(sorted(arguments))[:256]}")
+    return found(core, now)
+
+
+def _models(core: BrokerCore, _now: float) -> list[dict[str, Any]]:
+    return [_model(core, name) for name in core.registry.models()]
+
+
+def _model(core: BrokerCore, name: str) -> dict[str, Any]:
+    workers = list(core.registry.serving(name))
+    infos = [info for worker in workers for info in worker.ready.models if info.name == name]
+    return {
+        "name": name,
+        "workers": len(workers),
+        "ready": sum(worker.state is WorkerState.READY for worker in workers),
+        "slots": sum(worker.ready.slots for worker in workers),
+        "running": sum(record.model == name for worker in workers for record in worker.in_flight.values()),
+        "waiting": core.exchange.waiting(name),
+        # Workers may differ: a request that fits the smallest fits all.
+        "context_tokens": min(info.context_tokens for info in infos),
+        "chat": all(info.chat for info in infos),
+    }
+
+
+def _workers(core: BrokerCore, now: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": worker.name,
+            "state": worker.state.value,
+            "engine": worker.ready.engine,
+            "models": [info.name for info in worker.ready.models],
+            "slots": worker.ready.slots,
+            "in_flight": len(worker.in_flight),
+            "running": worker.reported.running,
+            "waiting": worker.reported.waiting,
+            "speed": worker.speed,
+            "tokens_per_s": worker.reported.tokens_per_s,
+            "kv_use": worker.reported.kv_use,
+            "steps": worker.reported.steps,
+            "step_age_s": worker.reported.step_age_s,
+            "heard_s": max(0.0, now - worker.liveness.heard_at),
+            "incarnation": worker.incarnation,
+            "software": worker.ready.software,
+        }
+        for worker in sorted(core.registry, key=lambda worker: worker.name)
+    ]
+
+
+def _status(core: BrokerCore, now: float) -> dict[str, Any]:
+    return {
+        "broker": core.settings.name,
+        "software": core.software,
+        "uptime_s": now - core.started_at,
+        "draining": core.exchange.draining,
+        "policy": core.settings.policy,
+        "clients": len(core.clients),
+        "workers": len(core.registry),
+        "models": core.registry.models(),
+        "slots": sum(worker.ready.slots for worker in core.registry),
+        "requests": core.exchange.tally(),
+        "counters": dataclasses.asdict(core.counters),
+    }
+
+
+_METHODS = {"models": _models, "workers": _workers, "status": _status}

@@ -1,0 +1,38 @@
+"""Counters: plain integers that the core raises and management answers show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the broker started.
+
+    Attributes:
+        requests: requests accepted for waiting or running.
+        finished: FINISH messages passed to clients, whatever their reason.
+        failed: ERROR messages that ended a request.
+        refused: requests that were never accepted (bad, unknown model, busy, draining).
+        cancelled: requests that a client cancelled, or left behind when it went.
+        chunk_messages: CHUNKS messages forwarded.
+        chunk_messages_dropped: CHUNKS messages for a client that the worker has no request of.
+        late_answers: FINISH and ERROR messages for requests that the worker does not hold.
+        malformed: messages that could not be decoded.
+        disconnected: sessions that the broker ended with DISCONNECT.
+        workers_lost: workers that died, fell silent or were cut off.
+        clients_lost: clients that died, fell silent or were cut off.
+    """
+
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    chunk_messages: int = 0
+    chunk_messages_dropped: int = 0
+    late_answers: int = 0
+    malformed: int = 0
+    disconnected: int = 0
+    workers_lost: int = 0
+    clients_lost: int = 0

@@ -1,0 +1,153 @@
+"""The broker's only loop: two ROUTERs in front of BrokerCore.
+
+Each round: wait, receive a bounded batch from each socket, let the core act on it, look at the monitors, let the core
+do what is due. Nothing in it waits for a peer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
+from ..protocol.errors import ProtocolError
+from ..protocol.log import Log, write
+from ..transport.monitor import ConnectionEvent, Monitor
+from ..transport.pump import Outcome, Pump, receive, send
+from ..transport.sockets import router
+from .core import BrokerCore
+from .events import Action, BadClient, BadWorker, ClientGone, Event, FromClient, FromWorker, ToClient, WorkerGone
+from .settings import BrokerSettings
+
+logger = logging.getLogger("tokenmq.broker")
+
+#: Messages taken from one socket before the other gets its turn: about five milliseconds of work.
+_BATCH = 500
+_WHY = {
+    Outcome.GONE: "its connection is gone",
+    Outcome.FULL: "it has stopped reading: its queue is full",
+}
+
+
+class BrokerServer:
+    """A broker on its sockets.
+
+    Attributes:
+        frontend: the endpoints for clients, as bound.
+        backend: the endpoints for workers, as bound.
+    """
+
+    def __init__(
+        self, settings: BrokerSettings, *, software: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Bind the sockets.
+
+        Raises:
+            EndpointError: an endpoint cannot be bound; nothing is left open.
+        """
+        self._clock = clock
+        self._settings = settings
+        self._core = BrokerCore(settings, software=software, now=clock())
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._drain_wish: float | None = None
+        try:
+            self._clients, self.frontend = router(self._context, settings.frontend)
+            self._workers, self.backend = router(self._context, settings.backend)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._client_monitor = Monitor(self._clients)
+        self._worker_monitor = Monitor(self._workers)
+        self._pump = Pump()
+        for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
+            self._pump.watch(socket)
+
+    def run(self) -> None:
+        """Serve until `drain` has been called and everything has ended; then close."""
+        started = {"frontend": ",".join(self.frontend), "backend": ",".join(self.backend)}
+        write(logger, Log("broker_started", {"name": self._settings.name, **started}))
+        if self._settings.insecure:
+            write(logger, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
+        try:
+            while not self._core.stopped:
+                self._round()
+        finally:
+            self.close()
+
+    def drain(self, grace_s: float | None = None) -> None:
+        """Stop as `BrokerCore.drain` does; may be called from any thread and from a signal handler."""
+        self._drain_wish = self._settings.grace_s if grace_s is None else grace_s
+        self._pump.waker.wake()
+
+    def close(self) -> None:
+        """Close all sockets; what was sent may still leave for as long as they linger."""
+        self._client_monitor.close()
+        self._worker_monitor.close()
+        self._clients.close()
+        self._workers.close()
+        self._context.term()
+        self._pump.close()
+
+    def _round(self) -> None:
+        ready = self._pump.wait(self._core.next_deadline() - self._clock())
+        now = self._clock()
+        # Workers first: what they send frees slots for what clients ask.
+        if self._workers in ready:
+            self._from_workers(now)
+        if self._clients in ready:
+            self._from_clients(now)
+        if self._worker_monitor.socket in ready and _broken(self._worker_monitor):
+            self._perform(self._core.probe_workers(now), now)
+        if self._client_monitor.socket in ready and _broken(self._client_monitor):
+            self._perform(self._core.probe_clients(now), now)
+        if self._drain_wish is not None:
+            grace_s, self._drain_wish = self._drain_wish, None
+            self._perform(self._core.drain(now, grace_s), now)
+        self._perform(self._core.tick(self._clock()), now)
+
+    def _from_workers(self, now: float) -> None:
+        for frames in receive(self._workers, _BATCH):
+            header = frames[1] if len(frames) == 3 else b""
+            if len(header) == HEADER_BYTES and header.startswith(CHUNKS_PREFIX):
+                client = self._core.route_chunks(frames[0], header, now)
+                if client is not None:
+                    frames[0] = client
+                    outcome = send(self._clients, frames)
+                    if outcome is not Outcome.SENT:
+                        self._handle(ClientGone(client, _WHY[outcome]), now)
+                    continue
+            try:
+                event: Event = FromWorker(frames[0], decode(frames[1:]))
+            except ProtocolError as error:
+                event = BadWorker(frames[0], error)
+            self._handle(event, now)
+
+    def _from_clients(self, now: float) -> None:
+        for frames in receive(self._clients, _BATCH):
+            try:
+                event: Event = FromClient(frames[0], decode(frames[1:]))
+            except ProtocolError as error:
+                event = BadClient(frames[0], error)
+            self._handle(event, now)
+
+    def _handle(self, event: Event, now: float) -> None:
+        self._perform(self._core.handle(event, now), now)
+
+    def _perform(self, actions: Sequence[Action], now: float) -> None:
+        for action in actions:
+            if isinstance(action, Log):
+                write(logger, action)
+                continue
+            is_client = isinstance(action, ToClient)
+            outcome = send(self._clients if is_client else self._workers, [action.peer, *encode(action.message)])
+            if outcome is not Outcome.SENT:
+                # May end in further actions, which end in fewer each time: a session is dropped only once.
+                gone = ClientGone if is_client else WorkerGone
+                self._handle(gone(action.peer, _WHY[outcome]), now)
+
+
+def _broken(monitor: Monitor) -> bool:
+    return ConnectionEvent.DISCONNECTED in monitor.events()

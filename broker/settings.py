@@ -1,0 +1,68 @@
+"""What a broker can be told, with the defaults; the command line shows these same objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
+from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, is_local
+from .dispatch import DEFAULT_POLICY, POLICIES
+
+#: Requests that wait for one model: at 10 finished a second, the last of them waits for under two minutes.
+MAX_WAITING = 1_000
+#: Seconds that a broker waits for running requests when it is told to stop.
+GRACE_S = 10.0
+#: Shorter intervals would only keep the loop busy: a broken connection is noticed without heartbeats.
+MIN_HEARTBEAT_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """Settings of one broker.
+
+    Attributes:
+        frontend: endpoints for clients.
+        backend: endpoints for workers.
+        name: the broker's name in answers and logs.
+        policy: name of the dispatch policy, one of dispatch.POLICIES.
+        heartbeat_s: seconds between heartbeats.
+        expiry_s: seconds of silence after which a peer is given up.
+        max_waiting: requests that may wait for one model.
+        grace_s: seconds that running requests get when the broker stops.
+        insecure: allow endpoints that other machines can reach, without encryption or keys.
+    """
+
+    frontend: tuple[str, ...] = (DEFAULT_FRONTEND,)
+    backend: tuple[str, ...] = (DEFAULT_BACKEND,)
+    name: str = "broker"
+    policy: str = DEFAULT_POLICY
+    heartbeat_s: float = HEARTBEAT_S
+    expiry_s: float = EXPIRY_S
+    max_waiting: int = MAX_WAITING
+    grace_s: float = GRACE_S
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what the types cannot.
+
+        Raises:
+            ValueError: a value makes no sense; the message names it. EndpointError is one.
+        """
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown policy {self.policy!r}; known are {', '.join(sorted(POLICIES))}")
+        if self.heartbeat_s < MIN_HEARTBEAT_S:
+            raise ValueError(f"the heartbeat interval must be at least {MIN_HEARTBEAT_S} s, got {self.heartbeat_s}")
+        if self.expiry_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"the expiry ({self.expiry_s} s) must be at least twice the heartbeat interval ({self.heartbeat_s} s)"
+            )
+        if self.max_waiting < 0 or self.grace_s < 0:
+            raise ValueError("max_waiting and grace_s must not be negative")
+        if not self.frontend or not self.backend:
+            raise ValueError("a broker needs at least one frontend and one backend endpoint")
+        for endpoint in (*self.frontend, *self.backend):
+            if not is_local(endpoint) and not self.insecure:
+                raise EndpointError(
+                    f"{endpoint} can be reached from other machines by anyone: bind 127.0.0.1 or ipc://, "
+                    "or allow it with --insecure"
+                )
