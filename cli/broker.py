@@ -1,0 +1,85 @@
+"""zmq-broker: run a broker."""
+
+from __future__ import annotations
+
+import click
+
+from ..broker.dispatch import DEFAULT_POLICY, POLICIES
+from ..broker.server import BrokerServer
+from ..broker.settings import GRACE_S, MAX_WAITING, BrokerSettings
+from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
+from ..protocol.version import SOFTWARE
+from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
+from . import logs
+from .lifecycle import fail, on_signals
+from .options import logging_options, option, settings
+
+
+@click.command(context_settings=settings("TOKENMQ_BROKER"))
+@option(
+    "--frontend", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
+    help="Where clients connect: tcp://HOST:PORT or ipc://PATH. Repeatable.",
+)  # fmt: skip
+@option(
+    "--backend", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
+    help="Where workers connect: tcp://HOST:PORT or ipc://PATH. Repeatable.",
+)  # fmt: skip
+@option("--name", default="broker", help="The broker's name in answers and logs.")
+@option(
+    "--policy", type=click.Choice(sorted(POLICIES)), default=DEFAULT_POLICY,
+    help="How a worker is chosen among those with a free slot.",
+)  # fmt: skip
+@option("--heartbeat-interval", type=float, default=HEARTBEAT_S, metavar="S", help="Seconds between heartbeats.")
+@option(
+    "--expiry", type=float, default=EXPIRY_S, metavar="S",
+    help="Seconds of silence after which a peer is given up. A broken connection is noticed at once in any case.",
+)  # fmt: skip
+@option(
+    "--max-waiting", type=click.IntRange(min=0), default=MAX_WAITING, metavar="N",
+    help="Requests that may wait for one model; more are refused as `busy`.",
+)  # fmt: skip
+@option(
+    "--grace", type=click.FloatRange(min=0), default=GRACE_S, metavar="S",
+    help="Seconds that running requests get after SIGINT or SIGTERM.",
+)  # fmt: skip
+@option(
+    "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
+)
+@logging_options
+def main(
+    frontend: tuple[str, ...],
+    backend: tuple[str, ...],
+    name: str,
+    policy: str,
+    heartbeat_interval: float,
+    expiry: float,
+    max_waiting: int,
+    grace: float,
+    insecure: bool,
+    log_format: str,
+    log_level: str,
+) -> None:
+    """Run a broker: it takes requests from clients and gives them to the workers that have registered.
+
+    The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
+    """
+    logs.configure(log_format, log_level)
+    try:
+        server = BrokerServer(
+            BrokerSettings(
+                frontend=frontend,
+                backend=backend,
+                name=name,
+                policy=policy,
+                heartbeat_s=heartbeat_interval,
+                expiry_s=expiry,
+                max_waiting=max_waiting,
+                grace_s=grace,
+                insecure=insecure,
+            ),
+            software=SOFTWARE,
+        )
+    except ValueError as error:
+        fail(str(error))
+    on_signals(server.drain)
+    server.run()

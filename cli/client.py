@@ -1,0 +1,223 @@
+"""zmq-client: talk to a broker from the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..client import Client, Stream
+from ..protocol.errors import TokenmqError
+from ..protocol.payload import Sampling
+from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
+from .lifecycle import fail
+from .options import option, settings, version_option
+from .tables import table
+
+_DEFAULTS = Sampling()
+_EXIT_INTERRUPTED = 130
+
+
+@click.group(context_settings=settings("TOKENMQ_CLIENT"))
+@option(
+    "--broker", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
+    help="The broker's frontend; repeatable, the next one is tried when one is gone.",
+)  # fmt: skip
+@option(
+    "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, metavar="S",
+    help="Seconds to wait for a broker to answer.",
+)  # fmt: skip
+@version_option
+@click.pass_context
+def main(context: click.Context, broker: tuple[str, ...], connect_timeout: float) -> None:
+    """Ask the models behind a broker, or the broker itself."""
+    context.obj = {"endpoints": list(broker), "connect_timeout_s": connect_timeout}
+
+
+def _broker_option(command: Any) -> Any:
+    """Let --broker stand behind the command's name too, where people type it."""
+    return option(
+        "--broker", multiple=True, metavar="ENDPOINT", show_envvar=False, help="As before the command's name."
+    )(command)
+
+
+def _json_option(command: Any) -> Any:
+    return option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")(command)
+
+
+def _sampling_options(command: Any) -> Any:
+    for decorate in reversed(
+        [
+            option("--max-tokens", type=int, default=_DEFAULTS.max_tokens, metavar="N", help="Most new tokens."),
+            option(
+                "--temperature", type=float, default=_DEFAULTS.temperature, metavar="X",
+                help="0 takes the likeliest token, higher values vary more.",
+            ),
+            option("--top-k", type=int, default=_DEFAULTS.top_k, metavar="N", help="Only the N likeliest; 0: all."),
+            option(
+                "--top-p", type=float, default=_DEFAULTS.top_p, metavar="P",
+                help="Only the likeliest that together have this probability.",
+            ),
+            option("--seed", type=int, default=None, metavar="N", help="Repeat a stream. [default: a new one]"),
+            option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+            option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
+            option(
+                "--deadline", type=float, default=None, metavar="S",
+                help="Give the request up after so many seconds. [default: never]",
+            ),
+        ]
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+    arguments = {name: values[name] for name in names}
+    return {**arguments, "stop": list(values["stop"]), "deadline_s": values["deadline"]}
+
+
+@contextmanager
+def _client(broker: tuple[str, ...]) -> Iterator[Client]:
+    """Give a client; end the command with one line on an error, after a cancel on Ctrl-C."""
+    chosen: dict[str, Any] = dict(click.get_current_context().obj)
+    if broker:
+        chosen["endpoints"] = list(broker)
+    try:
+        with Client(**chosen) as client:
+            yield client
+    except TokenmqError as error:
+        request = f" [request {error.request_id}]" if error.request_id else ""
+        fail(f"{error.message} ({error.code}){request}")
+    except EndpointError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone (head, less): no complaint, as other tools do
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo()
+        sys.exit(_EXIT_INTERRUPTED)
+
+
+def _print_stream(stream: Stream, *, as_json: bool) -> str:
+    """Print a stream as it comes; return its text."""
+    pieces = []
+    for chunk in stream:
+        pieces.append(chunk.text)
+        if as_json:
+            values = {"text": chunk.text, "token_ids": list(chunk.token_ids), "offset": chunk.offset}
+            click.echo(json.dumps(values, ensure_ascii=False))
+        else:
+            click.echo(chunk.text, nl=False)
+        sys.stdout.flush()
+    if as_json:
+        click.echo(json.dumps(_summary(stream), ensure_ascii=False))
+    else:
+        click.echo()
+    return "".join(pieces)
+
+
+def _summary(stream: Stream) -> dict[str, Any]:
+    usage = stream.usage
+    return {
+        "request": stream.id,
+        "finish_reason": stream.finish_reason,
+        "worker": stream.worker,
+        "prompt_tokens": usage.prompt_tokens if usage else 0,
+        "completion_tokens": usage.completion_tokens if usage else 0,
+    }
+
+
+@main.command()
+@click.argument("model")
+@click.argument("prompt")
+@_sampling_options
+@_json_option
+@_broker_option
+def generate(model: str, prompt: str, as_json: bool, broker: tuple[str, ...], **values: Any) -> None:
+    """Continue PROMPT with MODEL; the text appears as it is generated. PROMPT - reads standard input."""
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    with _client(broker) as client:
+        _print_stream(client.generate(model, prompt=text, **_arguments(values)), as_json=as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("message", required=False)
+@option("--system", default=None, metavar="TEXT", help="A system prompt. [default: none]")
+@_sampling_options
+@_json_option
+@_broker_option
+def chat(
+    model: str, message: str | None, system: str | None, as_json: bool, broker: tuple[str, ...], **values: Any
+) -> None:
+    """Chat with MODEL: one MESSAGE, or a conversation, a line each, until end of input (Ctrl-D)."""
+    history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    with _client(broker) as client:
+        for line in [message] if message is not None else _lines():
+            history.append({"role": "user", "content": line})
+            answer = _print_stream(client.chat(model, messages=history, **_arguments(values)), as_json=as_json)
+            history.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    """Yield what the user types, without empty lines; prompt for it on a terminal."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        if prompt:
+            click.echo(prompt, nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@main.command()
+@_json_option
+@_broker_option
+def models(as_json: bool, broker: tuple[str, ...]) -> None:
+    """List the models that the broker's workers serve."""
+    with _client(broker) as client:
+        columns = ("name", "workers", "ready", "slots", "running", "waiting", "context_tokens", "chat")
+        _print_rows(client.models(), columns, as_json=as_json)
+
+
+@main.command()
+@_json_option
+@_broker_option
+def workers(as_json: bool, broker: tuple[str, ...]) -> None:
+    """List the broker's workers with their load."""
+    with _client(broker) as client:
+        columns = ("name", "state", "engine", "models", "slots", "in_flight", "waiting", "speed", "tokens_per_s")
+        _print_rows(client.workers(), columns, as_json=as_json)
+
+
+@main.command()
+@_json_option
+@_broker_option
+def status(as_json: bool, broker: tuple[str, ...]) -> None:
+    """Show the broker's state and counters."""
+    with _client(broker) as client:
+        values = client.status()
+    if as_json:
+        click.echo(json.dumps(values, ensure_ascii=False))
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{inner}={number}" for inner, number in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "none"
+        click.echo(f"{name:<10} {value}")
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        click.echo(table(rows, columns))

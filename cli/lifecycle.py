@@ -1,0 +1,32 @@
+"""Start and end of a long-running command: signals, exit codes, one line instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+EXIT_FAILED = 1
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line to standard error and exit with code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_FAILED)
+
+
+def on_signals(drain: Callable[[], None]) -> None:
+    """Drain at the first SIGINT or SIGTERM, exit at once at the second."""
+    seen: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            os._exit(128 + number)
+        drain()
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
