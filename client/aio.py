@@ -1,0 +1,151 @@
+"""The client for asyncio: `AsyncClient`, and `AsyncStream`, an ordinary asynchronous iterator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ..protocol.messages import Chunk
+from .base import BaseClient
+from .connection import CLOSE_TIMEOUT_S, Connection
+from .events import Close
+from .mailbox import Bell, Mailbox
+from .stream import BaseStream
+
+
+@dataclass(frozen=True, slots=True)
+class _LoopBell:
+    """Wakes the tasks of one event loop: one call into the loop, however many streams have news."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def ring(self, mailboxes: Iterable[Mailbox]) -> bool:
+        try:
+            self.loop.call_soon_threadsafe(_wake, list(mailboxes))
+        except RuntimeError:
+            return False  # the loop is closed
+        return True
+
+
+def _wake(mailboxes: list[Mailbox]) -> None:
+    for mailbox in mailboxes:
+        waiter = mailbox.waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+class AsyncStream(BaseStream):
+    """An asynchronous iterator over a request's chunks, for one task of the event loop that it was made in.
+
+    Leaving it early cancels the request, and so does cancelling the task that waits for the next chunk.
+    """
+
+    def __init__(self, connection: Connection, mailbox: Mailbox, model: str, owner: object) -> None:
+        """Wrap a mailbox in the running event loop."""
+        super().__init__(connection, mailbox, model, owner)
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """Return the next chunk.
+
+        Raises:
+            StopAsyncIteration: the stream is over: see `finish_reason`.
+            TokenmqError: it ended with this error; raised every time.
+            RuntimeError: it belongs to another event loop, or another task waits for the same stream.
+        """
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("this stream belongs to another event loop: read it where generate() was called")
+        while (item := self._next()) is None:
+            await self._wait()
+        if isinstance(item, Chunk):
+            return item
+        raise StopAsyncIteration
+
+    async def _wait(self) -> None:
+        if self._mailbox.waiter is not None:
+            raise RuntimeError("another task is waiting for this stream already")
+        self._mailbox.waiter = self._loop.create_future()
+        try:
+            await self._mailbox.waiter
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            self._mailbox.waiter = None
+
+    async def text(self) -> str:
+        """Wait for the end; return the text of all chunks that had not been taken yet.
+
+        Raises:
+            TokenmqError: the stream ended with it.
+        """
+        return "".join([chunk.text async for chunk in self])
+
+    async def __aenter__(self) -> AsyncStream:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Cancel the stream, unless it is over."""
+        self.cancel()
+
+
+class AsyncClient(BaseClient[AsyncStream]):
+    """A client for asyncio. `generate` and `chat` are not awaited: they return the stream at once.
+
+    Several event loops may share one client; each stream belongs to the loop it was made in.
+    """
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return the models that are served.
+
+        Raises:
+            NoBrokerError: no broker answered within the connect timeout.
+            DeadlineError: the broker did not answer within the query timeout.
+            BrokerLostError: the connection broke before the answer.
+        """
+        return await self.query("models")  # type: ignore[no-any-return]
+
+    async def workers(self) -> list[dict[str, Any]]:
+        """Return the workers with their load; raises as `models`."""
+        return await self.query("workers")  # type: ignore[no-any-return]
+
+    async def status(self) -> dict[str, Any]:
+        """Return the broker's own figures; raises as `models`."""
+        return await self.query("status")  # type: ignore[no-any-return]
+
+    async def query(self, method: str, **arguments: Any) -> Any:
+        """Ask any management question; return plain data. Raises as `models`, and BadRequestError."""
+        return await asyncio.wrap_future(self._ask(method, arguments))
+
+    async def close(self) -> None:
+        """Say goodbye and end the thread; open streams fail with ClientClosedError. Returns within seconds."""
+        self._finalizer.detach()
+        self._connection.post(Close())
+        stopped = asyncio.wrap_future(self._connection.stopped)
+        await asyncio.wait([stopped], timeout=CLOSE_TIMEOUT_S)
+
+    async def __aenter__(self) -> AsyncClient:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        await self.close()
+
+    def _bell(self) -> Bell:
+        return _LoopBell(asyncio.get_running_loop())
+
+    def _stream(self, mailbox: Mailbox, model: str) -> AsyncStream:
+        return AsyncStream(self._connection, mailbox, model, self)

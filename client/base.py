@@ -1,0 +1,193 @@
+"""What both kinds of client are: arguments to requests, and the connection's life."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic
+
+from ..protocol.credit import WINDOW_TOKENS
+from .connection import Connection
+from .events import Close
+from .mailbox import Bell, Mailbox
+from .request import DEFAULTS, build_ask, build_submit
+from .settings import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, settings_from
+from .stream import StreamT_co
+
+
+class BaseClient(ABC, Generic[StreamT_co]):
+    """A client of one or several brokers. Any number of threads may use it at once."""
+
+    def __init__(
+        self,
+        endpoints: str | Sequence[str] | None = None,
+        *,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        query_timeout_s: float = QUERY_TIMEOUT_S,
+        window_tokens: int = WINDOW_TOKENS,
+        name: str | None = None,
+        heartbeat_s: float | None = None,
+    ) -> None:
+        """Begin to connect, and do not wait for it.
+
+        Args:
+            endpoints: the broker's frontend, or those of several brokers, the preferred one first; None for
+                tcp://127.0.0.1:5555.
+            connect_timeout_s: how long a request waits for a broker before it fails with NoBrokerError.
+            query_timeout_s: how long a broker may take to answer models(), workers() and the like.
+            window_tokens: tokens of one stream that may be under way or unread; a reader that stops gets no more.
+            name: how brokers name this client to people; None for host and process id.
+            heartbeat_s: a longer heartbeat interval than the broker's own, for machines that sleep.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            EndpointError: an endpoint is not valid.
+        """
+        self._settings = settings_from(
+            endpoints,
+            connect_timeout_s=connect_timeout_s,
+            query_timeout_s=query_timeout_s,
+            window_tokens=window_tokens,
+            name=name,
+            heartbeat_s=heartbeat_s,
+        )
+        self._connection = Connection(self._settings)
+        # The thread holds the connection, not the client: a client that is forgotten without close() ends it, too.
+        self._finalizer = weakref.finalize(self, self._connection.post, Close())
+
+    def __repr__(self) -> str:
+        """Return the endpoints."""
+        return f"<{type(self).__name__} {', '.join(self._settings.endpoints)}>"
+
+    def generate(
+        self,
+        model: str,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        max_tokens: int = DEFAULTS.max_tokens,
+        temperature: float = DEFAULTS.temperature,
+        top_k: int = DEFAULTS.top_k,
+        top_p: float = DEFAULTS.top_p,
+        seed: int | None = None,
+        stop: str | Sequence[str] = DEFAULTS.stop,
+        stop_token_ids: Sequence[int] = DEFAULTS.stop_token_ids,
+        ignore_eos: bool = DEFAULTS.ignore_eos,
+        attachments: Sequence[bytes] = (),
+        deadline_s: float | None = None,
+    ) -> StreamT_co:
+        """Continue a prompt. The request leaves at once; the stream is where its tokens arrive.
+
+        Args:
+            model: the model's name, one of `models()`.
+            prompt: text to continue; or `token_ids`.
+            token_ids: the same, already tokenised.
+            max_tokens: most tokens to generate.
+            temperature: 0 takes the likeliest token; higher is more random.
+            top_k: only the k likeliest tokens; 0 for all.
+            top_p: only the likeliest tokens that together have this probability; 1 for all.
+            seed: the same seed gives the same stream; None draws one.
+            stop: a string, or several, that end the stream; they are not part of its text.
+            stop_token_ids: tokens that end the stream, besides the model's own.
+            ignore_eos: go on to `max_tokens` whatever the model's end tokens say.
+            attachments: raw bytes that the model reads beside the prompt, such as images.
+            deadline_s: seconds from now after which the answer is worth nothing; None for never.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            ClientClosedError: the client is closed.
+        """
+        sampling = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop,
+            "stop_token_ids": stop_token_ids,
+            "ignore_eos": ignore_eos,
+        }
+        source = {"prompt": prompt, "token_ids": token_ids}
+        return self._submit(model, source, sampling, attachments, deadline_s)
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = DEFAULTS.max_tokens,
+        temperature: float = DEFAULTS.temperature,
+        top_k: int = DEFAULTS.top_k,
+        top_p: float = DEFAULTS.top_p,
+        seed: int | None = None,
+        stop: str | Sequence[str] = DEFAULTS.stop,
+        stop_token_ids: Sequence[int] = DEFAULTS.stop_token_ids,
+        ignore_eos: bool = DEFAULTS.ignore_eos,
+        attachments: Sequence[bytes] = (),
+        deadline_s: float | None = None,
+    ) -> StreamT_co:
+        """Answer a chat: the model's own template makes the prompt of the messages.
+
+        Args:
+            model: the model's name, one of `models()`.
+            messages: maps with `role` and `content`, the oldest first.
+            max_tokens: this and all others as for `generate`.
+            temperature: see `generate`.
+            top_k: see `generate`.
+            top_p: see `generate`.
+            seed: see `generate`.
+            stop: see `generate`.
+            stop_token_ids: see `generate`.
+            ignore_eos: see `generate`.
+            attachments: see `generate`.
+            deadline_s: see `generate`.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            ClientClosedError: the client is closed.
+        """
+        sampling = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop,
+            "stop_token_ids": stop_token_ids,
+            "ignore_eos": ignore_eos,
+        }
+        return self._submit(model, {"messages": messages}, sampling, attachments, deadline_s)
+
+    def _submit(
+        self,
+        model: str,
+        source: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+        attachments: Sequence[bytes],
+        deadline_s: float | None,
+    ) -> StreamT_co:
+        bell = self._bell()
+        order = build_submit(
+            model,
+            source,
+            sampling,
+            attachments=attachments,
+            deadline_s=deadline_s,
+            window_tokens=self._settings.window_tokens,
+        )
+        mailbox = Mailbox(order.id, order.window, bell)
+        self._connection.submit(order, mailbox)
+        return self._stream(mailbox, order.model)
+
+    def _ask(self, method: str, arguments: Mapping[str, Any]) -> Future[Any]:
+        return self._connection.ask(build_ask(method, arguments))
+
+    @abstractmethod
+    def _bell(self) -> Bell:
+        """Return what wakes the reader that calls now."""
+
+    @abstractmethod
+    def _stream(self, mailbox: Mailbox, model: str) -> StreamT_co:
+        """Return the stream over a mailbox."""

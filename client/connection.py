@@ -1,0 +1,293 @@
+"""The I/O thread: it owns the DEALER and its monitor, feeds the core, and does what the core says.
+
+Applications talk to it through `submit`, `ask` and `post`, from any thread and without a lock, so that even a
+finalizer may call them. It answers through mailboxes and futures, and rings each bell once for everything that one
+turn of the loop brought.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeAlias
+
+import zmq
+
+from ..protocol.codec import decode
+from ..protocol.errors import ClientClosedError, ProtocolError, TokenmqError
+from ..protocol.log import Log, write
+from ..transport.endpoints import EndpointError
+from ..transport.pump import Pump, receive
+from .core import ClientCore
+from .events import (
+    Action,
+    Answered,
+    Ask,
+    CancelStream,
+    Close,
+    CloseSocket,
+    Connected,
+    Deliver,
+    Ended,
+    Event,
+    Lost,
+    Malformed,
+    Open,
+    Received,
+    Send,
+    Submit,
+)
+from .mailbox import Bell, Mailbox
+from .settings import Settings
+from .wire import Wire
+
+_logger = logging.getLogger("tokenmq.client")
+
+#: Messages taken from the socket in one turn: enough to share one wake-up of the application among many streams,
+#: few enough that commands and heartbeats wait for milliseconds at most.
+_BATCH_MESSAGES = 256
+#: How long `close` waits for the thread: the linger of the socket (0.2 s) with a margin for a loaded machine. The
+#: thread is a daemon, so a longer wait would gain nothing.
+CLOSE_TIMEOUT_S = 2.0
+
+_Answer: TypeAlias = "Future[Any]"
+#: Where the outcome of a command goes.
+_Receiver: TypeAlias = "Mailbox | _Answer | None"
+
+
+class Connection:
+    """One client's link to its brokers, and the thread that runs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start the thread; it begins to connect at once."""
+        #: Resolves when the thread has given everything back.
+        self.stopped: Future[None] = Future()
+        self.stopped.set_running_or_notify_cancel()  # from now on nobody can cancel it
+        self._pid = os.getpid()
+        self._core = ClientCore(settings)
+        self._pump = Pump()
+        self._commands: deque[tuple[Event, _Receiver]] = deque()
+        self._finished = threading.Event()
+        self._failure = "the client is closed"
+        self._wire: Wire | None = None
+        self._mailboxes: dict[bytes, Mailbox] = {}
+        self._answers: dict[bytes, _Answer] = {}
+        #: Mailboxes that got something in this turn, in the order of arrival.
+        self._touched: dict[Mailbox, None] = {}
+        self._performers: dict[type[Any], Callable[[Any], None]] = {
+            Open: self._open,
+            CloseSocket: self._close_socket,
+            Send: self._send,
+            Deliver: self._deliver,
+            Ended: self._ended,
+            Answered: self._answered,
+            Log: lambda log: write(_logger, log),
+        }
+        self._thread = threading.Thread(target=self._run, name=f"tokenmq-client-{settings.name}", daemon=True)
+        self._thread.start()
+
+    # Called by applications, from any thread
+
+    def submit(self, request: Submit, mailbox: Mailbox) -> None:
+        """Send a request; what comes for it goes into the mailbox.
+
+        Raises:
+            ClientClosedError: the client is closed.
+        """
+        self._command(request, mailbox)
+
+    def ask(self, question: Ask) -> Future[Any]:
+        """Send a query; the future gets its answer.
+
+        Raises:
+            ClientClosedError: the client is closed.
+        """
+        answer: Future[Any] = Future()
+        self._command(question, answer)
+        return answer
+
+    def post(self, event: Event) -> None:
+        """Tell the core something; no answer. Takes no lock: finalizers call it."""
+        if not self._finished.is_set():
+            self._commands.append((event, None))
+            self._pump.waker.wake()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Close and wait for the thread, but not longer than the timeout."""
+        self.post(Close())
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _command(self, event: Event, receiver: _Receiver) -> None:
+        if self._finished.is_set():
+            raise ClientClosedError(self._failure)
+        if os.getpid() != self._pid:
+            raise ClientClosedError("the client was made before this process was forked; make one of its own")
+        self._commands.append((event, receiver))
+        self._pump.waker.wake()
+        # The thread may have ended between the look and the post: then nobody would ever answer.
+        if self._finished.is_set():
+            self._refuse_commands()
+
+    # The thread
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context
+        try:
+            while not self._core.closed:
+                self._turn()
+        except Exception as error:
+            _logger.exception("the client's I/O thread failed")
+            self._failure = f"the client's I/O thread failed ({type(error).__name__}: {error}); make a new client"
+        finally:
+            self._stop(context)
+
+    def _turn(self) -> None:
+        deadline = self._core.next_deadline()
+        ready = self._pump.wait(None if deadline is None else deadline - time.monotonic())
+        self._take_commands()
+        if self._wire is not None and ready:
+            self._serve(self._wire, ready)
+        if self._wire is not None and self._wire.overflown:
+            self._tell(Lost("the broker has stopped reading"))
+        self._perform(self._core.tick(time.monotonic()))
+        self._ring()
+
+    def _take_commands(self) -> None:
+        # Not until it is empty: a thread that never stops posting must not keep the socket waiting.
+        for _ in range(len(self._commands)):
+            event, receiver = self._commands.popleft()
+            if isinstance(receiver, Mailbox):
+                self._mailboxes[receiver.id] = receiver
+            elif receiver is not None and isinstance(event, Ask):
+                self._answers[event.id] = receiver
+            self._tell(event)
+
+    def _serve(self, wire: Wire, ready: Mapping[Any, int]) -> None:
+        changed = wire.changes() if wire.monitor.socket in ready else []
+        if Connected() in changed:
+            self._tell(Connected())
+        flags = ready.get(wire.socket, 0)
+        lost = next((event for event in changed if isinstance(event, Lost)), None)
+        if flags & zmq.POLLIN or lost is not None:
+            # What came before the connection broke is still there, and may hold the end of a stream.
+            while self._receive(wire) == _BATCH_MESSAGES and lost is not None:
+                continue
+        if self._wire is wire and lost is not None:
+            self._tell(lost)
+        elif self._wire is wire and flags & zmq.POLLOUT:
+            wire.flush()
+
+    def _receive(self, wire: Wire) -> int:
+        messages = receive(wire.socket, _BATCH_MESSAGES)
+        now = time.monotonic()
+        for frames in messages:
+            if self._wire is not wire:
+                break  # an earlier message has ended the session
+            try:
+                event: Event = Received(decode(frames))
+            except ProtocolError as error:
+                event = Malformed(error)
+            self._perform(self._core.handle(event, now))
+        return len(messages)
+
+    def _tell(self, event: Event) -> None:
+        self._perform(self._core.handle(event, time.monotonic()))
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            self._performers[type(action)](action)
+
+    def _ring(self) -> None:
+        if not self._touched:
+            return
+        by_bell: dict[Bell, list[Mailbox]] = {}
+        for mailbox in self._touched:
+            by_bell.setdefault(mailbox.bell, []).append(mailbox)
+        self._touched.clear()
+        for bell, mailboxes in by_bell.items():
+            if not bell.ring(mailboxes):
+                # Its event loop is closed: nobody will ever read these.
+                for mailbox in mailboxes:
+                    self._commands.append((CancelStream(mailbox.id), None))
+        if self._commands:
+            self._pump.waker.wake()
+
+    # Actions
+
+    def _open(self, action: Open) -> None:
+        try:
+            self._wire = Wire(self._context, self._pump, action.endpoint)
+        except EndpointError as error:
+            self._tell(Lost(str(error)))
+
+    def _close_socket(self, action: CloseSocket) -> None:
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+    def _send(self, action: Send) -> None:
+        if self._wire is not None:
+            self._wire.send(action.message)
+
+    def _deliver(self, action: Deliver) -> None:
+        mailbox = self._mailboxes[action.id]
+        mailbox.put(action.chunk)
+        self._touched[mailbox] = None
+
+    def _ended(self, action: Ended) -> None:
+        mailbox = self._mailboxes.pop(action.id)
+        mailbox.attempts = action.attempts
+        mailbox.end(action.outcome)
+        self._touched[mailbox] = None
+
+    def _answered(self, action: Answered) -> None:
+        _resolve(self._answers.pop(action.id), action.result, action.error)
+
+    # The end
+
+    def _stop(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._finished.set()
+        self._refuse_commands()
+        for mailbox in self._mailboxes.values():
+            mailbox.end(ClientClosedError(self._failure, request_id=mailbox.id.hex()))
+            self._touched[mailbox] = None
+        for answer in self._answers.values():
+            _resolve(answer, None, ClientClosedError(self._failure))
+        self._ring()
+        try:
+            if self._wire is not None:
+                self._wire.close()
+            self._pump.close()
+            # Bounded by the sockets' linger.
+            context.term()
+        finally:
+            self.stopped.set_result(None)
+
+    def _refuse_commands(self) -> None:
+        while self._commands:
+            try:
+                _, receiver = self._commands.popleft()
+            except IndexError:
+                return  # another thread was here, too
+            if isinstance(receiver, Mailbox):
+                receiver.end(ClientClosedError(self._failure, request_id=receiver.id.hex()))
+                receiver.bell.ring([receiver])
+            elif receiver is not None:
+                _resolve(receiver, None, ClientClosedError(self._failure))
+
+
+def _resolve(answer: _Answer, result: Any, error: TokenmqError | None) -> None:
+    # The asker may have cancelled it (an asyncio task that was cancelled does), at any moment until here.
+    if not answer.set_running_or_notify_cancel():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)

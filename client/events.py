@@ -1,0 +1,158 @@
+"""What happens to a client, and what it wants done: the vocabulary between `ClientCore` and the I/O around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from ..protocol.credit import ReceiveWindow
+from ..protocol.errors import ProtocolError, TokenmqError
+from ..protocol.log import Log
+from ..protocol.messages import Chunk, FinishReason, Message, Timings, Usage
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The application wants a stream.
+
+    Attributes:
+        id: the request's id, new and random.
+        model: which model.
+        payload: the packed Generation.
+        window: the stream's credit. The core calls `receive`, the reader calls `consume` and posts a Grant: each
+            writes fields of its own, so that the reader needs no message to the I/O thread for every chunk.
+        attachments: raw frames behind the request.
+        deadline_s: seconds from now until the request has lost its worth.
+    """
+
+    id: bytes
+    model: str
+    payload: bytes
+    window: ReceiveWindow
+    attachments: tuple[bytes, ...] = ()
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelStream:
+    """The application has lost interest in a stream."""
+
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The application has consumed so much that the stream's window opens up to `limit`."""
+
+    id: bytes
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The application asks the broker a management question."""
+
+    id: bytes
+    method: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The socket that was opened last is connected: messages can leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection of the present socket is broken, or cannot be made."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came in on the present socket."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Bytes came in on the present socket that are no message."""
+
+    error: ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The application is done with the client."""
+
+
+Event: TypeAlias = Submit | CancelStream | Grant | Ask | Connected | Lost | Received | Malformed | Close
+
+
+# Actions
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A stream's good end.
+
+    `usage` and `timings` are None where the client cancelled: it does not wait for the worker's figures.
+    """
+
+    reason: FinishReason
+    usage: Usage | None = None
+    timings: Timings | None = None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Make a new socket for the endpoint and connect it; tell Connected or Lost."""
+
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSocket:
+    """Close the present socket; what was sent before may still leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message through the present socket."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Give a chunk to the stream's reader."""
+
+    id: bytes
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The stream is over; nothing more comes for it."""
+
+    id: bytes
+    attempts: int
+    outcome: Ending | TokenmqError
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The question is answered: with `error` where that is set, else with `result`."""
+
+    id: bytes
+    result: Any = None
+    error: TokenmqError | None = None
+
+
+Action: TypeAlias = Open | CloseSocket | Send | Deliver | Ended | Answered | Log

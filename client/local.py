@@ -1,0 +1,206 @@
+"""A broker and workers as processes of this machine: for a notebook, a script, a test.
+
+    with LocalCluster() as cluster:
+        cluster.start_worker("--model", "toy", "--engine", "synthetic")
+        cluster.wait_ready("toy")
+        with Client(cluster.frontend) as client:
+            print(client.generate("toy", prompt="Hello", max_tokens=8).text())
+
+The processes are the commands zmq-broker and zmq-worker, with the options that these take.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..protocol.errors import TokenmqError
+from .sync import Client
+
+#: A worker may have to convert and load a model first.
+READY_TIMEOUT_S = 300.0
+#: What a process gets to end by itself after SIGTERM, before SIGKILL.
+STOP_TIMEOUT_S = 15.0
+_POLL_S = 0.05
+_LOG_TAIL_LINES = 20
+
+
+class LocalClusterError(RuntimeError):
+    """A process of the cluster did not do what it should; the message holds the end of its log."""
+
+
+class LocalProcess:
+    """One command of the cluster.
+
+    Attributes:
+        name: what it is called here; the name of its log file too.
+        log: where its standard error goes.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+        """Start the command."""
+        self.name = name
+        self.log = log
+        self._command = list(command)
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("ab") as sink:
+            self._process = subprocess.Popen(  # noqa: S603 (our own commands, no shell)
+                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+            )
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code; None while it runs. Negative: the signal that killed it."""
+        return self._process.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal: SIGSTOP, SIGCONT, SIGTERM ..."""
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Wait for its end; return the exit code.
+
+        Raises:
+            LocalClusterError: it still runs after the timeout.
+        """
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise LocalClusterError(f"{self.name} still runs after {timeout_s} s\n{self.log_tail()}") from None
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """End it with SIGTERM, after the timeout with SIGKILL; return the exit code."""
+        if self.exit_code is None:
+            self.send_signal(signal.SIGTERM)
+            self.send_signal(signal.SIGCONT)  # a stopped process would not see it
+            try:
+                return self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        return self._process.wait()
+
+    def restart(self) -> None:
+        """Start the same command again, after it has ended."""
+        if self.exit_code is None:
+            raise LocalClusterError(f"{self.name} still runs")
+        self._start()
+
+    def log_tail(self) -> str:
+        """Return the last lines of its log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(f"  {self.name}: {line}" for line in lines[-_LOG_TAIL_LINES:])
+
+
+class LocalCluster:
+    """One broker, and the workers that are started with `start_worker`.
+
+    Attributes:
+        frontend: the endpoint for clients.
+        backend: the endpoint for workers.
+        broker: the broker's process.
+        workers: the workers' processes, in the order of their start.
+        folder: where the logs are.
+    """
+
+    def __init__(self, *broker_options: str, folder: Path | None = None) -> None:
+        """Start the broker on free ports of the loopback interface.
+
+        Args:
+            broker_options: options of zmq-broker.
+            folder: for the logs; by default a temporary one, gone with the cluster.
+        """
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="tokenmq-")
+        self.folder = folder or Path(self._temporary.name if self._temporary else "")
+        self.frontend = f"tcp://127.0.0.1:{free_port()}"
+        self.backend = f"tcp://127.0.0.1:{free_port()}"
+        self.workers: list[LocalProcess] = []
+        endpoints = ("--frontend", self.frontend, "--backend", self.backend)
+        self.broker = LocalProcess(
+            "broker", _command("broker", *endpoints, *broker_options), self.folder / "broker.log"
+        )
+
+    def start_worker(self, *options: str) -> LocalProcess:
+        """Start a worker of this cluster with options of zmq-worker; does not wait until it is ready."""
+        name = f"worker-{len(self.workers) + 1}"
+        known = () if "--worker-name" in options else ("--worker-name", name)
+        command = _command("worker", "--broker", self.backend, *known, *options)
+        self.workers.append(LocalProcess(name, command, self.folder / f"{name}.log"))
+        return self.workers[-1]
+
+    def wait_ready(self, model: str, workers: int = 1, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Wait until so many workers of the model are ready.
+
+        Raises:
+            LocalClusterError: the timeout passed, or a process ended meanwhile.
+        """
+        end = time.monotonic() + timeout_s
+        with Client(self.frontend, connect_timeout_s=timeout_s) as client:
+            while self._ready(client, model) < workers:
+                dead = [process for process in (self.broker, *self.workers) if process.exit_code is not None]
+                if dead or time.monotonic() > end:
+                    why = f"{dead[0].name} has ended" if dead else f"not ready after {timeout_s} s"
+                    tails = "\n".join(process.log_tail() for process in dead or (self.broker, *self.workers))
+                    raise LocalClusterError(f"waiting for {workers} workers of {model}: {why}\n{tails}")
+                time.sleep(_POLL_S)
+
+    @staticmethod
+    def _ready(client: Client, model: str) -> int:
+        try:
+            rows: list[dict[str, Any]] = client.models()
+        except TokenmqError as error:
+            if error.retryable or error.code == "no_broker":
+                return 0
+            raise
+        return sum(row["ready"] for row in rows if row["name"] == model)
+
+    def close(self) -> None:
+        """End all processes, workers first."""
+        for process in (*self.workers, self.broker):
+            if process.exit_code is None:
+                process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)
+        for process in (*self.workers, self.broker):
+            process.stop()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def __enter__(self) -> LocalCluster:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _command(part: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", f"tokenmq.cli.{part}", *options]

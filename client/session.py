@@ -1,0 +1,211 @@
+"""The session with a broker: which endpoint, which phase, what was counted. It knows nothing of requests.
+
+One socket carries one session and never a second one: counts, order and what the broker knows of us begin anew
+with the connection. The phases:
+
+    PAUSED      --deadline--------> CONNECTING   a socket to the next endpoint is opened
+    CONNECTING  --connected-------> GREETING     HELLO leaves
+    GREETING    --WELCOME---------> OPEN         requests may leave
+    any of the three --fault, silence, farewell--> PAUSED
+    any         --close-----------> CLOSED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from ..protocol.liveness import Liveness
+from ..protocol.messages import (
+    Chunks,
+    Disconnect,
+    Error,
+    Finish,
+    Goodbye,
+    Heartbeat,
+    Message,
+    Reply,
+    Welcome,
+)
+from .events import Open, Send
+from .settings import Settings
+
+#: Pause after all endpoints failed; doubled each time round. A restarting broker is found again soon, a dead one
+#: is not bothered.
+BACKOFF_S = 0.05
+BACKOFF_MAX_S = 2.0
+#: Time for TCP and the ZMTP handshake. A connection to a live host takes milliseconds; meanwhile libzmq itself
+#: tries again and again, so that a broker that comes up just now is not missed.
+ATTEMPT_S = 1.0
+#: Time for WELCOME after HELLO: a busy broker answers within its loop's lag.
+GREETING_S = 2.0
+
+_FROM_BROKER = (Chunks, Finish, Error, Reply)
+
+
+class Phase(Enum):
+    """Where a session stands; see the module."""
+
+    PAUSED = "paused"
+    CONNECTING = "connecting"
+    GREETING = "greeting"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class SessionOver(Exception):  # noqa: N818 - a farewell is no error
+    """What was heard ends the session.
+
+    Attributes:
+        reason: for a person.
+        mutual: the broker knows that already, so it is told no GOODBYE.
+    """
+
+    def __init__(self, reason: str, *, mutual: bool = False) -> None:
+        """Note why, and whether the broker knows."""
+        super().__init__(reason)
+        self.reason = reason
+        self.mutual = mutual
+
+
+class Session:
+    """The present session, or the way to the next one.
+
+    Attributes:
+        phase: where it stands.
+        endpoint: of the present or last socket.
+        broker: the name the broker gave in WELCOME.
+        tried: endpoints dialled since a broker was last heard, oldest first.
+        sent: messages sent in this session.
+        received: messages received in this session.
+    """
+
+    def __init__(self, settings: Settings, random: Callable[[], float]) -> None:
+        """Stand before the first endpoint; the first `start` is due at once."""
+        self._settings = settings
+        self._random = random
+        # Both bounds let a request that waits for the connect timeout see every endpoint tried once, whenever in
+        # the cycle of tries and pauses it was made.
+        half_s = settings.connect_timeout_s / 2
+        self._attempt_s = min(ATTEMPT_S, half_s / len(settings.endpoints))
+        self._backoff_max_s = min(BACKOFF_MAX_S, half_s)
+        self._next = 0
+        self._failures = 0
+        self._backoff_s = BACKOFF_S
+        self._deadline: float = 0.0
+        self._liveness: Liveness | None = None
+        self.phase = Phase.PAUSED
+        self.endpoint = settings.endpoints[0]
+        self.broker = ""
+        self.tried: list[str] = []
+        self.sent = 0
+        self.received = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether requests may leave."""
+        return self.phase is Phase.OPEN
+
+    @property
+    def has_socket(self) -> bool:
+        """Whether there is a socket to close."""
+        return self.phase in (Phase.CONNECTING, Phase.GREETING, Phase.OPEN)
+
+    def start(self, now: float) -> Open:
+        """Begin with the next endpoint."""
+        endpoints = self._settings.endpoints
+        self.endpoint = endpoints[self._next]
+        self._next = (self._next + 1) % len(endpoints)
+        if self.endpoint not in self.tried:
+            self.tried.append(self.endpoint)
+        self.phase = Phase.CONNECTING
+        self._deadline = now + self._attempt_s
+        self.sent = self.received = 0
+        return Open(self.endpoint)
+
+    def greet(self, now: float) -> Send:
+        """Say HELLO: the socket is connected."""
+        self.phase = Phase.GREETING
+        self._deadline = now + min(GREETING_S, self._settings.connect_timeout_s)
+        return self.say(self._settings.hello(), now)
+
+    def say(self, message: Message, now: float) -> Send:
+        """Count a message that is sent."""
+        self.sent += 1
+        if self._liveness is not None:
+            self._liveness.spoke(now)
+        return Send(message)
+
+    def hear(self, message: Message, now: float) -> bool:
+        """Count a message that came in; tell whether it is about a request or query and so not dealt with here.
+
+        Raises:
+            SessionOver: the session cannot go on.
+        """
+        before = self.received
+        self.received += 1
+        if self._liveness is not None:
+            self._liveness.heard(now)
+            if isinstance(message, _FROM_BROKER):
+                return True
+        if isinstance(message, Heartbeat):
+            if message.sent != before:
+                raise SessionOver(f"the broker has sent {message.sent} messages, {before} arrived")
+        elif isinstance(message, Welcome) and self.phase is Phase.GREETING:
+            self._welcome(message, now)
+        elif isinstance(message, Disconnect):
+            raise SessionOver(f"the broker ended the session: {message.code.value}: {message.message}", mutual=True)
+        elif isinstance(message, Goodbye):
+            raise SessionOver("the broker said goodbye", mutual=True)
+        else:
+            raise SessionOver(f"unexpected {message.command.name} while {self.phase.value}")
+        return False
+
+    def _welcome(self, message: Welcome, now: float) -> None:
+        self.phase = Phase.OPEN
+        self.broker = message.broker
+        self.tried.clear()
+        self._liveness = Liveness(message.heartbeat_s, message.expiry_s, heard_at=now, spoke_at=now)
+        # This endpoint counts as tried when it is lost: the next one of the list comes at once, it itself later.
+        self._failures = 0
+        self._backoff_s = BACKOFF_S
+
+    def silence(self, now: float) -> str | None:
+        """Return why the session must end for what did not come, None where it need not."""
+        if self._liveness is not None:
+            if self._liveness.expired(now):
+                return f"nothing heard from the broker for {self._liveness.expiry_s:g} s"
+        elif self.has_socket and now >= self._deadline:
+            return f"no answer while {self.phase.value}"
+        return None
+
+    def start_due(self, now: float) -> bool:
+        """Tell whether it is time for `start`."""
+        return self.phase is Phase.PAUSED and now >= self._deadline
+
+    def heartbeat(self, now: float) -> Send | None:
+        """Return the heartbeat that is due, None where none is."""
+        if self._liveness is None or not self._liveness.due(now):
+            return None
+        return self.say(Heartbeat(sent=self.sent), now)
+
+    def pause(self, now: float) -> None:
+        """Be without a session; `start` is due at once while the list has endpoints left, else after a back-off."""
+        self.phase = Phase.PAUSED
+        self._liveness = None
+        self._failures += 1
+        self._deadline = now
+        if self._failures % len(self._settings.endpoints) == 0:
+            self._deadline += self._backoff_s * (0.5 + self._random() / 2)
+            self._backoff_s = min(2 * self._backoff_s, self._backoff_max_s)
+
+    def close(self) -> None:
+        """Be done for good."""
+        self.phase = Phase.CLOSED
+        self._liveness = None
+
+    def next_deadline(self) -> float | None:
+        """Return when `start_due`, `silence` or `heartbeat` next changes, None for never."""
+        if self.phase is Phase.CLOSED:
+            return None
+        return self._deadline if self._liveness is None else self._liveness.next_deadline()

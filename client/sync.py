@@ -1,0 +1,118 @@
+"""The client for threads: `Client`, and `Stream`, an ordinary iterator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from ..protocol.messages import Chunk
+from .base import BaseClient
+from .mailbox import Bell, Mailbox
+from .stream import BaseStream
+
+
+class _ThreadBell:
+    """Wakes threads: each waits on its mailbox."""
+
+    def ring(self, mailboxes: Iterable[Mailbox]) -> bool:
+        for mailbox in mailboxes:
+            with mailbox.ready:
+                mailbox.ready.notify_all()
+        return True
+
+
+_BELL = _ThreadBell()
+
+
+class Stream(BaseStream):
+    """An iterator over a request's chunks, from any thread. Leaving it early cancels the request.
+
+    `with client.generate(...) as stream:` cancels at the end of the block; so does the last reference's end.
+    """
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Chunk:
+        """Return the next chunk; wait for it.
+
+        Raises:
+            StopIteration: the stream is over: see `finish_reason`.
+            TokenmqError: it ended with this error; raised every time.
+        """
+        with self._mailbox.ready:
+            while (item := self._next()) is None:
+                self._mailbox.ready.wait()
+        if isinstance(item, Chunk):
+            return item
+        raise StopIteration
+
+    def text(self) -> str:
+        """Wait for the end; return the text of all chunks that had not been taken yet.
+
+        Raises:
+            TokenmqError: the stream ended with it.
+        """
+        return "".join([chunk.text for chunk in self])
+
+    def __enter__(self) -> Stream:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Cancel the stream, unless it is over."""
+        self.cancel()
+
+
+class Client(BaseClient[Stream]):
+    """A client for programs with threads, or with none.
+
+    Use it as a context manager, or call `close`. All methods may be called from any thread.
+    """
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return the models that are served.
+
+        Raises:
+            NoBrokerError: no broker answered within the connect timeout.
+            DeadlineError: the broker did not answer within the query timeout.
+            BrokerLostError: the connection broke before the answer.
+        """
+        return self.query("models")  # type: ignore[no-any-return]
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Return the workers with their load; raises as `models`."""
+        return self.query("workers")  # type: ignore[no-any-return]
+
+    def status(self) -> dict[str, Any]:
+        """Return the broker's own figures; raises as `models`."""
+        return self.query("status")  # type: ignore[no-any-return]
+
+    def query(self, method: str, **arguments: Any) -> Any:
+        """Ask any management question; return plain data. Raises as `models`, and BadRequestError."""
+        return self._ask(method, arguments).result()
+
+    def close(self) -> None:
+        """Say goodbye and end the thread; open streams fail with ClientClosedError. Returns within seconds."""
+        self._finalizer.detach()
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _bell(self) -> Bell:
+        return _BELL
+
+    def _stream(self, mailbox: Mailbox, model: str) -> Stream:
+        return Stream(self._connection, mailbox, model, self)
