@@ -83,3 +83,7 @@ def main(
         fail(str(error))
     on_signals(server.drain)
     server.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -221,3 +221,7 @@ def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], *, as_json
             click.echo(json.dumps(row, ensure_ascii=False))
     else:
         click.echo(table(rows, columns))
+
+
+if __name__ == "__main__":
+    main()
