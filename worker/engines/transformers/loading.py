@@ -1,0 +1,99 @@
+"""A model and its tokenizer from a folder, a GGUF file or the hub; every failure is one line for a person."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..base import EngineLoadError
+from .devices import choose_device, choose_dtype, first_line, is_out_of_memory
+from .gguf import converted, default_cache_dir
+
+#: What the hub allows as an id: `name` or `owner/name`.
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model in eval mode on its device, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(model: str | os.PathLike[str], *, device: str, dtype: str, cache_dir: str | None) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        model: a folder with config and safetensors, a `.gguf` file, or a hub id. A local path never touches the
+            network; a hub id does, unless HF_HUB_OFFLINE is set, and then only the hub's cache is read.
+        device: a torch device or `auto`.
+        dtype: a torch dtype or `auto`.
+        cache_dir: folder for converted GGUF files; None for the default.
+
+    Raises:
+        EngineLoadError: no such model, device or dtype, not a decoder-only language model, damaged, or no memory.
+    """
+    on = choose_device(device)
+    number = choose_dtype(dtype, on)
+    local = _is_local(str(model))
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        if local and str(model).endswith(".gguf"):
+            model = converted(Path(model).resolve(), number, Path(cache_dir) if cache_dir else default_cache_dir())
+        return _load(str(model), on, number, local=local)
+    except EngineLoadError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise EngineLoadError(f"no memory on {on} for the weights of {model} in {number}") from error
+        raise EngineLoadError(f"cannot load {model}: {first_line(error)}") from error
+
+
+def _is_local(model: str) -> bool:
+    """Tell a path from a hub id.
+
+    Raises:
+        EngineLoadError: it can only be a path, and there is nothing at it.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise EngineLoadError(f"{model}: the folder has no config.json, so it holds no model for transformers")
+        return True
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise EngineLoadError(f"{model}: a model is a folder, a .gguf file or a hub id; this is another file")
+        return True
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise EngineLoadError(f"{model}: no such file or folder")
+    return False
+
+
+def _load(source: str, device: torch.device, dtype: torch.dtype, *, local: bool) -> LoadedModel:
+    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if config.is_encoder_decoder:
+        raise EngineLoadError(
+            f"{source}: {config.model_type} is an encoder-decoder; this engine serves decoders only"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    more: dict[str, Any] = {}
+    if getattr(config, "quantization_config", None) is not None:
+        more["device_map"] = {"": device}  # quantised weights must be placed as they are read
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **more
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise EngineLoadError(f"{source}: {len(missing)} weights are missing from its files, such as {missing[0]}")
+    if not more:
+        model.to(device)
+    return LoadedModel(model.eval(), tokenizer)
