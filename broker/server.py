@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -106,7 +107,8 @@ class BrokerServer:
         if self._drain_wish is not None:
             grace_s, self._drain_wish = self._drain_wish, None
             self._perform(self._core.drain(now, grace_s), now)
-        self._perform(self._core.tick(self._clock()), now)
+        now = self._clock()
+        self._perform(self._core.tick(now), now)
 
     def _from_workers(self, now: float) -> None:
         for frames in receive(self._workers, _BATCH):
@@ -137,16 +139,19 @@ class BrokerServer:
         self._perform(self._core.handle(event, now), now)
 
     def _perform(self, actions: Sequence[Action], now: float) -> None:
-        for action in actions:
+        # What follows from a peer that is gone goes behind what was decided before: a heartbeat states how many
+        # messages went before it, so each peer must get its messages in the order in which the core made them.
+        queue = deque(actions)
+        while queue:
+            action = queue.popleft()
             if isinstance(action, Log):
                 write(logger, action)
                 continue
             is_client = isinstance(action, ToClient)
             outcome = send(self._clients if is_client else self._workers, [action.peer, *encode(action.message)])
             if outcome is not Outcome.SENT:
-                # May end in further actions, which end in fewer each time: a session is dropped only once.
                 gone = ClientGone if is_client else WorkerGone
-                self._handle(gone(action.peer, _WHY[outcome]), now)
+                queue.extend(self._core.handle(gone(action.peer, _WHY[outcome]), now))
 
 
 def _broken(monitor: Monitor) -> bool:
