@@ -1,0 +1,199 @@
+"""The requests' side of WorkerCore: who is taken, what leaves as credit allows, how each one ends.
+
+The rules: a request held is answered with exactly one FINISH or ERROR, unless its session ends. FINISH waits until
+all tokens have left; ERROR, and FINISH after a CANCEL, drop what is unsent. What one engine step brought for the
+streams of one client leaves as one CHUNKS message.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import count
+
+from ..protocol.errors import BadRequestError, ErrorCode
+from ..protocol.messages import Cancel, Chunk, Chunks, Credit, Error, Finish, FinishReason, ModelInfo, Request
+from ..protocol.payload import Generation, unpack_generation
+from .answers import error, finish
+from .engines.base import Done, Failed, Job, Output, Tokens
+from .events import CancelJob, Submit
+from .orders import Orders
+from .settings import WorkerSettings
+from .streams import Stream, Streams
+
+
+class Desk:
+    """Takes requests, and answers them."""
+
+    def __init__(self, settings: WorkerSettings, orders: Orders) -> None:
+        """Hold nothing yet; what is to be done goes to `orders`."""
+        self.streams = Streams()
+        self._settings = settings
+        self._orders = orders
+        self._tickets = count(1)
+
+    # --- from brokers -----------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        broker: str,
+        message: Request,
+        models: Sequence[ModelInfo],
+        closed: tuple[ErrorCode, str] | None,
+        now: float,
+    ) -> None:
+        """Take a request, or answer it with ERROR.
+
+        Args:
+            broker: who sent it.
+            message: the request.
+            models: what the worker serves.
+            closed: why the worker takes nothing at the moment; None when it does.
+            now: the time.
+        """
+        attempt = message.envelope.attempt
+        if self.streams.by_key(broker, message.id, attempt) is not None:
+            self._orders.log("request_repeated", message.id, logging.WARNING, broker=broker, attempt=attempt)
+            return
+        refusal = self._refusal(message, models, closed)
+        if refusal is None:
+            try:
+                self._admit(broker, message, unpack_generation(message.payload), now)
+                return
+            except BadRequestError as bad:
+                refusal = error(message, ErrorCode.BAD_REQUEST, bad.message)
+        self._orders.send(broker, refusal)
+        self._orders.log("request_refused", message.id, broker=broker, attempt=attempt, code=refusal.code)
+
+    def _refusal(
+        self, message: Request, models: Sequence[ModelInfo], closed: tuple[ErrorCode, str] | None
+    ) -> Error | None:
+        if message.envelope.route is None:
+            return error(message, ErrorCode.BAD_REQUEST, "the request has no return route")
+        if closed is not None:
+            return error(message, *closed, retryable=True)
+        names = [model.name for model in models]
+        if message.envelope.model not in names:
+            text = f"this worker does not serve {message.envelope.model!r}; models here: {', '.join(names)}"
+            return error(message, ErrorCode.MODEL_NOT_FOUND, text)
+        if len(self.streams) >= self._settings.most_held:
+            text = f"the worker holds {len(self.streams)} requests already"
+            return error(message, ErrorCode.BUSY, text, retryable=True)
+        return None
+
+    def _admit(self, broker: str, message: Request, generation: Generation, now: float) -> None:
+        envelope = message.envelope
+        route = envelope.route or b""  # never empty here: `_refusal` has looked
+        stream = Stream(next(self._tickets), broker, message.id, envelope.attempt, route, envelope.credit, now)
+        self.streams.add(stream)
+        self._orders.add(Submit(Job(stream.ticket, envelope.model, generation, message.attachments)))
+        self._orders.log(
+            "request_accepted",
+            message.id,
+            logging.DEBUG,
+            broker=broker,
+            model=envelope.model,
+            attempt=envelope.attempt,
+            max_tokens=generation.sampling.max_tokens,
+        )
+
+    def credit(self, broker: str, message: Credit, now: float) -> None:
+        """Raise a stream's credit and send what it covers; unknown streams have just ended."""
+        stream = self.streams.by_key(broker, message.id, message.attempt)
+        if stream is not None:
+            stream.grant(message.limit)
+            self._deliver([stream], now)
+
+    def cancel(self, broker: str, message: Cancel, now: float) -> None:
+        """Stop a stream; a second time, or for one that has ended, nothing happens."""
+        stream = self.streams.by_key(broker, message.id, message.attempt)
+        if stream is None or stream.cancelled:
+            return
+        stream.cancel()
+        if stream.end is None:
+            # The engine's Done brings FINISH, and not we at once: only then is the place free.
+            self._orders.add(CancelJob(stream.ticket))
+        else:
+            self._settle(stream, now)
+
+    def leave(self, broker: str) -> int:
+        """Forget all that this broker has here, since its session ended; return how many that were."""
+        streams = self.streams.of_broker(broker)
+        for stream in streams:
+            self.streams.remove(stream)
+            if stream.end is None:
+                self._orders.add(CancelJob(stream.ticket))
+        return len(streams)
+
+    # --- from the engine --------------------------------------------------------------------------------------------
+
+    def outputs(self, outputs: Iterable[Output], now: float) -> None:
+        """Take what a step brought and send what credit covers."""
+        touched: dict[int, Stream] = {}
+        for output in outputs:
+            ticket = output.ticket
+            stream = touched.get(ticket) or self.streams.by_ticket(ticket)
+            if stream is None:
+                continue  # its session has ended
+            touched[ticket] = stream
+            if isinstance(output, Tokens):
+                stream.push(output)
+            else:
+                stream.end = output
+        self._deliver(list(touched.values()), now)
+
+    def fail(self, tickets: frozenset[int], message: str, now: float) -> int:
+        """End the streams whose jobs the engine has lost; return how many that were."""
+        lost = [stream for stream in self.streams if stream.ticket in tickets and stream.end is None]
+        for stream in lost:
+            stream.end = Failed(stream.ticket, ErrorCode.ENGINE_FAILED.value, message, retryable=True)
+        self._deliver(lost, now)
+        return len(lost)
+
+    # --- what leaves ------------------------------------------------------------------------------------------------
+
+    def _deliver(self, streams: Sequence[Stream], now: float) -> None:
+        """Send what these streams may send, one message a client, and then their ends."""
+        pending = streams
+        while pending:
+            batches: dict[tuple[str, bytes], list[Chunk]] = {}
+            for stream in pending:
+                chunks = stream.take()
+                if chunks:
+                    batches.setdefault((stream.broker, stream.route), []).extend(chunks)
+            for (broker, route), batch in batches.items():
+                self._orders.send(broker, Chunks(route, tuple(batch)))
+            pending = [stream for stream in pending if stream.ready]  # more than the largest chunk: another round
+        for stream in streams:
+            if stream.end is not None:
+                self._settle(stream, now)
+
+    def _settle(self, stream: Stream, now: float) -> None:
+        """Answer a stream that has ended in the engine, unless tokens wait for credit."""
+        end = stream.end
+        if isinstance(end, Failed) and not stream.cancelled:
+            self._answer(stream, error(stream, end.code, end.message, retryable=end.retryable), now)
+        elif not stream.unsent:
+            done = end if isinstance(end, Done) else None
+            reason = FinishReason.CANCELLED if stream.cancelled or done is None else done.reason
+            self._answer(stream, finish(stream, reason, done, self._settings.name), now)
+
+    def give_back(self, code: ErrorCode, message: str, now: float) -> None:
+        """End all streams, whatever the engine does with them; another worker may take them."""
+        for stream in self.streams:
+            if stream.end is None:
+                self._orders.add(CancelJob(stream.ticket))
+            if stream.cancelled:
+                answer: Error | Finish = finish(stream, FinishReason.CANCELLED, None, self._settings.name)
+            else:
+                answer = error(stream, code, message, retryable=True)
+            self._answer(stream, answer, now)
+
+    def _answer(self, stream: Stream, answer: Error | Finish, now: float) -> None:
+        self.streams.remove(stream)
+        self._orders.send(stream.broker, answer)
+        outcome = answer.code if isinstance(answer, Error) else answer.reason.value
+        seconds = now - stream.accepted_at
+        self._orders.log(
+            "request_finished", stream.request_id, outcome=outcome, tokens=stream.tokens, seconds=seconds
+        )

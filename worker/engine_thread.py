@@ -1,0 +1,189 @@
+"""The thread that owns the engine: commands go in, events come out, and nobody ever waits for a step.
+
+The I/O thread calls `post` and `progress` and is never blocked by them. The events are handed to a callback, in this
+thread, in order; the callback only puts them somewhere and wakes the I/O thread.
+
+Whatever the engine does, each job that was posted comes to exactly one end: Done or Failed among the outputs, a
+place in EngineFailed, or EngineDied for all that is left.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from ..protocol.errors import ErrorCode
+from ..protocol.messages import FinishReason
+from .engines.base import Done, Engine, EngineLoadError, Failed, Job, Output, Tokens
+from .events import CancelJob, EngineDied, EngineFailed, EngineLoaded, EngineOutputs, EngineProgress, Submit
+
+EngineEvent = EngineLoaded | EngineOutputs | EngineFailed | EngineDied
+#: How quickly the tokens/s figure follows: it forgets two thirds of the past in so many seconds.
+RATE_MEMORY_S = 5.0
+
+
+class EngineThread:
+    """Runs one engine; `start`, then `post`, and `stop` at the end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[EngineEvent], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make the thread; it begins with `start`.
+
+        Args:
+            engine: the engine; from `start` on only the thread touches it.
+            deliver: called in the thread with each event.
+            clock: the clock of EngineProgress, in seconds.
+        """
+        self._engine = engine
+        self._deliver = deliver
+        self._clock = clock
+        self._inbox: queue.SimpleQueue[Submit | CancelJob | None] = queue.SimpleQueue()
+        self._stopping = False
+        #: Tickets that the engine has and that have not ended.
+        self._live: set[int] = set()
+        self._steps = 0
+        self._step_started: float | None = None
+        #: (tokens a second, when that was true): one tuple, so that another thread reads both of one moment.
+        self._rate = (0.0, clock())
+        # A daemon: a step that never ends must not keep the process from exiting.
+        self._thread = threading.Thread(target=self._run, name="tokenmq-engine", daemon=True)
+
+    # --- called by the I/O thread -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._thread.start()
+
+    def post(self, command: Submit | CancelJob) -> None:
+        """Hand a command to the engine; never waits."""
+        self._inbox.put(command)
+
+    def progress(self) -> EngineProgress:
+        """Return how the engine is getting on; never waits."""
+        rate, at = self._rate
+        tokens_per_s = rate * math.exp(-max(0.0, self._clock() - at) / RATE_MEMORY_S)
+        return EngineProgress(self._steps, self._step_started, tokens_per_s)
+
+    def stop(self, wait_s: float) -> bool:
+        """End the thread after its present step and close the engine; tell whether that was done within `wait_s`."""
+        self._stopping = True
+        self._inbox.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._load():
+                while not self._stopping:
+                    self._round()
+        finally:
+            self._engine.close()
+
+    def _load(self) -> bool:
+        began = self._clock()
+        try:
+            models = tuple(self._engine.load())
+            if not models:
+                raise EngineLoadError(f"engine {self._engine.name!r} serves no model")
+        except EngineLoadError as error:
+            self._deliver(EngineDied(str(error)))
+            return False
+        except Exception as error:  # noqa: BLE001 (the engine's code is not ours: whatever it raises is told)
+            self._deliver(EngineDied(f"the model cannot be loaded: {_told(error)}"))
+            return False
+        self._deliver(EngineLoaded(models, self._clock() - began))
+        return True
+
+    def _round(self) -> None:
+        """Take the commands that are there, or wait for one, then make one step if it is due."""
+        try:
+            wait_s = self._engine.next_step_in()
+            outputs = self._commands(wait_s)
+            if self._stopping:
+                return
+            if outputs:
+                self._bring(outputs)
+            wait_s = self._engine.next_step_in()
+            if wait_s is not None and wait_s <= 0:
+                self._bring(self._step())
+        except Exception as error:  # noqa: BLE001 (as above: it fails the jobs, never the worker)
+            self._recover(error)
+
+    def _commands(self, wait_s: float | None) -> list[Output]:
+        """Carry out all commands that have come; wait for the first one up to `wait_s`, or for ever."""
+        outputs: list[Output] = []
+        wait = wait_s is None or wait_s > 0
+        while wait or not self._inbox.empty():
+            try:
+                command = self._inbox.get(timeout=wait_s if wait else 0)
+            except queue.Empty:
+                break
+            wait = False
+            if command is None:
+                break
+            outputs.extend(self._submit(command.job) if isinstance(command, Submit) else self._cancel(command.ticket))
+        return outputs
+
+    def _submit(self, job: Job) -> Sequence[Output]:
+        self._live.add(job.ticket)
+        try:
+            return self._engine.submit(job)
+        except Exception as error:  # noqa: BLE001 (one job that the engine cannot bear must not end the others)
+            self._engine.cancel(job.ticket)
+            return [Failed(job.ticket, ErrorCode.ENGINE_FAILED.value, f"the engine refused: {_told(error)}")]
+
+    def _cancel(self, ticket: int) -> Sequence[Output]:
+        outputs = self._engine.cancel(ticket)
+        if ticket in self._live and not any(isinstance(output, (Done, Failed)) for output in outputs):
+            return [*outputs, Done(ticket, FinishReason.CANCELLED, 0, 0)]
+        return outputs
+
+    def _step(self) -> Sequence[Output]:
+        self._step_started = self._clock()
+        try:
+            return self._engine.step()
+        finally:
+            self._step_started = None
+            self._steps += 1
+
+    def _bring(self, outputs: Sequence[Output]) -> None:
+        """Hand out what came, and keep the books."""
+        tokens = 0
+        for output in outputs:
+            if isinstance(output, Tokens):
+                tokens += len(output.token_ids)
+            else:
+                self._live.discard(output.ticket)
+        self._count(tokens)
+        self._deliver(EngineOutputs(outputs, self._engine.stats()))
+
+    def _count(self, tokens: int) -> None:
+        """Add to the rate: an exponentially weighted count over RATE_MEMORY_S, per second."""
+        rate, at = self._rate
+        now = self._clock()
+        self._rate = (rate * math.exp(-max(0.0, now - at) / RATE_MEMORY_S) + tokens / RATE_MEMORY_S, now)
+
+    def _recover(self, error: Exception) -> None:
+        """Fail what the engine had and let it begin anew; without an engine that can do so there is no worker."""
+        lost = frozenset(self._live)
+        self._live.clear()
+        self._deliver(EngineFailed(_told(error), lost))
+        try:
+            self._engine.reset()
+        except Exception as second:  # noqa: BLE001 (as above)
+            self._stopping = True
+            self._deliver(EngineDied(f"the engine could not be reset: {_told(second)}"))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,233 @@
+"""An engine without a model: exact pace, exact length, known text. For tests, benchmarks and trying things out.
+
+Its token at a position is a pure function of the request's seed and the position, `token_at`, and its text is
+`text_of` that token, so that a test can check any stream to the last character. Token k of a stream is due at
+start + k / rate: a late step is followed by as many more as it takes, and the pace does not drift.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...protocol.limits import MAX_TOKEN_ID
+from ...protocol.messages import FinishReason, ModelInfo
+from ...protocol.payload import Generation
+from .base import Done, Engine, EngineStats, Job, Output, Tokens
+from .transformers.stops import StopMatcher
+
+#: Requests that run at a time.
+SLOTS = 16
+#: Token ids are below this.
+VOCABULARY = 4096
+_WORDS = (
+    "the a one this that of in on over under from with and then so but sea wind rain sun moon light night day "
+    "river hill stone tree leaf bird fish boat road house door lamp song word line ring bell coat bread salt "
+    "green blue red grey old new small tall slow quick deep far near calm bright soft runs falls turns waits sings"
+)
+_TEXTS = tuple(word + " " for word in _WORDS.split())
+_MASK = (1 << 64) - 1
+
+
+def _mixed_seed(seed: int) -> int:
+    return (seed * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & _MASK
+
+
+def _mixed(seed: int, position: int) -> int:
+    """The finalizer of splitmix64, shortened to one round: cheap, and good enough to tell streams apart."""
+    value = seed + position * 0xC2B2AE3D27D4EB4F & _MASK
+    return (value ^ value >> 31) * 0xBF58476D1CE4E5B9 & _MASK
+
+
+def token_at(seed: int, position: int, vocabulary: int = VOCABULARY) -> int:
+    """Return the token at this position of the completion, from 0, of every request with this seed."""
+    return (_mixed(_mixed_seed(seed), position) >> 32) % vocabulary
+
+
+def text_of(token: int) -> str:
+    """Return the text of a token: an English word and a space."""
+    return _TEXTS[token % len(_TEXTS)]
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One job."""
+
+    ticket: int
+    seed: int
+    length: int
+    prompt_tokens: int
+    submitted: float
+    stop_token_ids: frozenset[int]
+    stop: StopMatcher | None
+    started: float = 0.0
+    position: int = 0
+    first_at: float = 0.0
+
+
+class SyntheticEngine(Engine):
+    """Generates words at a pace; see the module."""
+
+    name = "synthetic"
+
+    def __init__(
+        self,
+        name: str = "synthetic",
+        slots: int = SLOTS,
+        tokens_per_second: float = 0.0,
+        length: int | None = None,
+        vocabulary: int = VOCABULARY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make an engine.
+
+        Args:
+            name: the model's name.
+            slots: requests that run at a time; others wait, first come first served.
+            tokens_per_second: pace of each stream; 0 for as fast as it goes, one token a stream and step.
+            length: most tokens of any completion, whatever its max_tokens; None for no such bound.
+            vocabulary: token ids are below it.
+            clock: seconds, for tests.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        if slots < 1 or tokens_per_second < 0 or (length is not None and length < 1):
+            raise ValueError("slots and length must be 1 or more, tokens_per_second 0 or more")
+        if not 1 <= vocabulary <= MAX_TOKEN_ID + 1:
+            raise ValueError(f"vocabulary must be from 1 to {MAX_TOKEN_ID + 1}, got {vocabulary}")
+        self._model = name
+        self._slots = slots
+        self._period_s = 1.0 / tokens_per_second if tokens_per_second else 0.0
+        self._length = length
+        self._vocabulary = vocabulary
+        self._clock = clock
+        self._waiting: dict[int, _Row] = {}
+        self._running: dict[int, _Row] = {}
+        #: With a pace: (when its next token is due, ticket) of each running row; rows that have gone are skipped.
+        self._due: list[tuple[float, int]] = []
+
+    def load(self) -> Sequence[ModelInfo]:
+        """Return the one model; there is nothing to load."""
+        return [ModelInfo(self._model, chat=True)]
+
+    def submit(self, job: Job) -> Sequence[Output]:
+        """Take a job; it never fails."""
+        sampling = job.generation.sampling
+        self._waiting[job.ticket] = _Row(
+            ticket=job.ticket,
+            seed=_mixed_seed(sampling.seed),
+            length=sampling.max_tokens if self._length is None else min(sampling.max_tokens, self._length),
+            prompt_tokens=_prompt_tokens(job.generation),
+            submitted=self._clock(),
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            stop=StopMatcher(sampling.stop) if sampling.stop else None,
+        )
+        self._admit()
+        return []
+
+    def cancel(self, ticket: int) -> Sequence[Output]:
+        """End a job at once."""
+        row = self._running.pop(ticket, None) or self._waiting.pop(ticket, None)
+        if row is None:
+            return []
+        self._admit()
+        return [self._done(row, FinishReason.CANCELLED, self._clock())]
+
+    def step(self) -> Sequence[Output]:
+        """Bring one token of each stream whose token is due."""
+        outputs: list[Output] = []
+        if not self._period_s:
+            now = self._clock()
+            for row in list(self._running.values()):
+                self._advance(row, now, outputs)
+        else:
+            self._step_due(outputs)
+        if self._waiting:
+            self._admit()
+        return outputs
+
+    def next_step_in(self) -> float | None:
+        """Return seconds until a token is due."""
+        if not self._running:
+            return None  # then nothing waits either: whoever waits is admitted as soon as there is a slot
+        if not self._period_s:
+            return 0.0
+        while self._due[0][1] not in self._running:
+            heapq.heappop(self._due)
+        return max(0.0, self._due[0][0] - self._clock())
+
+    def reset(self) -> None:
+        """Drop all jobs."""
+        self._waiting.clear()
+        self._running.clear()
+        self._due.clear()
+
+    def stats(self) -> EngineStats:
+        """Return the present figures."""
+        running = len(self._running)
+        return EngineStats(running, len(self._waiting), running / self._slots)
+
+    def _admit(self) -> None:
+        """Start waiting jobs while there are slots; their first token is due at once."""
+        while self._waiting and len(self._running) < self._slots:
+            row = self._waiting.pop(next(iter(self._waiting)))
+            row.started = self._clock()
+            self._running[row.ticket] = row
+            if self._period_s:
+                heapq.heappush(self._due, (row.started, row.ticket))
+
+    def _step_due(self, outputs: list[Output]) -> None:
+        now = self._clock()
+        later: list[tuple[float, int]] = []  # put back at the end, so that a stream that is late has one token a step
+        while self._due and self._due[0][0] <= now:
+            _, ticket = heapq.heappop(self._due)
+            row = self._running.get(ticket)
+            if row is not None and self._advance(row, now, outputs):
+                later.append((row.started + row.position * self._period_s, ticket))
+        for entry in later:
+            heapq.heappush(self._due, entry)
+
+    def _advance(self, row: _Row, now: float, outputs: list[Output]) -> bool:
+        """Bring a row's next token; tell whether it goes on."""
+        position = row.position
+        token = (_mixed(row.seed, position) >> 32) % self._vocabulary
+        row.position = position + 1
+        if not position:
+            row.first_at = now
+        text = _TEXTS[token % len(_TEXTS)]
+        last = position + 1 >= row.length
+        reason = FinishReason.LENGTH if last else None
+        if token in row.stop_token_ids:
+            text, reason = "", FinishReason.STOP
+        if row.stop is not None:
+            text = row.stop.feed(text)
+            if row.stop.stopped:
+                reason = FinishReason.STOP
+            elif reason is not None:
+                text += row.stop.flush()
+        outputs.append(Tokens(row.ticket, (token,), text))
+        if reason is None:
+            return True
+        del self._running[row.ticket]
+        outputs.append(self._done(row, reason, now))
+        return False
+
+    @staticmethod
+    def _done(row: _Row, reason: FinishReason, now: float) -> Done:
+        if not row.position:
+            waited = (row.started or now) - row.submitted
+            return Done(row.ticket, reason, row.prompt_tokens, 0, waited)
+        queue_s, prefill_s = row.started - row.submitted, row.first_at - row.started
+        return Done(row.ticket, reason, row.prompt_tokens, row.position, queue_s, prefill_s, now - row.first_at)
+
+
+def _prompt_tokens(generation: Generation) -> int:
+    """Return the prompt's length: its words, or its tokens where it came as such."""
+    if generation.token_ids is not None:
+        return len(generation.token_ids)
+    if generation.messages is not None:
+        return sum(len(str(message.get("content", "")).split()) for message in generation.messages)
+    return len((generation.prompt or "").split())

@@ -1,0 +1,172 @@
+"""What WorkerCore is told (events) and what it orders (actions), as values.
+
+A broker is named by its endpoint. Times are seconds of one monotonic clock, the one of `handle` and `tick`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ..protocol.errors import ProtocolError
+from ..protocol.log import Log
+from ..protocol.messages import Message, ModelInfo
+from .engines.base import EngineStats, Job, Output
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The socket of this broker has a connection."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection to this broker is gone, or of no more use; `reason` is for people."""
+
+    broker: str
+    reason: str = "connection lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker let us not in: a wrong key, or no ZMTP peer. The socket goes on trying."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came from this broker."""
+
+    broker: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Frames came from this broker that are no message."""
+
+    broker: str
+    error: ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoaded:
+    """The engine serves these models now; loading took `seconds`."""
+
+    models: tuple[ModelInfo, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutputs:
+    """What one step (or submit, or cancel) brought, or several in order; `stats` is the newest."""
+
+    outputs: Sequence[Output]
+    stats: EngineStats = field(default_factory=EngineStats)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProgress:
+    """How the engine is getting on; the caller tells it before each `tick`.
+
+    Attributes:
+        steps: steps that have ended since start.
+        step_started: when the present step began; None between steps.
+        tokens_per_s: tokens generated a second, smoothed.
+    """
+
+    steps: int = 0
+    step_started: float | None = None
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFailed:
+    """A step raised and the engine was reset: the jobs with these tickets are lost. It takes new ones."""
+
+    message: str
+    tickets: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """There is no engine: its model cannot be loaded, or it could not be reset. `message` tells a person why."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish what is held, then stop; after `grace_s` seconds (None: as in the settings) give the rest back."""
+
+    grace_s: float | None = None
+
+
+Event: TypeAlias = (
+    Connected
+    | Lost
+    | Refused
+    | Received
+    | Malformed
+    | EngineLoaded
+    | EngineOutputs
+    | EngineProgress
+    | EngineFailed
+    | EngineDied
+    | Drain
+)
+
+# --- actions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Make a new socket and connect it to this broker."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """Close the socket of this broker; what was sent before may still leave."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this message to this broker, after all earlier ones."""
+
+    broker: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Hand this job to the engine."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    """Have the engine end the job with this ticket."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The worker is done: exit with this code."""
+
+    exit_code: int
+    reason: str
+
+
+Action: TypeAlias = Open | Shut | Send | Submit | CancelJob | Stop | Log

@@ -1,0 +1,83 @@
+"""One broker's socket: a DEALER with its monitor, and an outbox for what the socket does not take at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import zmq
+
+from ..transport.monitor import ConnectionEvent, Monitor
+from ..transport.pump import Outcome, Pump, receive, send
+from ..transport.sockets import connect, dealer
+
+#: What waits for a broker that does not read, behind libzmq's own queue. Credit bounds what is in flight far below:
+#: a broker that lets this fill up is broken, and its session is given up.
+OUTBOX_BYTES = 16 * 1024 * 1024
+
+
+class Link:
+    """The socket of one session."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump) -> None:
+        """Begin to connect, and have the pump wait for it.
+
+        Raises:
+            EndpointError: libzmq refuses the endpoint. Nothing is left open.
+        """
+        self._pump = pump
+        self._outbox: deque[Sequence[bytes]] = deque()
+        self._outbox_bytes = 0
+        self.socket = dealer(context, endpoint)
+        self._monitor = Monitor(self.socket)
+        pump.watch(self.socket)
+        pump.watch(self._monitor.socket)
+        try:
+            connect(self.socket, endpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    def among(self, ready: Mapping[Any, int]) -> bool:
+        """Tell whether the pump has found something to do here."""
+        return self.socket in ready or self._monitor.socket in ready
+
+    def events(self) -> list[ConnectionEvent]:
+        """Return what has happened to the connection."""
+        return self._monitor.events()
+
+    def receive(self, limit: int) -> list[list[bytes]]:
+        """Return up to `limit` messages that are there."""
+        return receive(self.socket, limit)
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Send after everything before; return False when the outbox is full, and the link of no more use."""
+        if not self._outbox and send(self.socket, frames) is Outcome.SENT:
+            return True
+        if not self._outbox:
+            self._pump.watch(self.socket, writable=True)
+        self._outbox.append(frames)
+        self._outbox_bytes += sum(map(len, frames))
+        return self._outbox_bytes <= OUTBOX_BYTES
+
+    def flush(self) -> bool:
+        """Send what waits, as far as the socket takes it; tell whether nothing waits any more."""
+        if not self._outbox:
+            return True
+        while self._outbox:
+            frames = self._outbox[0]
+            if send(self.socket, frames) is not Outcome.SENT:
+                return False
+            self._outbox.popleft()
+            self._outbox_bytes -= sum(map(len, frames))
+        self._pump.watch(self.socket)
+        return True
+
+    def close(self) -> None:
+        """Close; what libzmq has taken may still leave for a moment (ZMQ_LINGER)."""
+        self.flush()
+        self._pump.forget(self._monitor.socket)
+        self._pump.forget(self.socket)
+        self._monitor.close()
+        self.socket.close()

@@ -1,0 +1,218 @@
+"""The worker's only I/O loop: sockets <-> WorkerCore <-> engine thread. Heartbeats never wait for the model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import zmq
+
+from ..protocol.codec import decode, encode
+from ..protocol.errors import ProtocolError
+from ..protocol.log import Log, write
+from ..transport.endpoints import check_endpoint
+from ..transport.monitor import ConnectionEvent
+from ..transport.pump import Pump
+from .core import WorkerCore
+from .engine_thread import EngineThread
+from .engines.base import Engine
+from .events import (
+    Action,
+    CancelJob,
+    Connected,
+    Drain,
+    EngineOutputs,
+    Event,
+    Lost,
+    Malformed,
+    Open,
+    Received,
+    Refused,
+    Send,
+    Shut,
+    Stop,
+    Submit,
+)
+from .link import Link
+from .settings import WorkerSettings
+
+LOGGER = logging.getLogger("tokenmq.worker")
+#: Messages taken from one broker in one round, so that one cannot starve the others.
+_BATCH = 200
+#: A loop that is this much later than it meant to be was stopped or starved: nobody is expired for it.
+_LATE_S = 0.5
+#: At the end: time for the engine to end its step.
+_ENGINE_STOP_S = 2.0
+
+
+class WorkerServer:
+    """One worker: an engine, and a session with each broker."""
+
+    def __init__(
+        self, engine: Engine, settings: WorkerSettings, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Make a worker; `run` does everything else, or `close` if it is not to run.
+
+        Args:
+            engine: the engine, not loaded yet; the worker loads and closes it.
+            settings: how the worker presents itself and behaves.
+            clock: seconds, monotonic.
+
+        Raises:
+            EndpointError: a broker's endpoint is not valid.
+        """
+        for broker in settings.brokers:
+            check_endpoint(broker)
+        self._clock = clock
+        self._core = WorkerCore(settings, engine.name, time.time_ns())
+        self._pump = Pump()
+        #: Events from other threads and signal handlers; appending is atomic.
+        self._inbox: deque[Event] = deque()
+        self._engine = EngineThread(engine, self._post, clock)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[str, Link] = {}
+        self._stop: Stop | None = None
+        self._closed = False
+
+    def __enter__(self) -> WorkerServer:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def run(self) -> int:
+        """Serve until a drain, a newer worker of the same name at every broker, or an engine that cannot go on.
+
+        Returns:
+            The exit code: 0 after a drain, else 1; the log has told why.
+
+        Raises:
+            EndpointError: libzmq refuses an endpoint.
+        """
+        try:
+            self._engine.start()
+            self._perform(self._core.start(self._clock()))
+            late_at = self._clock()
+            while self._stop is None:
+                late_at = self._round(late_at)
+        finally:
+            self.close()
+        level = logging.INFO if self._stop.exit_code == 0 else logging.ERROR
+        reason, exit_code = self._stop.reason, self._stop.exit_code
+        write(LOGGER, Log("worker_stopped", {"reason": reason, "exit_code": exit_code}, level=level))
+        return exit_code
+
+    def drain(self, grace_s: float | None = None) -> None:
+        """Finish what is held, for at most `grace_s` seconds (None: as in the settings), then let `run` return.
+
+        May be called from any thread, from a signal handler, and before `run`.
+        """
+        self._post(Drain(grace_s))
+
+    def close(self) -> None:
+        """Close sockets and engine; a step that does not end is left to itself. `run` calls it."""
+        if self._closed:
+            return
+        self._closed = True
+        for broker in list(self._links):
+            self._shut(broker)
+        self._context.term()
+        if not self._engine.stop(_ENGINE_STOP_S):
+            write(LOGGER, Log("engine_abandoned", {"waited_s": _ENGINE_STOP_S}, level=logging.WARNING))
+        self._pump.close()
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def _round(self, planned: float) -> float:
+        """Wait and act once; return when the next round should have begun at the latest."""
+        now = self._clock()
+        wait_s = min(max(0.0, self._core.next_deadline() - now), 1.0)
+        ready = self._pump.wait(0.0 if self._inbox else wait_s)
+        now = self._clock()
+        if now > planned + _LATE_S:
+            self._core.forgive(now - planned)
+        self._take_inbox()
+        for broker, link in list(self._links.items()):
+            if ready and link.among(ready):
+                self._serve(broker, link)
+        self._tell(self._engine.progress())
+        self._perform(self._core.tick(self._clock()))
+        return self._clock() + 1.0
+
+    def _take_inbox(self) -> None:
+        """Hand on what has come; outputs of several steps are joined, so that a loop that is behind sends less."""
+        left = len(self._inbox)  # what comes meanwhile has its turn after the sockets
+        while left:
+            event = self._inbox.popleft()
+            left -= 1
+            if isinstance(event, EngineOutputs) and left and isinstance(self._inbox[0], EngineOutputs):
+                outputs = list(event.outputs)
+                while left and isinstance(following := self._inbox[0], EngineOutputs):
+                    event = following
+                    outputs.extend(event.outputs)
+                    self._inbox.popleft()
+                    left -= 1
+                event = EngineOutputs(outputs, event.stats)
+            self._tell(event)
+
+    def _serve(self, broker: str, link: Link) -> None:
+        """Take what has happened at one broker's socket; a disconnection counts after what was received before it."""
+        happened = link.events()
+        if ConnectionEvent.REFUSED in happened:
+            self._tell(Refused(broker))
+        if ConnectionEvent.CONNECTED in happened:
+            self._tell(Connected(broker))
+        for frames in link.receive(_BATCH):
+            self._tell(_received(broker, frames))
+            if self._links.get(broker) is not link:
+                return  # the session has ended
+        if ConnectionEvent.DISCONNECTED in happened:
+            self._tell(Lost(broker))
+        else:
+            link.flush()
+
+    def _tell(self, event: Event) -> None:
+        self._perform(self._core.handle(event, self._clock()))
+
+    def _post(self, event: Event) -> None:
+        self._inbox.append(event)
+        self._pump.waker.wake()
+
+    # --- actions ----------------------------------------------------------------------------------------------------
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action)
+            elif isinstance(action, (Submit, CancelJob)):
+                self._engine.post(action)
+            elif isinstance(action, Log):
+                write(LOGGER, action)
+            elif isinstance(action, Open):
+                self._links[action.broker] = Link(self._context, action.broker, self._pump)
+            elif isinstance(action, Shut):
+                self._shut(action.broker)
+            else:
+                self._stop = action
+
+    def _send(self, action: Send) -> None:
+        link = self._links[action.broker]
+        if not link.send(encode(action.message)):
+            self._post(Lost(action.broker, "it has stopped reading: the outbox is full"))
+
+    def _shut(self, broker: str) -> None:
+        self._links.pop(broker).close()
+
+
+def _received(broker: str, frames: list[bytes]) -> Event:
+    try:
+        return Received(broker, decode(frames))
+    except ProtocolError as error:
+        return Malformed(broker, error)

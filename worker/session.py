@@ -1,0 +1,113 @@
+"""The session with one broker: its phase, its counters, its heartbeats and the back-off before the next one.
+
+    RESTING --Open--> OPENING --Connected--> CONNECTED --READY--> JOINING --ACCEPTED--> ACTIVE
+       ^                 |                       |                   |                    |
+       +-----------------+---------- end (Shut, then back-off) ------+--------------------+
+    DISCONNECT(superseded) and the worker's own end lead to BARRED, from where nothing leads back.
+
+One socket is one session: it is never used for a second READY after an end, so that no message of an old session
+can be taken for one of the new.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S, Liveness
+
+#: A restarted broker is back in about this time; the doubling keeps many workers from storming it.
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+
+
+class Phase(Enum):
+    """Where a session stands; see the module."""
+
+    RESTING = "resting"
+    OPENING = "opening"
+    #: Connected, and no model to register with yet.
+    CONNECTED = "connected"
+    #: READY was sent.
+    JOINING = "joining"
+    ACTIVE = "active"
+    BARRED = "barred"
+
+
+def _unused_liveness() -> Liveness:
+    return Liveness(HEARTBEAT_S, EXPIRY_S, 0.0, 0.0)
+
+
+@dataclass(slots=True)
+class Session:
+    """One broker's session, or the pause between two.
+
+    Attributes:
+        broker: the broker's endpoint.
+        phase: where it stands.
+        retry_at: when to open the next socket; means something while RESTING.
+        backoff_s: the pause after the next end.
+        sent: messages sent in this session.
+        received: messages received in this session.
+        refused: the broker let this socket not in, so far.
+        liveness: heartbeats; means something from JOINING on. Until ACCEPTED tells the broker's intervals, the
+            defaults hold.
+    """
+
+    broker: str
+    phase: Phase = Phase.RESTING
+    retry_at: float = -math.inf
+    backoff_s: float = FIRST_BACKOFF_S
+    sent: int = 0
+    received: int = 0
+    refused: bool = False
+    liveness: Liveness = field(default_factory=_unused_liveness)
+
+    @property
+    def has_socket(self) -> bool:
+        """Tell whether there is a socket to close."""
+        return self.phase not in (Phase.RESTING, Phase.BARRED)
+
+    @property
+    def registered(self) -> bool:
+        """Tell whether READY was sent: then the broker is told of changes."""
+        return self.phase in (Phase.JOINING, Phase.ACTIVE)
+
+    def open(self) -> None:
+        """Note that a new socket is being made."""
+        self.phase = Phase.OPENING
+        self.sent = self.received = 0
+        self.refused = False
+
+    def join(self, now: float) -> None:
+        """Note that READY is being sent."""
+        self.phase = Phase.JOINING
+        self.liveness = Liveness(HEARTBEAT_S, EXPIRY_S, now, now)
+
+    def accept(self, heartbeat_s: float, expiry_s: float) -> bool:
+        """Take the broker's intervals; tell whether this opened the session (READY may be sent again in it)."""
+        opened = self.phase is Phase.JOINING
+        self.phase = Phase.ACTIVE
+        self.backoff_s = FIRST_BACKOFF_S
+        self.liveness.heartbeat_s = heartbeat_s
+        self.liveness.expiry_s = expiry_s
+        return opened
+
+    def rest(self, now: float) -> float:
+        """End the session; return the seconds until the next one is opened."""
+        pause = self.backoff_s
+        self.phase = Phase.RESTING
+        self.retry_at = now + pause
+        self.backoff_s = min(2 * pause, MAX_BACKOFF_S)
+        return pause
+
+    def bar(self) -> None:
+        """End the session for good."""
+        self.phase = Phase.BARRED
+
+    def next_deadline(self) -> float:
+        """Return the next time at which there is something to do; infinity for none."""
+        if self.phase is Phase.RESTING:
+            return self.retry_at
+        return self.liveness.next_deadline() if self.registered else math.inf

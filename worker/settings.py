@@ -1,0 +1,82 @@
+"""What one worker is told: its settings with their defaults, once, for the library and the command alike."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+
+from ..protocol.limits import MAX_MODELS, MAX_NAME_CHARS, MAX_SLOTS
+
+#: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
+SLOTS = 16
+#: Relative weight for the broker's policies.
+SPEED = 1.0
+#: Time for held requests to end after a drain began; supervisors commonly kill after 30 s.
+GRACE_S = 10.0
+#: A step of a healthy engine takes well under a second, a first step that compiles some ten seconds.
+STALL_AFTER_S = 30.0
+#: A worker holds at most `slots * HOLD_FACTOR + HOLD_SPARE` requests: two brokers that fill all slots and a few
+#: that are on their way while a slot becomes free. What is beyond would only wait here, where no broker can move it.
+HOLD_FACTOR = 2
+HOLD_SPARE = 8
+
+
+def default_name() -> str:
+    """Return `<hostname>-<pid>`: one name a process, told apart across machines."""
+    pid = f"-{os.getpid()}"
+    return (socket.gethostname() or "worker")[: MAX_NAME_CHARS - len(pid)] + pid
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """How a worker presents itself and behaves.
+
+    Attributes:
+        brokers: endpoints of the brokers' backends, each once.
+        models: names to register under while the model loads; READY after that carries what the engine serves.
+            Without any, the worker registers only when the model is loaded.
+        name: the worker's name, one process's own.
+        slots: requests that the engine runs at a time.
+        speed: relative weight for the dispatch policies; 1 is normal.
+        heartbeat_s: a wish for a longer heartbeat interval in seconds; None for the broker's own.
+        grace_s: seconds that a drain gives to held requests.
+        stall_after_s: seconds after which an engine step that has not ended makes the worker `stalled`.
+
+    Raises:
+        ValueError: a value cannot be used; the message says which and why.
+    """
+
+    brokers: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    name: str = field(default_factory=default_name)
+    slots: int = SLOTS
+    speed: float = SPEED
+    heartbeat_s: float | None = None
+    grace_s: float = GRACE_S
+    stall_after_s: float = STALL_AFTER_S
+
+    def __post_init__(self) -> None:
+        """Refuse what a broker would refuse, before anything is dialled."""
+        if not self.brokers or len(set(self.brokers)) != len(self.brokers):
+            raise ValueError(f"brokers: expected one endpoint or more, each once; got {list(self.brokers)}")
+        if len(self.models) > MAX_MODELS or not all(0 < len(name) <= MAX_NAME_CHARS for name in self.models):
+            raise ValueError(f"models: expected at most {MAX_MODELS} names of 1 to {MAX_NAME_CHARS} characters")
+        if not 0 < len(self.name) <= MAX_NAME_CHARS:
+            raise ValueError(f"name: expected 1 to {MAX_NAME_CHARS} characters, got {len(self.name)}")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            raise ValueError(f"slots: expected 1 to {MAX_SLOTS}, got {self.slots}")
+        if not 1e-6 <= self.speed <= 1e6:
+            raise ValueError(f"speed: expected a number from 1e-6 to 1e6, got {self.speed}")
+        if self.heartbeat_s is not None and not 0.001 <= self.heartbeat_s < math.inf:
+            raise ValueError(f"heartbeat_s: expected 0.001 or more, got {self.heartbeat_s}")
+        if not self.grace_s >= 0:
+            raise ValueError(f"grace_s: expected 0 or more, got {self.grace_s}")
+        if not self.stall_after_s > 0:
+            raise ValueError(f"stall_after_s: expected more than 0, got {self.stall_after_s}")
+
+    @property
+    def most_held(self) -> int:
+        """Requests that the worker holds at most, of all brokers."""
+        return self.slots * HOLD_FACTOR + HOLD_SPARE

@@ -1,0 +1,205 @@
+"""The requests that a worker holds, each with the tokens that it has no credit for yet.
+
+An engine never waits for a reader: what it produces is kept here and leaves as credit allows. What is kept is bounded
+by the request's max_tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..protocol.credit import SendWindow
+from ..protocol.messages import Chunk
+from .engines.base import Done, Failed, Tokens
+
+#: Tokens in one chunk: with their text they stay far below the largest body, whatever credit a client grants.
+MAX_CHUNK_TOKENS = 16_384
+
+
+@dataclass(slots=True)
+class Lane:
+    """One completion: its unsent pieces, and the window that they leave through.
+
+    Attributes:
+        window: credit; `window.sent` is the offset of the next chunk.
+        pieces: (token ids, text) as the engine gave them; a text is never split, it leaves with its last token.
+        cut: tokens of the first piece that have left already.
+    """
+
+    window: SendWindow
+    pieces: deque[tuple[tuple[int, ...], str]] = field(default_factory=deque)
+    cut: int = 0
+
+    def ready(self) -> bool:
+        """Tell whether something may leave now: a token with credit, or text whose tokens have all left."""
+        return bool(self.pieces) and (self.window.available > 0 or not self.pieces[0][0])
+
+    def take(self) -> tuple[int, tuple[int, ...], str] | None:
+        """Take what may leave now, joined: (offset, token ids, text), or None."""
+        if not self.ready():
+            return None
+        offset = self.window.sent
+        room = min(self.window.available, MAX_CHUNK_TOKENS)
+        token_ids, text = self.pieces[0]
+        if len(self.pieces) == 1 and not self.cut and len(token_ids) <= room:  # nearly always: the reader keeps up
+            self.pieces.clear()
+        else:
+            token_ids, text = self._join(room)
+        self.window.send(len(token_ids))
+        return offset, token_ids, text
+
+    def _join(self, room: int) -> tuple[tuple[int, ...], str]:
+        taken: list[int] = []
+        texts: list[str] = []
+        while self.pieces:
+            token_ids, text = self.pieces[0]
+            rest = token_ids[self.cut :]
+            if len(rest) > room:
+                taken.extend(rest[:room])
+                self.cut += room
+                break
+            taken.extend(rest)
+            texts.append(text)
+            room -= len(rest)
+            self.cut = 0
+            self.pieces.popleft()
+        return tuple(taken), "".join(texts)
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A request that the worker holds.
+
+    Attributes:
+        ticket: the engine's number for it.
+        broker: who sent it; (broker, request_id, attempt) is its key.
+        request_id: its id on the wire.
+        attempt: which submission.
+        route: names its client in CHUNKS.
+        limit: credit: tokens with a position below it may be sent.
+        accepted_at: when it came.
+        lanes: its completions by index.
+        tokens: tokens that the engine has brought.
+        end: how it ended in the engine; None while the engine has it.
+        cancelled: nothing more is sent but FINISH.
+    """
+
+    ticket: int
+    broker: str
+    request_id: bytes
+    attempt: int
+    route: bytes
+    limit: int
+    accepted_at: float
+    lanes: dict[int, Lane] = field(default_factory=dict)
+    tokens: int = 0
+    end: Done | Failed | None = None
+    cancelled: bool = False
+
+    def push(self, output: Tokens) -> None:
+        """Keep what the engine brought."""
+        self.tokens += len(output.token_ids)
+        text = output.text
+        if self.cancelled or not (output.token_ids or text):
+            return
+        if not text.isascii():  # a lone surrogate from an odd tokenizer cannot be packed
+            text = text.encode("utf-8", "replace").decode()
+        lane = self.lanes.get(output.index)
+        if lane is None:
+            lane = self.lanes[output.index] = Lane(SendWindow(self.limit))
+        lane.pieces.append((output.token_ids, text))
+
+    def grant(self, limit: int) -> None:
+        """Raise the credit; a lower limit than before changes nothing."""
+        self.limit = max(self.limit, limit)
+        for lane in self.lanes.values():
+            lane.window.grant(limit)
+
+    def take(self) -> list[Chunk]:
+        """Take what may leave now, at most one chunk a completion."""
+        chunks = []
+        for index, lane in self.lanes.items():
+            taken = lane.take()
+            if taken is not None:
+                chunks.append(Chunk(self.request_id, self.attempt, index, *taken))
+        return chunks
+
+    def cancel(self) -> None:
+        """Drop what is unsent, and whatever still comes."""
+        self.cancelled = True
+        self.lanes.clear()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` would bring something."""
+        return any(lane.ready() for lane in self.lanes.values())
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits, with credit or without."""
+        return any(lane.pieces for lane in self.lanes.values())
+
+
+class Streams:
+    """All held requests, by ticket and by key."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self._by_ticket: dict[int, Stream] = {}
+        self._by_key: dict[tuple[str, bytes, int], Stream] = {}
+        self._of_broker: dict[str, dict[int, Stream]] = {}
+
+    def __len__(self) -> int:
+        """Return how many are held."""
+        return len(self._by_ticket)
+
+    def __iter__(self) -> Iterator[Stream]:
+        """Go through a copy, oldest first."""
+        return iter(list(self._by_ticket.values()))
+
+    def add(self, stream: Stream) -> None:
+        """Hold one more."""
+        self._by_ticket[stream.ticket] = stream
+        self._by_key[stream.broker, stream.request_id, stream.attempt] = stream
+        self._of_broker.setdefault(stream.broker, {})[stream.ticket] = stream
+
+    def remove(self, stream: Stream) -> None:
+        """Let go of one."""
+        del self._by_ticket[stream.ticket]
+        del self._by_key[stream.broker, stream.request_id, stream.attempt]
+        del self._of_broker[stream.broker][stream.ticket]
+
+    def by_ticket(self, ticket: int) -> Stream | None:
+        """Return the stream with this ticket."""
+        return self._by_ticket.get(ticket)
+
+    def by_key(self, broker: str, request_id: bytes, attempt: int) -> Stream | None:
+        """Return the stream that this broker means."""
+        return self._by_key.get((broker, request_id, attempt))
+
+    def of_broker(self, broker: str) -> list[Stream]:
+        """Return this broker's streams, oldest first."""
+        return list(self._of_broker.get(broker, {}).values())
+
+    def held(self, broker: str) -> int:
+        """Return how many this broker has here."""
+        return len(self._of_broker.get(broker, ()))
+
+    def in_engine(self) -> int:
+        """Return how many the engine has not ended yet."""
+        return sum(stream.end is None for stream in self._by_ticket.values())
+
+    def validate(self) -> None:
+        """Check what must hold between two events; raises AssertionError with the stream at fault."""
+        assert len(self._by_ticket) == len(self._by_key) == sum(map(len, self._of_broker.values())), "indexes differ"
+        for ticket, stream in self._by_ticket.items():
+            assert stream.ticket == ticket, stream
+            assert self.by_key(stream.broker, stream.request_id, stream.attempt) is stream, stream
+            assert self._of_broker[stream.broker].get(ticket) is stream, stream
+            assert not stream.ready, stream  # what may leave has left
+            assert stream.end is None or (stream.unsent and isinstance(stream.end, Done)), stream
+            for lane in stream.lanes.values():
+                assert 0 <= lane.window.sent <= lane.window.limit == stream.limit, stream
+                assert lane.cut == 0 or lane.cut < len(lane.pieces[0][0]), stream
