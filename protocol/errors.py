@@ -174,7 +174,8 @@ def exception_for(
 ) -> TokenmqError:
     """Return the exception that stands for an error code.
 
-    A code that this version does not know gives a plain TokenmqError that carries it.
+    `protocol`, and a code that this version does not know, give a plain TokenmqError that carries the code:
+    ProtocolError is about bytes that arrived here.
     """
     kind = _BY_CODE.get(code, TokenmqError)
     return kind(message, code=code, retryable=retryable, retry_after_s=retry_after_s, request_id=request_id)

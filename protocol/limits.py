@@ -20,6 +20,12 @@ MAX_DEPTH = 32
 MAX_ARRAY_ITEMS = 1_048_576
 #: Entries of one msgpack map.
 MAX_MAP_ITEMS = 65_536
+#: Arrays and maps in one body, all levels together: an empty one is a byte on the wire and over 60 in memory. The
+#: largest honest body is a full CHUNKS, two arrays a chunk.
+MAX_CONTAINERS = 262_144
+#: Integers that msgpack can carry.
+MIN_INTEGER = -(2**63)
+MAX_INTEGER = 2**64 - 1
 
 #: Names of models, workers, clients, policies, codes.
 MAX_NAME_CHARS = 256

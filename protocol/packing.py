@@ -20,7 +20,7 @@ def pack(value: Any) -> bytes:
     try:
         return msgpack.packb(value, use_bin_type=True)  # type: ignore[no-any-return]
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"cannot be packed: {error}") from error
+        raise ProtocolError(f"cannot be packed: {str(error)[:200]}") from error
 
 
 def unpack(data: bytes, what: str, limit: int = limits.MAX_BODY_BYTES) -> Any:
@@ -31,26 +31,82 @@ def unpack(data: bytes, what: str, limit: int = limits.MAX_BODY_BYTES) -> Any:
         what: named in errors.
         limit: most bytes allowed.
 
+    Returns:
+        Plain data: maps as dicts with string keys only, arrays as lists.
+
     Raises:
-        ProtocolError: the bytes are too many, cut short, not msgpack, followed by others, too deeply nested, or
-            use extension types.
+        ProtocolError: the bytes are too many, cut short, not msgpack, followed by others, too deeply nested, hold
+            too many containers, a map with a key twice or a key that is no string, or extension types.
     """
-    if len(data) > limit:
-        raise ProtocolError(f"{what}: {len(data)} bytes, at most {limit} are allowed")
+    size = len(data)
+    if size > limit:
+        raise ProtocolError(f"{what}: {size} bytes, at most {limit} are allowed")
+    budget = _Budget() if size > limits.MAX_CONTAINERS else None
     try:
         return msgpack.unpackb(
             data,
             raw=False,
             use_list=True,
             strict_map_key=True,
+            object_pairs_hook=budget.map if budget else _unique,
+            list_hook=budget.array if budget else None,
+            ext_hook=_refuse_extension,
             max_str_len=limit,
             max_bin_len=limit,
-            max_array_len=limits.MAX_ARRAY_ITEMS,
-            max_map_len=limits.MAX_MAP_ITEMS,
+            # An element takes a byte at least: what is declared beyond the bytes at hand is never allocated.
+            max_array_len=min(limits.MAX_ARRAY_ITEMS, size),
+            max_map_len=min(limits.MAX_MAP_ITEMS, size),
+            # Ends timestamps and all extensions but empty ones, which the hook refuses.
             max_ext_len=0,
         )
-    except RecursionError as error:
+    except (RecursionError, msgpack.StackError) as error:
         raise ProtocolError(f"{what}: nested too deeply") from error
-    # Everything else that msgpack raises on bad bytes: its own exceptions are ValueErrors but for StackError's base.
+    # FormatError and OutOfData are not always ValueErrors, depending on msgpack's version and implementation.
     except (msgpack.UnpackException, ValueError, TypeError, OverflowError) as error:
-        raise ProtocolError(f"{what}: not valid msgpack: {error or type(error).__name__}") from error
+        raise ProtocolError(f"{what}: not valid msgpack: {_reason(error)}") from error
+
+
+_ONLY_STRINGS = frozenset({str})
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a map has a key twice")
+    if not _ONLY_STRINGS.issuperset(map(type, found)):
+        raise ValueError("a map has a key that is not a string")
+    return found
+
+
+class _Budget:
+    """Counts the containers of a body that has bytes enough for too many: for all others it would cost in vain."""
+
+    def __init__(self) -> None:
+        self.left = limits.MAX_CONTAINERS
+
+    def array(self, found: list[Any]) -> list[Any]:
+        self._take()
+        return found
+
+    def map(self, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        self._take()
+        return _unique(pairs)
+
+    def _take(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"more than {limits.MAX_CONTAINERS} arrays and maps")
+
+
+def _refuse_extension(code: int, _data: bytes) -> Any:
+    raise ValueError(f"extension type {code} is not allowed")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, msgpack.FormatError):
+        return "a byte that begins no value"
+    if isinstance(error, msgpack.ExtraData):
+        return "bytes after its end"
+    if "strict_map_key" in str(error):
+        return "a map has a key that is not a string"
+    return str(error)[:200] or type(error).__name__

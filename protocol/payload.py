@@ -57,19 +57,18 @@ class Generation:
     sampling: Sampling = field(default_factory=Sampling)
 
 
+_role = text(limits.MAX_NAME_CHARS, empty=False)
+_content = text(limits.MAX_PROMPT_CHARS)
+
+
 def _message(value: Any, path: str) -> dict[str, Any]:
     message = mapping(value, path)
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ProtocolError(f"{path}.role: expected a string such as 'user'")
-    if not isinstance(message.get("content"), str):
-        raise ProtocolError(f"{path}.content: expected a string")
-    if len(message["content"]) > limits.MAX_PROMPT_CHARS:
-        raise ProtocolError(f"{path}.content: longer than {limits.MAX_PROMPT_CHARS} characters")
+    absent = [name for name in ("role", "content") if name not in message]
+    if absent:
+        raise ProtocolError(f"{path}: missing {', '.join(absent)}")
+    _role(message["role"], f"{path}.role")
+    _content(message["content"], f"{path}.content")
     return message
-
-
-def _nonempty_prompt(value: Any, path: str) -> str:
-    return text(limits.MAX_PROMPT_CHARS, empty=False)(value, path)  # type: ignore[no-any-return]
 
 
 _SAMPLING: Check = record(
@@ -89,7 +88,7 @@ _SAMPLING: Check = record(
 _GENERATION: Check = record(
     Generation,
     {
-        "prompt": optional(_nonempty_prompt),
+        "prompt": optional(text(limits.MAX_PROMPT_CHARS, empty=False)),
         "token_ids": optional(integers(0, limits.MAX_TOKEN_ID, limits.MAX_PROMPT_TOKENS, least=1)),
         "messages": optional(listing(_message, limits.MAX_MESSAGES, least=1)),
         "sampling": _SAMPLING,

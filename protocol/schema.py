@@ -19,12 +19,33 @@ Check: TypeAlias = Callable[[Any, str], Any]
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
+#: Characters of a stranger's value that an error repeats.
+_SHOWN_CHARS = 80
+
+
 def fail(path: str, expected: str, value: Any) -> ProtocolError:
     """Return the error for a value that is not what was expected there."""
-    shown = repr(value)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
-    return ProtocolError(f"{path}: expected {expected}, got {shown}")
+    return ProtocolError(f"{path}: expected {expected}, got {show(value)}")
+
+
+def show(value: Any) -> str:
+    """Describe a value in a few words, whatever it is: the `repr` of a stranger's data may take seconds or fail."""
+    if value is None or isinstance(value, (bool, float)):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        shown = repr(value[:_SHOWN_CHARS])
+        if len(value) <= _SHOWN_CHARS and len(shown) <= _SHOWN_CHARS:
+            return shown
+        return f"{shown[: _SHOWN_CHARS - 3]}... ({len(value)} characters)"
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return f"a map of {len(value)}"
+    return f"a {type(value).__name__[:64]}"
 
 
 def text(limit: int = limits.MAX_NAME_CHARS, *, empty: bool = True) -> Check:
@@ -130,8 +151,9 @@ def integers(low: int, high: int, limit: int, *, least: int = 0) -> Check:
     def check(value: Any, path: str) -> tuple[int, ...]:
         if not isinstance(value, (list, tuple)) or not least <= len(value) <= limit:
             raise fail(path, expected, value)
-        if not all(type(item) is int and low <= item <= high for item in value):
-            raise fail(path, expected, value)
+        for position, item in enumerate(value):
+            if type(item) is not int or not low <= item <= high:
+                raise fail(f"{path}[{position}]", f"an integer from {low} to {high}", item)
         return tuple(value)
 
     return check
@@ -152,6 +174,8 @@ def plain(value: Any, path: str) -> Any:
             pending.extend((inner, depth + 1) for inner in item)
         elif isinstance(item, float) and not math.isfinite(item):
             raise fail(path, "finite numbers only", item)
+        elif type(item) is int and not limits.MIN_INTEGER <= item <= limits.MAX_INTEGER:
+            raise fail(path, "integers of 64 bits at most", item)
         elif item is not None and type(item) not in (bool, int, float, str, bytes):
             raise fail(path, "plain data", item)
     return value
@@ -188,10 +212,11 @@ def entries(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = Fals
         if absent:
             raise ProtocolError(f"{path}: missing {', '.join(sorted(absent))}")
         if strict:
-            unknown = [str(key)[:64] for key in value if key not in checks]
+            unknown = [key for key in value if key not in checks]
             if unknown:
-                known = ", ".join(sorted(checks))
-                raise ProtocolError(f"{path}: unknown {', '.join(sorted(unknown)[:8])}; known are {known}")
+                found = ", ".join(sorted(show(key) for key in unknown[:3]))
+                more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+                raise ProtocolError(f"{path}: unknown {found}{more}; known are {', '.join(sorted(checks))}")
         return {name: inner(value[name], f"{path}.{name}") for name, inner in checks.items() if name in value}
 
     return check
@@ -208,14 +233,25 @@ def record(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False
 
 
 def dump(value: Any) -> Any:
-    """Turn records, enumerations and tuples into plain data; None fields of a record are left out."""
+    """Turn records, enumerations and tuples into plain data; None fields of a record are left out.
+
+    Raises:
+        ProtocolError: it is nested deeper than Python's stack.
+    """
+    try:
+        return _dump(value)
+    except RecursionError as error:
+        raise ProtocolError("cannot be packed: nested too deeply") from error
+
+
+def _dump(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
-        return {name: dump(inner) for name, inner in pairs if inner is not None}
+        return {name: _dump(inner) for name, inner in pairs if inner is not None}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [dump(item) for item in value]
+        return [_dump(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: dump(item) for key, item in value.items()}
+        return {key: _dump(item) for key, item in value.items()}
     return value
