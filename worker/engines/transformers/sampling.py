@@ -55,7 +55,8 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     if logits.device.type == "mps":  # no float64 there, and the memory is the same
         logits = logits.cpu()
     logits = logits.float()
-    chosen = logits.argmax(-1)  # the first of equals, as torch promises
+    chosen = logits.argmax(-1)  # the first of equals, as torch promises; and a NaN before any number
+    broken = logits.gather(1, chosen[:, None])[:, 0].isnan()
     free = [row for row, draw in enumerate(draws) if not draw.greedy and not draw.restricted]
     restricted = [row for row, draw in enumerate(draws) if not draw.greedy and draw.restricted]
     if free:
@@ -63,7 +64,6 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     if restricted:
         tempered = _tempered(logits, restricted, draws)
         chosen[_index(restricted, logits)] = _restricted(tempered, [draws[row] for row in restricted])
-    broken = logits.gather(1, chosen[:, None])[:, 0].isnan()
     ids: list[int] = chosen.masked_fill(broken, NOT_A_NUMBER).tolist()
     return ids
 
