@@ -256,12 +256,12 @@ class ClientCore:
         for key in [key for key, query in self._queries.items() if query.sent]:
             self._answer(key, error=BrokerLostError(message, retryable=True, request_id=key.hex()))
 
-    # What came for a stream or a query
+    # What came for a stream or a query: in an open session, where nothing waits to be sent
 
     def _current(self, key: bytes, attempt: int) -> OpenStream | None:
         """Return the open stream that a message is for, None (and count it) where it is too late or foreign."""
         stream = self._streams.get(key)
-        if stream is None or not stream.sent:
+        if stream is None:
             self.dropped["unknown"] += 1
             return None
         if attempt != stream.attempt:
@@ -295,7 +295,7 @@ class ClientCore:
 
     def _error(self, message: Error) -> None:
         query = self._queries.get(message.id)
-        if query is not None and query.sent:
+        if query is not None:
             self._answer(message.id, error=error_from(message))
             return
         # Attempt 0: the broker could not read the request, and so knows no attempt.
@@ -307,8 +307,7 @@ class ClientCore:
             self._end(stream, error_from(message))
 
     def _reply(self, message: Reply) -> None:
-        query = self._queries.get(message.id)
-        if query is None or not query.sent:
+        if message.id not in self._queries:
             self.dropped["unknown"] += 1
         else:
             self._answer(message.id, result=message.result)
