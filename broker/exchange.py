@@ -102,8 +102,10 @@ class Exchange:
                 self._counters.cancelled += 1
                 self._forget_waiting(record)
             else:
-                record.worker.routes[record.route].client = None
                 self._orphan(record)
+        # Also where it has only requests left that it no longer waits for: past their deadline.
+        for worker in self._registry:
+            worker.close_route(client)
 
     # What workers do.
 

@@ -110,6 +110,12 @@ class WorkerSession(Session):
         hold = self.routes.setdefault(record.route, RouteHold(record.client))
         hold.count += 1
 
+    def close_route(self, client: ClientSession) -> None:
+        """Let no more CHUNKS pass to a client that has gone."""
+        hold = self.routes.get(client.route)
+        if hold is not None:
+            hold.client = None
+
     def release(self, record: RequestRecord) -> None:
         """Free the slot; close the way back to the client when this was its last request here."""
         del self.in_flight[record.id]
