@@ -309,6 +309,7 @@ class Exchange:
     def _forget_waiting(self, record: RequestRecord) -> None:
         self._rooms[record.model].remove(record)
         del self.records[record.id]
+        record.message = None  # the heap of deadlines may keep the record for long
 
     def _end_waiting(self, record: RequestRecord, answer: Finish | Error) -> None:
         self._forget_waiting(record)
