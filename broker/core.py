@@ -56,7 +56,7 @@ from .events import (
 )
 from .exchange import Exchange
 from .metrics import Counters
-from .outbox import Outbox
+from .outbox import Outbox, clip
 from .registry import ClientSession, Registry, Session, WorkerSession
 from .settings import BrokerSettings
 
@@ -245,7 +245,7 @@ class BrokerCore:
         try:
             result = management.answer(self, query.method, query.arguments, now)
         except BadRequestError as error:
-            self._outbox.to_client(client, Error(query.id, 0, ErrorCode.BAD_REQUEST.value, error.message))
+            self._outbox.to_client(client, Error(query.id, 0, ErrorCode.BAD_REQUEST.value, clip(error.message)))
         else:
             self._outbox.to_client(client, Reply(query.id, result))
 
@@ -263,13 +263,13 @@ class BrokerCore:
         elif event.error.subject is not None:
             client.received += 1
             client.liveness.heard(now)
-            answer = Error(event.error.subject, 0, ErrorCode.BAD_REQUEST.value, event.error.message)
+            answer = Error(event.error.subject, 0, ErrorCode.BAD_REQUEST.value, clip(event.error.message))
             self._outbox.to_client(client, answer)
         else:
             self._disconnect_client(client, DisconnectCode.PROTOCOL, event.error.message)
 
     def _disconnect_client(self, client: ClientSession, code: DisconnectCode, why: str) -> None:
-        self._refuse(ToClient(client.peer, Disconnect(code, why)))
+        self._refuse(ToClient(client.peer, Disconnect(code, clip(why))))
         self.counters.clients_lost += 1
         self._drop_client(client, f"{code.value}: {why}", level=logging.WARNING)
 
@@ -382,7 +382,7 @@ class BrokerCore:
             self._disconnect_worker(worker, DisconnectCode.PROTOCOL, event.error.message)
 
     def _disconnect_worker(self, worker: WorkerSession, code: DisconnectCode, why: str) -> None:
-        self._refuse(ToWorker(worker.peer, Disconnect(code, why)))
+        self._refuse(ToWorker(worker.peer, Disconnect(code, clip(why))))
         self.counters.workers_lost += 1
         self._drop_worker(worker, f"{code.value}: {why}", level=logging.WARNING)
 
@@ -469,7 +469,7 @@ def _unknown(message: Message, expected: str) -> Disconnect:
 
 
 def _protocol(error: ProtocolError) -> Disconnect:
-    return Disconnect(DisconnectCode.PROTOCOL, error.message)
+    return Disconnect(DisconnectCode.PROTOCOL, clip(error.message))
 
 
 def _lost(beat: Heartbeat, session: Session) -> str:

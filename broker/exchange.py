@@ -17,7 +17,7 @@ from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Req
 from .deadlines import Deadlines
 from .dispatch import Candidate, Policy
 from .metrics import Counters
-from .outbox import Outbox
+from .outbox import Outbox, clip
 from .queue import WaitingRoom
 from .registry import ClientSession, Registry, WorkerSession
 from .requests import RequestRecord
@@ -244,7 +244,7 @@ class Exchange:
                 message = f"no worker serves {model!r} at the moment; models here: {here}"
                 return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
             message = f"no worker serves {model!r}; models here: {here}"
-            return self._error(record, ErrorCode.MODEL_NOT_FOUND, message[:2048], retryable=False)
+            return self._error(record, ErrorCode.MODEL_NOT_FOUND, message, retryable=False)
         if record.deadline_at is not None and record.deadline_at <= record.arrived_at:
             return self._error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
         room = self._room(model)
@@ -340,4 +340,5 @@ class Exchange:
 
     @staticmethod
     def _error(record: RequestRecord, code: ErrorCode, message: str, *, retryable: bool) -> Error:
-        return Error(record.id, record.attempt, code.value, message, retryable)
+        # Names in it are a peer's choice; a longer message would be malformed, and end the client's session.
+        return Error(record.id, record.attempt, code.value, clip(message), retryable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.log import Log
 from ..protocol.messages import Heartbeat, Message
 from .events import Action, ToClient, ToWorker
@@ -51,3 +52,8 @@ class Outbox:
         """Return what has been collected, in order, and begin anew."""
         actions, self._actions = self._actions, []
         return actions
+
+
+def clip(message: str) -> str:
+    """Cut a message for a person to the length that the wire allows."""
+    return message if len(message) <= MAX_TEXT_CHARS else message[: MAX_TEXT_CHARS - 3] + "..."
