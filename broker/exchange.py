@@ -8,6 +8,7 @@ its slot charged until then, because the worker still computes.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 from random import Random
@@ -21,6 +22,9 @@ from .outbox import Outbox, clip
 from .queue import WaitingRoom
 from .registry import ClientSession, Registry, WorkerSession
 from .requests import RequestRecord
+
+#: Models that nobody serves any more are remembered up to this number: workers choose their names.
+_MAX_SEEN_MODELS = 16_384
 
 
 class Exchange:
@@ -47,8 +51,8 @@ class Exchange:
         self._rooms: dict[str, WaitingRoom] = {}
         self._deadlines = Deadlines()
         self._dispatches = 0
-        #: Models that were served once: asking for one is no mistake of the client's.
-        self._seen_models: set[str] = set()
+        #: Models that were served once: asking for one is no mistake of the client's. The latest come last.
+        self._seen_models: OrderedDict[str, None] = OrderedDict()
 
     # What clients do.
 
@@ -136,7 +140,11 @@ class Exchange:
 
     def models_served(self, models: Iterable[str]) -> None:
         """Note that a worker has registered for these models."""
-        self._seen_models.update(models)
+        for model in models:
+            self._seen_models[model] = None
+            self._seen_models.move_to_end(model)
+        while len(self._seen_models) > _MAX_SEEN_MODELS:
+            self._seen_models.popitem(last=False)
 
     def models_lost(self, models: Iterable[str]) -> None:
         """Fail what waits for those of the models that nobody serves any more."""
