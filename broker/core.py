@@ -417,7 +417,8 @@ class BrokerCore:
         if lag_s > self._tick_s:
             self._outbox.log("loop_late", level=logging.WARNING, s=lag_s)
             for session in self._sessions():
-                session.liveness.forgive(lag_s)
+                # At most up to now: who was heard since is not to be taken for alive in times to come.
+                session.liveness.forgive(max(0.0, min(lag_s, now - session.liveness.heard_at)))
 
     def _sessions(self) -> list[Session]:
         return [*self.clients.values(), *self.registry]
