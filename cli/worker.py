@@ -1,0 +1,131 @@
+"""zmq-worker: run a worker, one engine on one device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import PurePath
+from typing import Any
+
+import click
+
+from ..transport.endpoints import DEFAULT_BACKEND
+from ..worker.engines.base import EngineLoadError
+from ..worker.engines.registry import make_engine
+from ..worker.server import WorkerServer
+from ..worker.settings import GRACE_S, SLOTS, SPEED, STALL_AFTER_S, WorkerSettings, default_name
+from . import logs
+from .lifecycle import fail, on_signals
+from .options import logging_options, option, settings
+
+# Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
+# machine then nearly stop each other (measured on 2 cores: 27 tokens/s alone, below 0.5 each together, 16 with this).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@click.command(context_settings=settings("TOKENMQ_WORKER"))
+@option(
+    "--model", required=True, metavar="PATH_OR_ID",
+    help="What to serve: a folder with a transformers model, a .gguf file, or a hub id. For the synthetic engine "
+    "just a name.",
+)  # fmt: skip
+@option("--name", default=None, metavar="SERVED_NAME", help="What clients ask for. [default: the end of --model]")
+@option(
+    "--engine", default="transformers", metavar="NAME",
+    help="transformers, synthetic, one of another package, or package.module:Class.",
+)  # fmt: skip
+@option(
+    "--broker", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
+    help="A broker's backend. Repeatable: the worker registers with all of them.",
+)  # fmt: skip
+@option("--worker-name", default=None, metavar="NAME", help="This worker's own name. [default: HOST-PID]")
+@option("--slots", type=int, default=SLOTS, metavar="N", help="Requests to run at a time.")
+@option("--speed", type=float, default=SPEED, metavar="X", help="Relative weight for the broker's policies.")
+@option("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first of them that is there.")
+@option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
+@option(
+    "--max-context", type=int, default=None, metavar="TOKENS",
+    help="Prompt and completion together, for each slot. [default: the model's, at most 4096 on cuda, else 2048]",
+)  # fmt: skip
+@option(
+    "--cache-dir", default=None, metavar="DIR",
+    help="For converted GGUF files. [default: $TOKENMQ_CACHE/models or ~/.cache/tokenmq/models]",
+)  # fmt: skip
+@option(
+    "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
+    help="Pace of each stream of the synthetic engine; 0: as fast as it goes.",
+)  # fmt: skip
+@option(
+    "--heartbeat-interval", type=float, default=None, metavar="S",
+    help="Ask brokers for a longer interval in seconds. [default: the broker's]",
+)  # fmt: skip
+@option(
+    "--stall-after", type=float, default=STALL_AFTER_S, metavar="S",
+    help="Seconds after which an engine step that does not end keeps new requests away.",
+)  # fmt: skip
+@option(
+    "--grace", type=click.FloatRange(min=0), default=GRACE_S, metavar="S",
+    help="Seconds that running requests get after SIGINT or SIGTERM.",
+)  # fmt: skip
+@logging_options
+def main(
+    model: str,
+    name: str | None,
+    engine: str,
+    broker: tuple[str, ...],
+    worker_name: str | None,
+    slots: int,
+    speed: float,
+    device: str,
+    dtype: str,
+    max_context: int | None,
+    cache_dir: str | None,
+    tokens_per_second: float,
+    heartbeat_interval: float | None,
+    stall_after: float,
+    grace: float,
+    log_format: str,
+    log_level: str,
+) -> None:
+    """Run a worker: it loads a model, registers with its brokers and serves their requests.
+
+    The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
+    """
+    logs.configure(log_format, log_level)
+    served = name or _served_name(model)
+    own = {
+        "transformers": {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "max_context": max_context,
+            "cache_dir": cache_dir,
+        },
+        "synthetic": {"tokens_per_second": tokens_per_second},
+    }
+    try:
+        worker_settings = WorkerSettings(
+            brokers=broker,
+            models=(served,),
+            name=worker_name or default_name(),
+            slots=slots,
+            speed=speed,
+            heartbeat_s=heartbeat_interval,
+            grace_s=grace,
+            stall_after_s=stall_after,
+        )
+        options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
+        server = WorkerServer(make_engine(engine, **options), worker_settings)
+    except (ValueError, EngineLoadError) as error:
+        fail(str(error))
+    on_signals(server.drain)
+    raise SystemExit(server.run())
+
+
+def _served_name(model: str) -> str:
+    """Return the last part of a path or hub id, without the ending of a GGUF file."""
+    last = PurePath(model.rstrip("/")).name or model
+    return last[: -len(".gguf")] if last.lower().endswith(".gguf") else last
+
+
+if __name__ == "__main__":
+    main()
