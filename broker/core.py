@@ -320,7 +320,7 @@ class BrokerCore:
                 return
             if known.incarnation < ready.incarnation:
                 self._refuse(ToWorker(known.peer, superseded))
-            self._drop_worker(known, "it has registered anew")
+            self.registry.remove(known)
         heartbeat_s, expiry_s = self._intervals(ready.heartbeat_s)
         worker = WorkerSession(
             peer=peer,
@@ -333,6 +333,9 @@ class BrokerCore:
         self.registry.add(worker)
         models = [info.name for info in ready.models]
         self.exchange.models_served(models)
+        if known is not None:
+            # After the new one is known: what waits for a model that both serve goes on waiting.
+            self._worker_left(known, "it has registered anew")
         self._outbox.to_worker(worker, Accepted(self.settings.name, self.software, heartbeat_s, expiry_s))
         self._outbox.log(
             "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],
@@ -388,6 +391,9 @@ class BrokerCore:
 
     def _drop_worker(self, worker: WorkerSession, why: str, *, level: int = logging.INFO) -> None:
         self.registry.remove(worker)
+        self._worker_left(worker, why, level=level)
+
+    def _worker_left(self, worker: WorkerSession, why: str, *, level: int = logging.INFO) -> None:
         self._outbox.log("worker_left", level=level, worker=worker.name, why=why, in_flight=len(worker.in_flight))
         self.exchange.worker_lost(worker, why)
 
