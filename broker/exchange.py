@@ -25,6 +25,8 @@ from .requests import RequestRecord
 
 #: Models that nobody serves any more are remembered up to this number: workers choose their names.
 _MAX_SEEN_MODELS = 16_384
+#: A worker takes about an engine step to let a cancelled request go.
+_CANCELLING_S = 0.1
 
 
 class Exchange:
@@ -59,7 +61,7 @@ class Exchange:
     def submit(self, client: ClientSession, request: Request, now: float) -> None:
         """Take a request: dispatch it, let it wait, or refuse it."""
         known = self.records.get(request.id)
-        if known is not None and known.client is client:
+        if known is not None and known.client is client and known.attempt == request.envelope.attempt:
             self._counters.refused += 1  # a repeat; the first one is on its way
             return
         record = RequestRecord.of(request, client, now)
@@ -242,6 +244,9 @@ class Exchange:
 
     def _refusal(self, record: RequestRecord, known: RequestRecord | None) -> Error | None:
         model = record.model
+        if known is not None and known.client is None:
+            message = f"attempt {known.attempt} of this request is still being cancelled"
+            return replace(self._error(record, ErrorCode.BUSY, message, retryable=True), retry_after_s=_CANCELLING_S)
         if known is not None:
             return self._error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
         if self.draining:
