@@ -55,13 +55,16 @@ class WaitingRoom:
         self.bytes -= record.size_bytes
         if self._left_at is not None:
             self._interval_s += _SMOOTHING * (now - self._left_at - self._interval_s)
-        self._left_at = now
+        # Only time in which somebody waited counts: an idle night says nothing of how fast places become free.
+        self._left_at = now if self._records else None
         return record
 
     def remove(self, record: RequestRecord) -> None:
         """Take out one that will not be served."""
         del self._records[record.id]
         self.bytes -= record.size_bytes
+        if not self._records:
+            self._left_at = None
 
     def retry_after_s(self) -> float:
         """Return seconds until a place is likely to be free: the smoothed time between two that left."""
