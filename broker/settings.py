@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, is_local
 from .dispatch import DEFAULT_POLICY, POLICIES
@@ -14,6 +15,8 @@ MAX_WAITING = 1_000
 GRACE_S = 10.0
 #: Shorter intervals would only keep the loop busy: a broken connection is noticed without heartbeats.
 MIN_HEARTBEAT_S = 0.01
+#: Longer silences than a day are a mistake, and peers with a longer interval of their own would refuse theirs.
+MAX_EXPIRY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +51,20 @@ class BrokerSettings:
         Raises:
             ValueError: a value makes no sense; the message names it. EndpointError is one.
         """
+        if not 0 < len(self.name) <= MAX_NAME_CHARS or not self.name.isprintable():
+            raise ValueError(f"the name must have 1 to {MAX_NAME_CHARS} printable characters, got {self.name!r:.80}")
         if self.policy not in POLICIES:
             raise ValueError(f"unknown policy {self.policy!r}; known are {', '.join(sorted(POLICIES))}")
-        if self.heartbeat_s < MIN_HEARTBEAT_S:
+        # Written so that NaN fails too.
+        if not self.heartbeat_s >= MIN_HEARTBEAT_S:
             raise ValueError(f"the heartbeat interval must be at least {MIN_HEARTBEAT_S} s, got {self.heartbeat_s}")
-        if self.expiry_s < 2 * self.heartbeat_s:
+        if not self.expiry_s <= MAX_EXPIRY_S:
+            raise ValueError(f"the expiry must be at most {MAX_EXPIRY_S:g} s, got {self.expiry_s}")
+        if not self.expiry_s >= 2 * self.heartbeat_s:
             raise ValueError(
                 f"the expiry ({self.expiry_s} s) must be at least twice the heartbeat interval ({self.heartbeat_s} s)"
             )
-        if self.max_waiting < 0 or self.grace_s < 0:
+        if not (self.max_waiting >= 0 and self.grace_s >= 0):
             raise ValueError("max_waiting and grace_s must not be negative")
         if not self.frontend or not self.backend:
             raise ValueError("a broker needs at least one frontend and one backend endpoint")
