@@ -133,6 +133,8 @@ class AsyncClient(BaseClient[AsyncStream]):
         self._connection.post(Close())
         stopped = asyncio.wrap_future(self._connection.stopped)
         await asyncio.wait([stopped], timeout=CLOSE_TIMEOUT_S)
+        if stopped.done():
+            self._connection.close()  # the thread is at its last instruction: this waits for microseconds
 
     async def __aenter__(self) -> AsyncClient:
         """Return itself."""

@@ -1,0 +1,627 @@
+"""The client library over real sockets, against a broker of a few lines that does what each test tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from tokenmq.client import (
+    AsyncClient,
+    BadRequestError,
+    BrokerLostError,
+    Client,
+    ClientClosedError,
+    DeadlineError,
+    ModelNotFoundError,
+    NoBrokerError,
+    Stream,
+)
+from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.messages import (
+    NO_ID,
+    Cancel,
+    Chunk,
+    Chunks,
+    Credit,
+    Error,
+    Finish,
+    FinishReason,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Query,
+    Reply,
+    Request,
+    Timings,
+    Usage,
+    Welcome,
+)
+
+#: A wait that ends only when something is broken.
+PATIENCE_S = 10.0
+
+
+class StubBroker:
+    """A ROUTER in a thread. It keeps to credit; `tokens` is the length of every stream, None for endless."""
+
+    def __init__(self, tokens: int | None = 5, endpoint: str = "tcp://127.0.0.1:*") -> None:
+        self.tokens = tokens
+        self.seen: queue.Queue[Message] = queue.Queue()
+        self.answers: dict[type[object], Callable[[Message], Message | None]] = {}
+        self.inject: list[list[bytes]] = []
+        self._sent: dict[bytes, int] = {}
+        self._streams: dict[bytes, tuple[bytes, int, int]] = {}
+        self._stop = threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 1000
+        self._socket.bind(endpoint)
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Die: the ROUTER closes, without a goodbye."""
+        self._stop.set()
+        self._thread.join()
+
+    def wait_for(self, kind: type[object]) -> Message:
+        """Return the next message of this kind; forget those before it."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            message = self.seen.get(timeout=max(0.01, end - time.monotonic()))
+            if isinstance(message, kind):
+                return message
+
+    def kinds_until(self, kind: type[object]) -> set[type[object]]:
+        """Return the kinds of the messages up to the next one of this kind."""
+        kinds: set[type[object]] = set()
+        while kind not in kinds:
+            kinds.add(type(self.seen.get(timeout=PATIENCE_S)))
+        return kinds
+
+    def sent_tokens(self) -> int:
+        """Return how many tokens the open streams have been sent."""
+        return sum(done for _, done, _ in self._streams.values())
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._socket.poll(5):
+                peer, *frames = self._socket.recv_multipart()
+                message = decode(frames)
+                self._take(peer, message)
+                self.seen.put(message)
+            for peer in list(self._sent):
+                while self.inject:
+                    self._socket.send_multipart([peer, *self.inject.pop()])
+        self._socket.close()
+        self._context.term()
+
+    def _say(self, peer: bytes, message: Message) -> None:
+        self._sent[peer] = self._sent.get(peer, 0) + 1
+        self._socket.send_multipart([peer, *encode(message)])
+
+    def _take(self, peer: bytes, message: Message) -> None:
+        answer = self.answers.get(type(message))
+        if answer is not None:
+            reply = answer(message)
+            if reply is not None:
+                self._say(peer, reply)
+        elif isinstance(message, Hello):
+            self._say(peer, Welcome("stub", "stub/1", 0.2, 1.0))
+        elif isinstance(message, Heartbeat):
+            self._say(peer, Heartbeat(self._sent[peer]))
+        elif isinstance(message, Query):
+            self._say(peer, Reply(message.id, [message.method]))
+        elif isinstance(message, Request):
+            self._streams[message.id] = (peer, 0, message.envelope.credit)
+            self._advance(message.id)
+        elif isinstance(message, Credit) and message.id in self._streams:
+            _, done, _ = self._streams[message.id]
+            self._streams[message.id] = (peer, done, message.limit)
+            self._advance(message.id)
+        elif isinstance(message, Cancel):
+            self._end(message.id, FinishReason.CANCELLED)
+        elif isinstance(message, Goodbye):
+            del self._sent[peer]
+
+    def _advance(self, request_id: bytes) -> None:
+        peer, done, limit = self._streams[request_id]
+        until = limit if self.tokens is None else min(limit, self.tokens)
+        while done < until:
+            self._say(peer, Chunks(NO_ID, (Chunk(request_id, 1, 0, done, (done,), f"{done} "),)))
+            done += 1
+        self._streams[request_id] = (peer, done, limit)
+        if done == self.tokens:
+            self._end(request_id, FinishReason.LENGTH)
+
+    def _end(self, request_id: bytes, reason: FinishReason) -> None:
+        if request_id in self._streams:
+            peer, done, _ = self._streams.pop(request_id)
+            self._say(peer, Finish(request_id, 1, reason, Usage(2, done), Timings(prefill_s=0.5), "stub-worker"))
+
+
+@pytest.fixture
+def new_broker() -> Iterator[Callable[..., StubBroker]]:
+    brokers: list[StubBroker] = []
+
+    def make(*args: int | None) -> StubBroker:
+        brokers.append(StubBroker(*args))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        broker.close()
+
+
+NewBroker = Callable[..., StubBroker]
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("tokenmq-client") for thread in threading.enumerate())
+
+
+# One request
+
+
+def test_a_stream_to_its_end(new_broker: NewBroker) -> None:
+    with Client(new_broker(5).endpoint) as client:
+        stream = client.generate("m", prompt="The sea is")
+        assert [chunk.text for chunk in stream] == ["0 ", "1 ", "2 ", "3 ", "4 "]
+        assert stream.token_ids == [0, 1, 2, 3, 4]
+        assert stream.usage == Usage(2, 5)
+        assert stream.timings == Timings(prefill_s=0.5)
+        assert (stream.finish_reason, stream.worker, stream.attempts) == ("length", "stub-worker", 1)
+        assert len(stream.id) == 32
+        assert list(stream) == []
+
+
+def test_text_is_what_was_not_taken_yet(new_broker: NewBroker) -> None:
+    with Client(new_broker(4).endpoint) as client:
+        assert client.chat("m", messages=[{"role": "user", "content": "Hi"}]).text() == "0 1 2 3 "
+        stream = client.generate("m", "x")
+        assert next(stream).text == "0 "
+        assert stream.text() == "1 2 3 "
+
+
+def test_management_answers(new_broker: NewBroker) -> None:
+    with Client(new_broker().endpoint) as client:
+        assert client.models() == ["models"]
+        assert client.workers() == ["workers"]
+        assert client.status() == ["status"]
+
+
+def test_a_query_without_an_answer_ends(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Query] = lambda _: None
+    with Client(broker.endpoint, query_timeout_s=0.2) as client, pytest.raises(DeadlineError):
+        client.models()
+
+
+def test_an_error_is_raised_every_time(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda m: Error(m.id, 1, "model_not_found", "no worker serves 'm'")  # type: ignore[union-attr]
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        for _ in range(2):
+            with pytest.raises(ModelNotFoundError, match="no worker serves 'm'"):
+                next(stream)
+        assert stream.finish_reason == "error"
+        assert stream.usage is None
+
+
+def test_the_request_leaves_before_anybody_reads(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x", deadline_s=9.0, attachments=[b"image"])
+        request = broker.wait_for(Request)
+        assert isinstance(request, Request)
+        assert request.id.hex() == stream.id
+        assert request.attachments == (b"image",)
+        assert request.envelope.deadline_s == pytest.approx(9.0, abs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "stop": [""]}, "stop"),
+        ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "deadline_s": -1.0}, "deadline_s"),
+        ({"prompt": "x", "attachments": ["text"]}, "attachments"),
+        ({"prompt": "x", "attachments": b"bytes"}, "attachments"),
+        ({"prompt": "x", "token_ids": [1]}, "prompt and token_ids"),
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"model": "", "prompt": "x"}, "model"),
+        ({"model": "\ud800", "prompt": "x"}, "surrogates"),
+    ],
+)
+def test_a_wrong_argument_is_named_at_once(arguments: dict[str, object], field: str) -> None:
+    with Client("tcp://127.0.0.1:1") as client, pytest.raises(BadRequestError, match=field):
+        client.generate(**{"model": "m", **arguments})  # type: ignore[arg-type]
+
+
+# Brokers that are not there, die, or talk nonsense
+
+
+def test_no_broker_is_said_in_time() -> None:
+    started = time.monotonic()
+    with Client(["tcp://127.0.0.1:1", "tcp://127.0.0.1:2"], connect_timeout_s=0.4) as client:
+        stream = client.generate("m", "x")
+        with pytest.raises(NoBrokerError, match=r"tcp://127\.0\.0\.1:1, tcp://127\.0\.0\.1:2"):
+            client.models()
+        with pytest.raises(NoBrokerError):
+            next(stream)
+    assert 0.4 <= time.monotonic() - started < 2.0
+
+
+def test_a_broker_that_starts_late_is_found(new_broker: NewBroker) -> None:
+    first = new_broker()
+    endpoint = first.endpoint
+    first.close()
+    with Client(endpoint) as client:
+        stream = client.generate("m", "x")
+        late = StubBroker(2, endpoint)
+        try:
+            assert stream.text() == "0 1 "
+        finally:
+            late.close()
+
+
+def test_a_broker_that_dies_in_mid_stream(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        next(stream)
+        broker.close()
+        started = time.monotonic()
+        with pytest.raises(BrokerLostError) as caught:
+            stream.text()
+        assert time.monotonic() - started < 0.5
+        assert caught.value.retryable
+        assert caught.value.request_id == stream.id
+
+
+def test_what_a_broker_said_before_it_died_is_read(new_broker: NewBroker) -> None:
+    broker = new_broker(200)
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        broker.wait_for(Request)
+        broker.close()
+        assert len(stream.text().split()) == 200
+        assert stream.finish_reason == "length"
+
+
+def test_the_next_broker_takes_over(new_broker: NewBroker) -> None:
+    first, second = new_broker(None), new_broker(3)
+    with Client([first.endpoint, second.endpoint]) as client:
+        stream = client.generate("m", "x")
+        next(stream)
+        first.close()
+        with pytest.raises(BrokerLostError):
+            stream.text()
+        assert client.generate("m", "x").text() == "0 1 2 "
+
+
+def test_a_broker_that_falls_silent_is_given_up(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    broker.answers[Heartbeat] = broker.answers[Credit] = lambda _: None
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        with pytest.raises(BrokerLostError, match="nothing heard"):
+            stream.text()
+
+
+@pytest.mark.parametrize(
+    "frames", [[b"nonsense"], [b""], [b""] * 300, encode(Hello("c", "s")), encode(Heartbeat(12345))]
+)
+def test_nonsense_ends_the_session_and_the_next_is_sound(new_broker: NewBroker, frames: list[bytes]) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        next(stream)
+        broker.inject.append(list(frames))
+        with pytest.raises(BrokerLostError):
+            stream.text()
+        broker.wait_for(Goodbye)
+        broker.tokens = 2
+        assert client.generate("m", "x").text() == "0 1 "
+
+
+# Credit, cancel, close
+
+
+def test_credit_is_granted_as_the_reader_reads(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint, window_tokens=8) as client:
+        stream = client.generate("m", "x")
+        for _ in range(3):
+            next(stream)
+        # Everything that a reader who takes less than half a window causes is there before this answer.
+        assert client.models() == ["models"]
+        assert Credit not in broker.kinds_until(Query)
+        next(stream)
+        credit = broker.wait_for(Credit)
+        assert isinstance(credit, Credit)
+        assert credit.limit == 12
+
+
+def test_a_reader_that_stops_gets_no_more_than_the_window(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint, window_tokens=8) as client:
+        stream = client.generate("m", "x")
+        broker.wait_for(Heartbeat)
+        broker.wait_for(Heartbeat)
+        assert len(stream._mailbox._chunks) == 8
+        assert broker.sent_tokens() == 8
+
+
+def test_leaving_the_loop_cancels(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint) as client:
+        for _chunk in client.generate("m", "x"):
+            break
+        broker.wait_for(Cancel)
+
+
+def test_the_end_of_the_block_cancels(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint) as client:
+        with client.generate("m", "x") as stream:
+            next(stream)
+        broker.wait_for(Cancel)
+        assert stream.finish_reason == "cancelled"
+        assert list(stream) == []
+
+
+def test_cancel_wakes_a_reader_in_another_thread(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda _: None
+    with Client(broker.endpoint) as client:
+        stream = client.generate("m", "x")
+        reader = threading.Thread(target=stream.text)
+        reader.start()
+        broker.wait_for(Request)
+        assert (stream.usage, stream.finish_reason, stream.timings, stream.worker) == (None,) * 4
+        stream.cancel()
+        reader.join(PATIENCE_S)
+        assert not reader.is_alive()
+
+
+def test_close_ends_open_streams_and_threads(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda _: None
+    client = Client(broker.endpoint)
+    caught: queue.Queue[BaseException] = queue.Queue()
+
+    def read(stream: Stream) -> None:
+        try:
+            stream.text()
+        except ClientClosedError as error:
+            caught.put(error)
+
+    readers = [threading.Thread(target=read, args=(client.generate("m", "x"),)) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    broker.wait_for(Request)
+    client.close()
+    for reader in readers:
+        reader.join(PATIENCE_S)
+    assert caught.qsize() == 4
+    assert threads() == 0
+    broker.wait_for(Goodbye)
+    client.close()
+    with pytest.raises(ClientClosedError):
+        client.generate("m", "x")
+    with pytest.raises(ClientClosedError):
+        client.models()
+
+
+def test_a_forgotten_client_gives_its_thread_back(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    client = Client(broker.endpoint)
+    assert client.models() == ["models"]
+    gone = weakref.ref(client)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("tokenmq-client")]
+    del client
+    gc.collect()
+    assert gone() is None
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    broker.wait_for(Goodbye)
+
+
+def test_a_stream_keeps_its_client(new_broker: NewBroker) -> None:
+    assert Client(new_broker(3).endpoint).generate("m", "x").text() == "0 1 2 "
+
+
+def test_the_interpreter_exits_with_a_stream_open(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    program = (
+        "import sys; from tokenmq.client import Client\n"
+        "client = Client(sys.argv[1]); stream = client.generate('m', 'x'); print(next(stream).text)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, broker.endpoint],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 \n", "")
+
+
+def test_a_bug_in_the_thread_fails_streams_and_does_not_hang(
+    new_broker: NewBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = new_broker(None)
+    with Client(broker.endpoint, window_tokens=4) as client:
+        stream = client.generate("m", "x")
+        next(stream)
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(client._connection._core, "tick", fail)
+        with caplog.at_level(logging.ERROR, "tokenmq.client"), pytest.raises(ClientClosedError, match="a bug"):
+            stream.text()
+        with pytest.raises(ClientClosedError, match="a bug"):
+            client.models()
+        assert "I/O thread failed" in caplog.text
+
+
+def test_many_threads_share_a_client(new_broker: NewBroker) -> None:
+    texts: queue.Queue[str] = queue.Queue()
+    with Client(new_broker(50).endpoint, window_tokens=8) as client:
+
+        def work() -> None:
+            for _ in range(5):
+                texts.put(client.generate("m", "x").text())
+
+        workers = [threading.Thread(target=work) for _ in range(8)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(PATIENCE_S)
+    assert texts.qsize() == 40
+    assert {texts.get() for _ in range(40)} == {"".join(f"{number} " for number in range(50))}
+
+
+# asyncio
+
+
+def test_async_streams_and_queries(new_broker: NewBroker) -> None:
+    async def main() -> None:
+        async with AsyncClient([new_broker(5).endpoint]) as client:
+            streams = [client.generate("m", "x") for _ in range(20)]
+            texts = await asyncio.gather(*(stream.text() for stream in streams))
+            assert set(texts) == {"0 1 2 3 4 "}
+            assert [chunk.offset async for chunk in client.generate("m", "x")] == [0, 1, 2, 3, 4]
+            assert streams[0].usage == Usage(2, 5)
+            assert await client.models() == ["models"]
+        assert threads() == 0
+
+    asyncio.run(main())
+
+
+def test_async_no_broker() -> None:
+    async def main() -> None:
+        async with AsyncClient("tcp://127.0.0.1:1", connect_timeout_s=0.2) as client:
+            stream = client.generate("m", "x")
+            with pytest.raises(NoBrokerError):
+                await client.status()
+            with pytest.raises(NoBrokerError):
+                await stream.text()
+
+    asyncio.run(main())
+
+
+def test_leaving_an_async_loop_cancels(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+
+    async def main() -> None:
+        async with AsyncClient(broker.endpoint) as client:
+            async for _chunk in client.generate("m", "x"):
+                break
+            await asyncio.to_thread(broker.wait_for, Cancel)
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_task_cancels_the_stream(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda _: None
+
+    async def main() -> None:
+        async with AsyncClient(broker.endpoint) as client:
+            stream = client.generate("m", "x")
+            task = asyncio.create_task(stream.text())
+            await asyncio.to_thread(broker.wait_for, Request)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.to_thread(broker.wait_for, Cancel)
+            assert stream.finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
+def test_async_close_raises_in_readers(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda _: None
+
+    async def main() -> None:
+        client = AsyncClient(broker.endpoint)
+        task = asyncio.create_task(client.generate("m", "x").text())
+        await asyncio.to_thread(broker.wait_for, Request)
+        await client.close()
+        with pytest.raises(ClientClosedError):
+            await task
+        with pytest.raises(ClientClosedError):
+            await client.models()
+
+    asyncio.run(main())
+
+
+def test_a_stream_belongs_to_its_loop_and_to_one_task(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    broker.answers[Request] = lambda _: None
+
+    async def main() -> None:
+        async with AsyncClient(broker.endpoint) as client:
+            stream = client.generate("m", "x")
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, stream.text())
+            first = asyncio.create_task(stream.text())
+            await asyncio.to_thread(broker.wait_for, Request)
+            with pytest.raises(RuntimeError, match="another task"):
+                await stream.text()
+            stream.cancel()
+            assert await first == ""
+
+    asyncio.run(main())
+
+
+def test_several_event_loops_share_a_client(new_broker: NewBroker) -> None:
+    client = AsyncClient(new_broker(50).endpoint, window_tokens=8)
+    texts: queue.Queue[str] = queue.Queue()
+
+    async def main() -> None:
+        for text in await asyncio.gather(*(client.generate("m", "x").text() for _ in range(10))):
+            texts.put(text)
+
+    loops = [threading.Thread(target=asyncio.run, args=(main(),)) for _ in range(3)]
+    for loop in loops:
+        loop.start()
+    for loop in loops:
+        loop.join(PATIENCE_S)
+    asyncio.run(client.close())
+    assert texts.qsize() == 30
+    assert len({texts.get() for _ in range(30)}) == 1
+
+
+def test_a_closed_loop_cancels_its_streams(new_broker: NewBroker) -> None:
+    broker = new_broker(None)
+    client = AsyncClient(broker.endpoint, window_tokens=4)
+    kept = []
+
+    async def main() -> None:
+        kept.append(client.generate("m", "x"))
+
+    asyncio.run(main())
+    broker.wait_for(Cancel)
+    asyncio.run(client.close())
