@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import BadRequestError
-from ..protocol.messages import WorkerState
+from ..protocol.messages import ModelInfo, WorkerState
 
 if TYPE_CHECKING:
     from .core import BrokerCore
@@ -28,18 +29,23 @@ def answer(core: BrokerCore, method: str, arguments: Mapping[str, Any], now: flo
 
 
 def _models(core: BrokerCore, _now: float) -> list[dict[str, Any]]:
-    return [_model(core, name) for name in core.registry.models()]
+    # One pass over the workers: a worker may serve a thousand models, and anybody may ask.
+    running = Counter(record.model for worker in core.registry for record in worker.in_flight.values())
+    infos: dict[str, list[ModelInfo]] = {}
+    for worker in core.registry:
+        for info in worker.ready.models:
+            infos.setdefault(info.name, []).append(info)
+    return [_model(core, name, infos[name], running[name]) for name in core.registry.models()]
 
 
-def _model(core: BrokerCore, name: str) -> dict[str, Any]:
+def _model(core: BrokerCore, name: str, infos: Sequence[ModelInfo], running: int) -> dict[str, Any]:
     workers = list(core.registry.serving(name))
-    infos = [info for worker in workers for info in worker.ready.models if info.name == name]
     return {
         "name": name,
         "workers": len(workers),
         "ready": sum(worker.state is WorkerState.READY for worker in workers),
         "slots": sum(worker.ready.slots for worker in workers),
-        "running": sum(record.model == name for worker in workers for record in worker.in_flight.values()),
+        "running": running,
         "waiting": core.exchange.waiting(name),
         # Workers may differ: a request that fits the smallest fits all.
         "context_tokens": min(info.context_tokens for info in infos),
