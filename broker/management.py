@@ -47,8 +47,8 @@ def _model(core: BrokerCore, name: str, infos: Sequence[ModelInfo], running: int
         "slots": sum(worker.ready.slots for worker in workers),
         "running": running,
         "waiting": core.exchange.waiting(name),
-        # Workers may differ: a request that fits the smallest fits all.
-        "context_tokens": min(info.context_tokens for info in infos),
+        # Workers may differ: a request that fits the smallest fits all. 0 is no bound.
+        "context_tokens": min((info.context_tokens for info in infos if info.context_tokens), default=0),
         "chat": all(info.chat for info in infos),
     }
 
