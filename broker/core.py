@@ -19,6 +19,7 @@ from random import Random
 from typing import Any
 
 from ..protocol.errors import BadRequestError, ErrorCode, ProtocolError
+from ..protocol.limits import MAX_BODY_BYTES
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Accepted,
@@ -40,6 +41,7 @@ from ..protocol.messages import (
     Request,
     Welcome,
 )
+from ..protocol.packing import pack
 from . import management
 from .dispatch import POLICIES
 from .events import (
@@ -62,6 +64,8 @@ from .settings import BrokerSettings
 
 #: Sessions are looked at this often in one heartbeat interval: a beat is late by a quarter of it at most.
 _TICKS_PER_HEARTBEAT = 4
+#: What a REPLY's body has besides the result.
+_REPLY_MARGIN_BYTES = 1024
 #: Malformed messages are logged at most once in this time, with their number: a flood must not fill the disk.
 _MALFORMED_LOG_S = 1.0
 
@@ -244,6 +248,10 @@ class BrokerCore:
     def _answer_query(self, client: ClientSession, query: Query, now: float) -> None:
         try:
             result = management.answer(self, query.method, query.arguments, now)
+            size_bytes = len(pack(result))
+            if size_bytes > MAX_BODY_BYTES - _REPLY_MARGIN_BYTES:
+                # Workers choose what they are called and serve; a client would end its session over it.
+                raise BadRequestError(f"the answer is too large for one message: {size_bytes} bytes")
         except BadRequestError as error:
             self._outbox.to_client(client, Error(query.id, 0, ErrorCode.BAD_REQUEST.value, clip(error.message)))
         else:
