@@ -244,8 +244,8 @@ class Exchange:
 
     def _refusal(self, record: RequestRecord, known: RequestRecord | None) -> Error | None:
         model = record.model
-        if known is not None and known.client is None:
-            message = f"attempt {known.attempt} of this request is still being cancelled"
+        if known is not None and known.client in (None, record.client):
+            message = f"attempt {known.attempt} of this request has not ended yet"
             return replace(self._error(record, ErrorCode.BUSY, message, retryable=True), retry_after_s=_CANCELLING_S)
         if known is not None:
             return self._error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
