@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import zmq
 
 from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
 from ..protocol.errors import ProtocolError
+from ..protocol.limits import MAX_BODY_BYTES
 from ..protocol.log import Log, write
 from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.pump import Outcome, Pump, receive, send
@@ -27,6 +28,10 @@ logger = logging.getLogger("tokenmq.broker")
 
 #: Messages taken from one socket before the other gets its turn: about five milliseconds of work.
 _BATCH = 500
+#: Some messages take far longer to read; then heartbeats and the other socket come first after this time.
+_BATCH_S = 0.02
+#: How many are taken before the clock is read again.
+_PART = 20
 _WHY = {
     Outcome.GONE: "its connection is gone",
     Outcome.FULL: "it has stopped reading: its queue is full",
@@ -111,8 +116,8 @@ class BrokerServer:
         self._perform(self._core.tick(now), now)
 
     def _from_workers(self, now: float) -> None:
-        for frames in receive(self._workers, _BATCH):
-            header = frames[1] if len(frames) == 3 else b""
+        for frames in self._batch(self._workers):
+            header = frames[1] if len(frames) == 3 and len(frames[2]) <= MAX_BODY_BYTES else b""
             if len(header) == HEADER_BYTES and header.startswith(CHUNKS_PREFIX):
                 client = self._core.route_chunks(frames[0], header, now)
                 if client is not None:
@@ -128,12 +133,20 @@ class BrokerServer:
             self._handle(event, now)
 
     def _from_clients(self, now: float) -> None:
-        for frames in receive(self._clients, _BATCH):
+        for frames in self._batch(self._clients):
             try:
                 event: Event = FromClient(frames[0], decode(frames[1:]))
             except ProtocolError as error:
                 event = BadClient(frames[0], error)
             self._handle(event, now)
+
+    def _batch(self, socket: zmq.Socket[bytes]) -> Iterator[list[bytes]]:
+        until = self._clock() + _BATCH_S
+        for _ in range(_BATCH // _PART):
+            part = receive(socket, _PART)
+            yield from part
+            if len(part) < _PART or self._clock() >= until:
+                return
 
     def _handle(self, event: Event, now: float) -> None:
         self._perform(self._core.handle(event, now), now)
