@@ -139,6 +139,7 @@ class WorkerCore:
         """Do what is due; return what is to be done, in order. Call it at `next_deadline`, or any time before."""
         if not self._stopped:
             self._judge_step(now)
+            self._announce(now)  # first: it may save the heartbeats that are due
             for session in self._sessions.values():
                 self._tend(session, now)
             if self._drain_until is not None and now >= self._drain_until:
