@@ -59,6 +59,7 @@ from .events import (
 from .exchange import Exchange
 from .metrics import Counters
 from .outbox import Outbox, clip
+from .probe import Probe
 from .registry import ClientSession, Registry, Session, WorkerSession
 from .settings import BrokerSettings
 
@@ -101,6 +102,8 @@ class BrokerCore:
         )
         self._tick_s = settings.heartbeat_s / _TICKS_PER_HEARTBEAT
         self._next_tick = now + self._tick_s
+        self._client_probe = Probe()
+        self._worker_probe = Probe()
         self._routes = 0
         self._drain_until: float | None = None
         self._malformed_logged_at = now - _MALFORMED_LOG_S
@@ -142,6 +145,10 @@ class BrokerCore:
         """Do what is due; call it whenever `next_deadline` is reached, and after each batch of events."""
         self._outbox.now = now
         self.exchange.expire(now)
+        if self._client_probe.due(now):
+            self._say_to_clients()
+        if self._worker_probe.due(now):
+            self._say_to_workers()
         if now >= self._next_tick:
             self._forgive_lag(now)
             self._next_tick = now + self._tick_s
@@ -153,22 +160,34 @@ class BrokerCore:
     def next_deadline(self) -> float:
         """Return the time by which `tick` must be called."""
         deadline = self.exchange.next_deadline()
-        times = [self._next_tick, *(time for time in (deadline, self._drain_until) if time is not None)]
-        return min(times)
+        others = (deadline, self._drain_until, self._client_probe.again_at, self._worker_probe.again_at)
+        return min([self._next_tick, *(time for time in others if time is not None)])
 
     def probe_clients(self, now: float) -> list[Action]:
-        """Say something to every client, since one connection of theirs broke: the one that is gone shows itself."""
+        """Say something to every client, since one connection of theirs broke: the one that is gone shows itself.
+
+        At once and shortly after, since the news may overtake the end of the connection; then not before that
+        again, since anybody may open and close connections.
+        """
         self._outbox.now = now
-        for client in self.clients.values():
-            self._outbox.heartbeat_client(client)
+        if self._client_probe.broken(now):
+            self._say_to_clients()
         return self._outbox.take()
 
     def probe_workers(self, now: float) -> list[Action]:
-        """Say something to every worker, since one connection of theirs broke."""
+        """Say something to every worker, since one connection of theirs broke; see `probe_clients`."""
         self._outbox.now = now
+        if self._worker_probe.broken(now):
+            self._say_to_workers()
+        return self._outbox.take()
+
+    def _say_to_clients(self) -> None:
+        for client in self.clients.values():
+            self._outbox.heartbeat_client(client)
+
+    def _say_to_workers(self) -> None:
         for worker in self.registry:
             self._outbox.heartbeat_worker(worker)
-        return self._outbox.take()
 
     def drain(self, now: float, grace_s: float) -> list[Action]:
         """Accept nothing more, let what there is end within the grace time, then say goodbye and be `stopped`."""
