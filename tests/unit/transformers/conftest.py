@@ -23,6 +23,7 @@ from transformers import (
 
 from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Done, Failed, Job, Output, Tokens
+from tokenmq.worker.engines.transformers.batch import Batch
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
 VOCABULARY = 320
@@ -114,6 +115,12 @@ def job(ticket: int, prompt: Sequence[int] | str, **sampling: Any) -> Job:
     if isinstance(prompt, str):
         return Job(ticket, "tiny", Generation(prompt=prompt, sampling=wishes))
     return Job(ticket, "tiny", Generation(token_ids=tuple(prompt), sampling=wishes))
+
+
+def batch_of(engine: TransformersEngine) -> Batch:
+    """Return the engine's batch, to look into or to break."""
+    assert engine._serving is not None
+    return engine._serving.batch
 
 
 class Record:

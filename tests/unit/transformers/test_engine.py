@@ -14,7 +14,7 @@ from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Job, Tokens
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
-from .conftest import CONTEXT, Record, job, make_model, make_tokenizer, reference, run
+from .conftest import CONTEXT, Record, batch_of, job, make_model, make_tokenizer, reference, run
 
 Make = Callable[..., TransformersEngine]
 KINDS = ["llama", "gpt2", "qwen2"]
@@ -57,7 +57,7 @@ def test_ragged_prompts_equal_generate(
         record.take(engine.step())
         engine.validate()
         most = max(most, engine.stats().running)
-        chunked = chunked or engine._batch.scheduler.partial is not None
+        chunked = chunked or batch_of(engine).scheduler.partial is not None
     assert most == slots, "the batch must have been full once"
     assert chunked == (budget < max(LENGTHS)), "a prompt beyond the budget goes in chunks"
     for number, length in enumerate(LENGTHS):

@@ -10,7 +10,7 @@ import torch
 
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
-from .conftest import Record, job, run
+from .conftest import Record, batch_of, job, run
 
 Make = Callable[..., TransformersEngine]
 GOOD = [[3, 4, 5], [9, 8, 7, 6], [11, 12, 13]]
@@ -27,7 +27,7 @@ def clean_run(make_engine: Make, prompts: Sequence[Sequence[int]] = GOOD) -> dic
 def break_forward(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
     """Let every prefill with BAD's tokens raise; return a list that grows with each attempt."""
     attempts: list[int] = []
-    forward = engine._batch._runner._forward
+    forward = batch_of(engine)._runner._forward
 
     def breaking(access: Any, ids: torch.Tensor, *more: Any) -> torch.Tensor:
         if bool((ids == 66).any()):
@@ -35,7 +35,7 @@ def break_forward(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, e
             raise error
         return forward(access, ids, *more)
 
-    monkeypatch.setattr(engine._batch._runner, "_forward", breaking)
+    monkeypatch.setattr(batch_of(engine)._runner, "_forward", breaking)
     return attempts
 
 
@@ -79,7 +79,7 @@ def test_the_cpu_allocator_is_out_of_memory_too(make_engine: Make, monkeypatch: 
 
 def test_a_decode_out_of_memory_is_tried_once_more(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(slots=4, prefill_tokens=64)
-    decode, calls = engine._batch._runner.decode, []
+    decode, calls = batch_of(engine)._runner.decode, []
 
     def short_of_memory(*arguments: Any) -> torch.Tensor:
         calls.append(1)
@@ -87,7 +87,7 @@ def test_a_decode_out_of_memory_is_tried_once_more(make_engine: Make, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(*arguments)
 
-    monkeypatch.setattr(engine._batch._runner, "decode", short_of_memory)
+    monkeypatch.setattr(batch_of(engine)._runner, "decode", short_of_memory)
     for ticket, prompt in enumerate(GOOD):
         engine.submit(job(ticket, prompt, ignore_eos=True))
     assert run(engine).ids == clean_run(make_engine)
@@ -98,7 +98,7 @@ def test_after_a_step_that_raised_reset_brings_the_engine_back(
     make_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(slots=4, prefill_tokens=8)
-    runner = engine._batch._runner
+    runner = batch_of(engine)._runner
     decode = runner.decode
 
     def broken(*_: Any) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_after_a_step_that_raised_reset_brings_the_engine_back(
 
 def test_a_row_of_nan_fails_alone_and_leaves_a_clean_slot(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(slots=3, prefill_tokens=64)
-    runner = engine._batch._runner
+    runner = batch_of(engine)._runner
     decode, calls = runner.decode, []
 
     def poisoned(token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

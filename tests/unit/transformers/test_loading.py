@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from tokenmq.protocol.messages import ModelInfo
-from tokenmq.worker.engines.base import EngineLoadError
+from tokenmq.worker.engines.base import EngineLoadError, EngineStats
 from tokenmq.worker.engines.transformers import engine as engine_module
 from tokenmq.worker.engines.transformers import gguf
 from tokenmq.worker.engines.transformers.devices import choose_dtype
@@ -84,6 +84,8 @@ def test_a_folder_loads_without_the_network(
     assert run(engine).ids[1] == reference(tiny("llama"), PROMPT, 10, [0])
     engine.close()
     engine.close()
+    assert engine.stats() == EngineStats()
+    assert engine.next_step_in() is None
 
 
 def test_half_precision(folder: Path) -> None:
@@ -198,7 +200,7 @@ def test_layers_of_two_kinds_work_within_the_window() -> None:
 
 def test_states_that_are_no_keys_and_values_are_refused() -> None:
     model = MambaForCausalLM(MambaConfig(**SMALL, **IDS)).eval()
-    with pytest.raises(EngineLoadError, match="Mamba"):
+    with pytest.raises(EngineLoadError, match="MambaForCausalLM has layers of kind LinearAttentionLayer"):
         around(model).load()
 
 

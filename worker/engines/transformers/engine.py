@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from ....protocol.errors import BadRequestError, ErrorCode
 from ....protocol.messages import ModelInfo
@@ -41,6 +43,17 @@ MAX_CONTEXT_HOST = 2048
 #: a device computes in the time of a few decode steps.
 PREFILL_TOKENS = 2048
 PREFILL_TOKENS_HOST = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What a loaded engine serves with."""
+
+    batch: Batch
+    prompts: PromptReader
+    tokenizer: Tokenizer
+    end_ids: frozenset[int]
+    context: int
 
 
 class TransformersEngine(Engine):
@@ -83,6 +96,7 @@ class TransformersEngine(Engine):
         self._prefill_tokens = prefill_tokens
         self._cache_dir = cache_dir
         self._loaded: LoadedModel | None = None
+        self._serving: _Serving | None = None
 
     @classmethod
     def from_loaded(cls, model: Any, tokenizer: Any, *, name: str, **settings: Any) -> TransformersEngine:
@@ -117,11 +131,7 @@ class TransformersEngine(Engine):
                 f"{type(model).__name__} does not run over this engine's KV cache: {first_line(error)}"
             ) from error
         device: torch.device = model.device
-        self._backend = tokenizer.backend_tokenizer
-        self._end_ids = _end_ids(model, tokenizer)
-        self._prompts = PromptReader(tokenizer, self.served_name, runner.vocabulary, context)
-        self._cache_context = context
-        self._batch = Batch(
+        batch = Batch(
             runner,
             self._prefill_tokens or (PREFILL_TOKENS if device.type == "cuda" else PREFILL_TOKENS_HOST),
             device=device,
@@ -129,26 +139,33 @@ class TransformersEngine(Engine):
             # decode's do not: prompts that go alone make the whole stream independent of its company.
             grouped=device.type != "cpu" or model.dtype == torch.float32,
         )
+        self._serving = _Serving(
+            batch=batch,
+            prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context),
+            tokenizer=tokenizer.backend_tokenizer,
+            end_ids=_end_ids(model, tokenizer),
+            context=context,
+        )
         return [ModelInfo(self.served_name, context_tokens=context, chat=tokenizer.chat_template is not None)]
 
     def submit(self, job: Job) -> list[Output]:
         """Queue a job, or answer with one Failed when it cannot run."""
-        sampling = job.generation.sampling
+        serving, sampling = self._ready(), job.generation.sampling
         try:
             if job.attachments:
                 raise BadRequestError(f"model {self.served_name!r} takes text only, no attachments")
-            prompt = self._prompts.read(job.generation)
+            prompt = serving.prompts.read(job.generation)
         except BadRequestError as error:
             return [Failed(job.ticket, ErrorCode.BAD_REQUEST.value, error.message)]
-        own_end = frozenset() if sampling.ignore_eos else self._end_ids
-        self._batch.scheduler.add(
+        own_end = frozenset() if sampling.ignore_eos else serving.end_ids
+        serving.batch.scheduler.add(
             Sequence(
                 ticket=job.ticket,
                 prompt=prompt,
                 sampling=sampling,
                 end_ids=own_end | frozenset(sampling.stop_token_ids),
-                context=self._cache_context,
-                text=TextStream(self._backend, sampling.stop),
+                context=serving.context,
+                text=TextStream(serving.tokenizer, sampling.stop),
                 submitted_at=time.monotonic(),
             )
         )
@@ -156,11 +173,11 @@ class TransformersEngine(Engine):
 
     def cancel(self, ticket: int) -> list[Output]:
         """End a job at once and free its row."""
-        return self._batch.cancel(ticket)
+        return self._ready().batch.cancel(ticket)
 
     def step(self) -> list[Output]:
         """Advance every running row by a token; let waiting ones join."""
-        return self._batch.step()
+        return self._ready().batch.step()
 
     def next_step_in(self) -> float | None:
         """Return 0 while there are jobs, else None."""
@@ -169,13 +186,15 @@ class TransformersEngine(Engine):
 
     def reset(self) -> None:
         """Drop all jobs."""
-        self._batch.reset()
+        self._ready().batch.reset()
 
     def stats(self) -> EngineStats:
         """Return rows in the batch (one in prefill counts), jobs without a row, and the use of the cache."""
-        scheduler = self._batch.scheduler
-        running = len(scheduler.running) + (scheduler.partial is not None)
-        return EngineStats(running, len(scheduler.waiting), self._batch.kv_use())
+        if self._serving is None:
+            return EngineStats()
+        batch = self._serving.batch
+        running = len(batch.scheduler.running) + (batch.scheduler.partial is not None)
+        return EngineStats(running, len(batch.scheduler.waiting), batch.kv_use())
 
     def validate(self) -> None:
         """Check the invariants that hold between steps; for tests.
@@ -183,15 +202,19 @@ class TransformersEngine(Engine):
         Raises:
             AssertionError: one does not.
         """
-        self._batch.scheduler.validate()
+        self._ready().batch.scheduler.validate()
 
     def close(self) -> None:
         """Free the model and the cache."""
         if self._loaded is not None:
             device = self._loaded.model.device
-            self._loaded = None
-            self.__dict__.pop("_batch", None)
+            self._loaded = self._serving = None
             release_memory(device)
+
+    def _ready(self) -> _Serving:
+        if self._serving is None:
+            raise RuntimeError("the engine is not loaded: call load first")
+        return self._serving
 
     def _check_settings(self) -> None:
         if self._slots < 1:

@@ -56,15 +56,15 @@ class Runner:
     def prefill_chunk(self, slot: int, start: int, token_ids: Sequence[int]) -> torch.Tensor:
         """Compute some tokens of one prompt, whose `start` tokens before them are in the slot.
 
+        The model makes the mask itself: the cache tells it how many columns there are in front.
+
         Returns:
             Logits behind the last of them, [1, vocabulary].
         """
         end = start + len(token_ids)
         positions = torch.arange(start, end)
-        hidden = torch.arange(end)[None] > positions[:, None]
-        mask = self._mask(hidden[None, None]) if start else None
         ids = torch.tensor([list(token_ids)])
-        return self._forward(Prefill(slot, start), ids, positions[None], mask, [len(token_ids) - 1])[:, 0]
+        return self._forward(Prefill(slot, start), ids, positions[None], None, [len(token_ids) - 1])[:, 0]
 
     def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Feed one token to each of the slots from 0.

@@ -39,20 +39,14 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
     """
     kind = type(model).__name__
     cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        _refuse_layer(layer, kind, context)
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     shapes = []
     for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            if layer.sliding_window < context:
-                raise EngineLoadError(
-                    f"{kind} has layers with a sliding window of {layer.sliding_window} tokens, which this engine "
-                    f"can serve only up to that context: give max_context={layer.sliding_window} or less"
-                )
-        elif type(layer) is not DynamicLayer:
-            raise EngineLoadError(f"{kind} has layers of kind {type(layer).__name__}, which this engine cannot serve")
-        if layer.keys is None or layer.values is None or layer.keys.ndim != 4 or layer.keys.shape[2] != 1:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 1:
             raise EngineLoadError(f"{kind} has layers without keys and values of their own; they cannot be served")
-        keys, values = layer.keys, layer.values
         shape = LayerShape(
             keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], dtype=keys.dtype, device=keys.device
         )
@@ -60,6 +54,18 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
     if not shapes:
         raise EngineLoadError(f"{kind} keeps no keys and values; this engine cannot serve it")
     return shapes
+
+
+def _refuse_layer(layer: Any, kind: str, context: int) -> None:
+    """Raise where a layer, as transformers' own cache has it, keeps something else than all keys and values."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        if layer.sliding_window < context:
+            raise EngineLoadError(
+                f"{kind} has layers with a sliding window of {layer.sliding_window} tokens, which this engine "
+                f"can serve only up to that context: give max_context={layer.sliding_window} or less"
+            )
+    elif type(layer) is not DynamicLayer:
+        raise EngineLoadError(f"{kind} has layers of kind {type(layer).__name__}, which this engine cannot serve")
 
 
 @torch.inference_mode()
