@@ -1,0 +1,144 @@
+"""Every command and every program in README.md, run as it stands there, against the broker that it starts itself.
+
+The ports are the only thing that differs: the environment moves the defaults to free ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tokenmq.client import Client
+from tokenmq.client.local import free_port
+
+from .conftest import eventually, worker_names
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(console|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.removeprefix("$ ")
+    for kind, text in BLOCKS
+    if kind == "console"
+    for line in text.splitlines()
+    if line[:2] == "$ "
+]
+PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
+SERVERS = ("zmq-broker", "zmq-worker")
+#: Run by CI itself, by test_demo below, or not a command of ours.
+ELSEWHERE = ("make test", "make demo", ". .venv/bin/activate")
+MODELS = ("smollm2", "toy")
+
+
+class Shell:
+    """Runs lines of the README with bash, in the repository, with the environment of these tests."""
+
+    def __init__(self, frontend: str, backend: str, log: Path) -> None:
+        self.frontend = frontend
+        self.log = log
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "TOKENMQ_BROKER_FRONTEND": frontend,
+            "TOKENMQ_BROKER_BACKEND": backend,
+            "TOKENMQ_WORKER_BROKER": backend,
+            "TOKENMQ_CLIENT_BROKER": frontend,
+        }
+
+    def run(self, line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", line],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    def start(self, line: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as sink:
+            return subprocess.Popen(
+                ["bash", "-c", f"exec {line}"],
+                cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
+            )  # fmt: skip
+
+    def python(self, program: str) -> subprocess.CompletedProcess[str]:
+        text = program.replace("tcp://127.0.0.1:5555", self.frontend)
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", text],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A shell beside the broker and the workers that the README starts."""
+    log = tmp_path_factory.mktemp("readme") / "log"
+    made = Shell(f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}", log)
+    servers = [line for line in COMMANDS if line.startswith(SERVERS)]
+    processes = [made.start(line) for line in servers]
+    try:
+        with Client(made.frontend, connect_timeout_s=60) as client:
+
+            def ready() -> bool:
+                assert all(process.poll() is None for process in processes), log.read_text()
+                return len(worker_names(client)) == len(servers) - 1
+
+            eventually(ready, "the README's workers are ready", timeout_s=240)
+        yield made
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(30) for process in reversed(processes)]
+    assert codes == [0] * len(processes)
+
+
+def test_the_readme_has_what_these_tests_run() -> None:
+    assert sum(line.startswith("zmq-broker") for line in COMMANDS) == 1
+    assert sum(line.startswith("zmq-worker") for line in COMMANDS) == 2
+    assert sum(line.startswith("zmq-client") for line in COMMANDS) >= 6
+    assert len(PROGRAMS) >= 4
+    known = (*ELSEWHERE, *SERVERS, "zmq-client")
+    assert not [line for line in COMMANDS if not line.startswith(known)]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("zmq-client")])
+def test_command(shell: Shell, line: str) -> None:
+    done = shell.run(line)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("program", PROGRAMS, ids=[f"program-{number}" for number in range(len(PROGRAMS))])
+def test_program(shell: Shell, program: str) -> None:
+    done = shell.python(program)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.model
+def test_demo() -> None:
+    """`make demo`, without the making of .venv, which is what these tests run in."""
+    done = subprocess.run(
+        [sys.executable, "examples/demo.py"], cwd=ROOT, capture_output=True, text=True, timeout=290, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(re.findall(r"^\[\d\] .*\(worker-[12]\)$", done.stdout, re.MULTILINE)) == 8
+    assert "tokens/s in all" in done.stdout
+    assert "worker-1: 4 requests, worker-2: 4 requests" in done.stdout
+    assert "Paris" in done.stdout
