@@ -1,0 +1,438 @@
+"""WorkerServer on real sockets, against a broker that is a ROUTER in the test's own hands."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import zmq
+
+from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.messages import (
+    Accepted,
+    Cancel,
+    Chunks,
+    Credit,
+    Disconnect,
+    DisconnectCode,
+    Draining,
+    Envelope,
+    Error,
+    Finish,
+    FinishReason,
+    Goodbye,
+    Heartbeat,
+    Message,
+    Ready,
+    Request,
+    WorkerState,
+)
+from tokenmq.protocol.messages import ModelInfo as Model
+from tokenmq.protocol.payload import Generation, Sampling, pack_generation
+from tokenmq.transport.endpoints import EndpointError
+from tokenmq.worker import server as server_module
+from tokenmq.worker.engines.base import Engine, EngineLoadError, Output, Tokens
+from tokenmq.worker.engines.synthetic import SyntheticEngine, text_of, token_at
+from tokenmq.worker.server import WorkerServer
+from tokenmq.worker.settings import WorkerSettings
+
+WAIT_S = 15.0
+ROUTE = b"route-of-client1"
+KindT = TypeVar("KindT")
+
+
+def request_id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def expected_text(seed: int, count: int) -> str:
+    return "".join(text_of(token_at(seed, position)) for position in range(count))
+
+
+def state_is(state: WorkerState) -> Callable[[Heartbeat], bool]:
+    return lambda beat: beat.load is not None and beat.load.state is state
+
+
+class Broker:
+    """A ROUTER that does what the test says; it answers READY with ACCEPTED and nothing else by itself."""
+
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", heartbeat_s: float = 0.05, expiry_s: float = 5.0) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.bind(endpoint)
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.intervals = (heartbeat_s, expiry_s)
+        self.sent: dict[bytes, int] = {}
+        self.heard: dict[bytes, list[Message]] = {}
+
+    def send(self, peer: bytes, message: Message) -> None:
+        self.sent[peer] = self.sent.get(peer, 0) + 1
+        self.socket.send_multipart([peer, *encode(message)])
+
+    def receive(self, timeout_s: float = WAIT_S) -> tuple[bytes, Message]:
+        """Return the next message, checked: READY comes first, heartbeats have counted right."""
+        assert self.socket.poll(timeout_s * 1000), "the worker says nothing"
+        peer, *frames = self.socket.recv_multipart()
+        message = decode(frames)
+        heard = self.heard.setdefault(peer, [])
+        if isinstance(message, Heartbeat):
+            assert message.sent == len(heard)
+        if not heard:
+            assert isinstance(message, Ready)
+            self.send(peer, Accepted("stub", "test", *self.intervals))
+        heard.append(message)
+        return peer, message
+
+    def until(self, kind: type[KindT], such: Callable[[KindT], bool] = lambda message: True) -> tuple[bytes, KindT]:
+        """Receive until such a message comes."""
+        limit = time.monotonic() + WAIT_S
+        while time.monotonic() < limit:
+            peer, message = self.receive()
+            if isinstance(message, kind) and such(message):
+                return peer, message
+        raise AssertionError(f"no such {kind.__name__} came")
+
+    def ready(self) -> bytes:
+        """Wait for a worker that takes requests."""
+        return self.until(Ready, lambda message: message.load.state is WorkerState.READY)[0]
+
+    def request(self, peer: bytes, number: int = 1, *, credit: int = 10**6, tokens: int = 20, seed: int = 3) -> bytes:
+        payload = pack_generation(Generation(prompt="a b", sampling=Sampling(max_tokens=tokens, seed=seed)))
+        self.send(peer, Request(request_id(number), Envelope("toy", 1, credit, route=ROUTE), payload))
+        return request_id(number)
+
+    def text(self, subject: bytes) -> str:
+        messages = [message for heard in self.heard.values() for message in heard if isinstance(message, Chunks)]
+        return "".join(chunk.text for message in messages for chunk in message.chunks if chunk.request_id == subject)
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+class Worker:
+    """A WorkerServer in a thread of its own."""
+
+    def __init__(self, engine: Engine, *brokers: str, **values: Any) -> None:
+        settings = WorkerSettings(brokers=brokers, **{"models": ("toy",), "name": "w1", "slots": 4, **values})
+        self.server = WorkerServer(engine, settings)
+        self.exit_codes: list[int] = []
+        self.thread = threading.Thread(target=lambda: self.exit_codes.append(self.server.run()))
+        self.thread.start()
+
+    def exit_code(self) -> int:
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive(), "the worker does not stop"
+        return self.exit_codes[0]
+
+    def close(self) -> None:
+        self.server.drain(0.0)
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive(), "the worker does not stop"
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    with contextlib.closing(Broker()) as stub:
+        yield stub
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Worker]]:
+    workers: list[Worker] = []
+
+    def begin(*arguments: Any, **values: Any) -> Worker:
+        workers.append(Worker(*arguments, **values))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.close()
+
+
+class Gate(SyntheticEngine):
+    """A synthetic engine whose load or steps wait for the test, or fail on its word."""
+
+    def __init__(self, *, hold_load: bool = False, hold_steps: bool = False, fail_steps: int = 0) -> None:
+        super().__init__(name="toy")
+        self.go = threading.Event()
+        self.entered = threading.Event()
+        self.hold_load = hold_load
+        self.hold_steps = hold_steps
+        self.fail_steps = fail_steps
+
+    def load(self) -> Sequence[Model]:
+        if self.hold_load:
+            assert self.go.wait(WAIT_S)
+        return super().load()
+
+    def step(self) -> Sequence[Output]:
+        self.entered.set()
+        if self.hold_steps:
+            assert self.go.wait(WAIT_S)
+        if self.fail_steps:
+            self.fail_steps -= 1
+            raise RuntimeError("cuda says no")
+        return super().step()
+
+
+def toy(**values: Any) -> SyntheticEngine:
+    return SyntheticEngine(name="toy", **values)
+
+
+def test_it_registers_while_it_loads_and_again_when_it_is_ready(broker: Broker, start: Any) -> None:
+    engine = Gate(hold_load=True)
+    start(engine, broker.endpoint)
+    peer, ready = broker.until(Ready)
+    assert (ready.worker, ready.models, ready.load.state) == ("w1", (Model("toy"),), WorkerState.LOADING)
+    broker.until(Heartbeat)  # the load does not keep it from beating
+    broker.request(peer)
+    _, error = broker.until(Error)
+    assert (error.code, error.retryable) == ("no_worker", True)
+    engine.go.set()
+    assert broker.ready() == peer
+    assert broker.heard[peer][-1].models == (Model("toy", 0, True),)  # type: ignore[union-attr]
+
+
+def test_a_stream_arrives_to_the_last_character(broker: Broker, start: Any) -> None:
+    start(toy(), broker.endpoint)
+    peer = broker.ready()
+    subject = broker.request(peer, tokens=300, seed=11)
+    _, end = broker.until(Finish)
+    assert (end.id, end.reason, end.usage.prompt_tokens, end.usage.completion_tokens) == (
+        subject,
+        FinishReason.LENGTH,
+        2,
+        300,
+    )
+    assert broker.text(subject) == expected_text(11, 300)
+
+
+def test_credit_holds_a_stream_and_others_go_on(broker: Broker, start: Any) -> None:
+    start(toy(), broker.endpoint)
+    peer = broker.ready()
+    slow = broker.request(peer, 1, credit=5, tokens=50, seed=1)
+    fast = broker.request(peer, 2, tokens=50, seed=2)
+    assert broker.until(Finish)[1].id == fast
+    assert broker.text(slow) == expected_text(1, 5)
+    broker.send(peer, Credit(slow, 1, 7))
+    _, chunks = broker.until(Chunks)
+    assert [(chunk.offset, len(chunk.token_ids)) for chunk in chunks.chunks] == [(5, 2)]
+    broker.send(peer, Credit(slow, 1, 50))
+    assert broker.until(Finish)[1].id == slow
+    assert broker.text(slow) == expected_text(1, 50)
+
+
+def test_cancel_ends_a_stream(broker: Broker, start: Any) -> None:
+    start(toy(tokens_per_second=20.0), broker.endpoint)
+    peer = broker.ready()
+    subject = broker.request(peer, tokens=100_000)
+    broker.until(Chunks)
+    broker.send(peer, Cancel(subject, 1))
+    broker.send(peer, Cancel(subject, 1))
+    assert broker.until(Finish)[1].reason is FinishReason.CANCELLED
+    _, beat = broker.until(Heartbeat)
+    assert beat.load is not None
+    assert (beat.load.held, beat.load.running) == (0, 0)
+
+
+def test_a_step_that_blocks_does_not_stop_the_heartbeats(broker: Broker, start: Any) -> None:
+    engine = Gate(hold_steps=True)
+    start(engine, broker.endpoint, stall_after_s=0.3)
+    peer = broker.ready()
+    broker.request(peer)
+    assert engine.entered.wait(WAIT_S)
+    _, stalled = broker.until(
+        Heartbeat, lambda beat: beat.load is not None and beat.load.state is WorkerState.STALLED
+    )
+    assert stalled.load is not None
+    assert stalled.load.step_age_s >= 0.3
+    assert stalled.load.held == 1
+    beats = [message for message in broker.heard[peer] if isinstance(message, Heartbeat)]
+    assert len(beats) >= 3
+    engine.go.set()
+    broker.until(Heartbeat, state_is(WorkerState.READY))
+    if not any(isinstance(message, Finish) for message in broker.heard[peer]):
+        broker.until(Finish)
+
+
+def test_a_step_that_raises_fails_the_requests_and_the_worker_goes_on(broker: Broker, start: Any) -> None:
+    start(Gate(fail_steps=1), broker.endpoint)
+    peer = broker.ready()
+    broker.request(peer, 1)
+    _, error = broker.until(Error)
+    assert (error.id, error.code, error.retryable) == (request_id(1), "engine_failed", True)
+    assert "cuda says no" in error.message
+    subject = broker.request(peer, 2)
+    assert broker.until(Finish)[1].id == subject
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_worker(
+    broker: Broker, start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(SyntheticEngine):
+        def load(self) -> Sequence[Model]:
+            raise EngineLoadError("no model at /nowhere")
+
+    with caplog.at_level(logging.INFO, "tokenmq.worker"):
+        assert start(Broken(), broker.endpoint).exit_code() == 1
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len([line for line in lines if line.startswith("model_load_failed")]) == 1
+    assert "no model at /nowhere" in lines[0]
+
+
+def test_a_broker_that_comes_back_gets_the_worker_again(start: Any) -> None:
+    with contextlib.closing(Broker()) as first:
+        start(toy(tokens_per_second=50.0), first.endpoint)
+        peer = first.ready()
+        first.request(peer, tokens=100_000)
+        first.until(Chunks)
+        endpoint = first.endpoint
+    with contextlib.closing(Broker(endpoint)) as second:
+        peer = second.ready()
+        _, beat = second.until(Heartbeat)
+        assert beat.load is not None
+        assert beat.load.held == 0
+        subject = second.request(peer, tokens=5)
+        assert second.until(Finish)[1].id == subject
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"garbage"],
+        [b""],
+        encode(Goodbye()),
+        encode(Disconnect(DisconnectCode.UNKNOWN_PEER, "who are you?")),
+        encode(Heartbeat(77)),
+        encode(Draining()),
+        [b"x"] * 300,
+    ],
+)
+def test_whatever_a_broker_says_the_worker_comes_back(broker: Broker, start: Any, frames: list[bytes]) -> None:
+    start(toy(), broker.endpoint)
+    peer = broker.ready()
+    broker.until(Heartbeat)
+    broker.socket.send_multipart([peer, *frames])
+    again = broker.until(Ready)[0]
+    assert again != peer
+    subject = broker.request(again)
+    assert broker.until(Finish)[1].id == subject
+
+
+def test_a_silent_broker_is_left_and_dialled_again(start: Any) -> None:
+    with contextlib.closing(Broker(expiry_s=0.3)) as broker:
+        start(toy(), broker.endpoint)
+        peer = broker.ready()
+        while (found := broker.receive())[0] == peer:
+            pass
+        assert isinstance(found[1], Ready)
+
+
+def test_superseded_by_all_brokers_it_stops(broker: Broker, start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.closing(Broker()) as other, caplog.at_level(logging.INFO, "tokenmq.worker"):
+        worker = start(toy(), broker.endpoint, other.endpoint)
+        superseded = Disconnect(DisconnectCode.SUPERSEDED, "a newer one has come")
+        broker.send(broker.ready(), superseded)
+        peer = other.ready()
+        subject = other.request(peer)
+        assert other.until(Finish)[1].id == subject
+        other.send(peer, superseded)
+        assert worker.exit_code() == 1
+    assert "a newer worker named 'w1'" in caplog.records[-1].getMessage()
+
+
+def test_two_brokers_may_send_the_same_request_id(broker: Broker, start: Any) -> None:
+    with contextlib.closing(Broker()) as other:
+        start(toy(), broker.endpoint, other.endpoint)
+        for number, stub in enumerate((broker, other)):
+            stub.request(stub.ready(), 1, seed=number)
+        for number, stub in enumerate((broker, other)):
+            stub.until(Finish)
+            assert stub.text(request_id(1)) == expected_text(number, 20)
+
+
+def test_drain_finishes_what_is_held_says_goodbye_and_exits_with_0(broker: Broker, start: Any) -> None:
+    worker = start(toy(tokens_per_second=100.0), broker.endpoint)
+    peer = broker.ready()
+    subject = broker.request(peer, tokens=30)
+    broker.until(Chunks)
+    worker.server.drain(WAIT_S)
+    broker.until(Draining)
+    broker.until(Finish)
+    assert broker.text(subject) == expected_text(3, 30)
+    broker.until(Goodbye)
+    assert worker.exit_code() == 0
+
+
+def test_drain_gives_back_what_does_not_end_in_time(broker: Broker, start: Any) -> None:
+    worker = start(toy(tokens_per_second=10.0), broker.endpoint)
+    peer = broker.ready()
+    broker.request(peer, tokens=100_000)
+    broker.until(Chunks)
+    worker.server.drain(0.05)
+    _, error = broker.until(Error)
+    assert (error.code, error.retryable) == ("draining", True)
+    broker.until(Goodbye)
+    assert worker.exit_code() == 0
+
+
+def test_a_step_that_never_ends_does_not_keep_the_worker_from_stopping(
+    broker: Broker, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "_ENGINE_STOP_S", 0.05)
+    engine = Gate(hold_steps=True)
+    worker = start(engine, broker.endpoint)
+    broker.request(broker.ready())
+    assert engine.entered.wait(WAIT_S)
+    worker.server.drain(0.0)
+    assert worker.exit_code() == 0
+    assert "engine_abandoned" in [record.getMessage().partition(" ")[0] for record in caplog.records]
+    engine.go.set()
+    worker.server._engine._thread.join(WAIT_S)
+
+
+def test_a_wrong_endpoint_is_refused_before_anything_starts() -> None:
+    with pytest.raises(EndpointError, match="nonsense"):
+        WorkerServer(toy(), WorkerSettings(brokers=("nonsense",)))
+
+
+def test_a_worker_that_never_ran_can_be_closed() -> None:
+    with WorkerServer(toy(), WorkerSettings(brokers=("tcp://127.0.0.1:9",))):
+        pass
+
+
+def test_a_broker_that_stops_reading_loses_its_session(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmq.worker.link.OUTBOX_BYTES", 1000)
+    monkeypatch.setattr("tokenmq.transport.sockets.PEER_QUEUE_MESSAGES", 1)
+    long = Flood()
+    with contextlib.closing(Broker()) as broker:
+        broker.socket.setsockopt(zmq.RCVHWM, 1)
+        broker.socket.setsockopt(zmq.RCVBUF, 4096)
+        broker.socket.bind("tcp://127.0.0.1:*")  # options hold for binds that come after them
+        start(long, broker.socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        peer = broker.ready()
+        broker.request(peer, tokens=1_000_000)
+        assert long.cancelled.wait(WAIT_S)  # the worker gave the session up
+        assert broker.until(Ready)[0] != peer
+
+
+class Flood(SyntheticEngine):
+    """Fills any buffer: long texts, as fast as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__(name="toy")
+        self.cancelled = threading.Event()
+
+    def step(self) -> Sequence[Output]:
+        return [Tokens(output.ticket, (1,), "x" * 100_000) for output in super().step()]
+
+    def cancel(self, ticket: int) -> Sequence[Output]:
+        self.cancelled.set()
+        return super().cancel(ticket)
