@@ -7,6 +7,7 @@ with Client("tcp://127.0.0.1:5555") as client:
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import (
@@ -28,10 +29,10 @@ from ..protocol.errors import (
 )
 from ..protocol.messages import Chunk, Timings, Usage
 from ..transport.endpoints import EndpointError
-from .sync import Client, Stream
 
 if TYPE_CHECKING:
     from .aio import AsyncClient, AsyncStream
+    from .sync import Client, Stream
 
 __all__ = [
     "AsyncClient",
@@ -60,10 +61,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # asyncio takes longer to import than all the rest: only those who use it pay for it.
-    if name in ("AsyncClient", "AsyncStream"):
-        from . import aio
+_HOMES = {"Client": "sync", "Stream": "sync", "AsyncClient": "aio", "AsyncStream": "aio"}
 
-        return getattr(aio, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    # Loaded at first use: asyncio takes longer to import than all the rest, and the core must not need zmq.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
