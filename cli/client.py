@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,28 +49,29 @@ def _json_option(command: Any) -> Any:
     return option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")(command)
 
 
+_SAMPLING: list[Callable[[Any], Any]] = [
+    option("--max-tokens", type=int, default=_DEFAULTS.max_tokens, metavar="N", help="Most new tokens."),
+    option(
+        "--temperature", type=float, default=_DEFAULTS.temperature, metavar="X",
+        help="0 takes the likeliest token, higher values vary more.",
+    ),
+    option("--top-k", type=int, default=_DEFAULTS.top_k, metavar="N", help="Only the N likeliest; 0: all."),
+    option(
+        "--top-p", type=float, default=_DEFAULTS.top_p, metavar="P",
+        help="Only the likeliest that together have this probability.",
+    ),
+    option("--seed", type=int, default=None, metavar="N", help="Repeat a stream. [default: a new one]"),
+    option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+    option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
+    option(
+        "--deadline", type=float, default=None, metavar="S",
+        help="Give the request up after so many seconds. [default: never]",
+    ),
+]  # fmt: skip
+
+
 def _sampling_options(command: Any) -> Any:
-    for decorate in reversed(
-        [
-            option("--max-tokens", type=int, default=_DEFAULTS.max_tokens, metavar="N", help="Most new tokens."),
-            option(
-                "--temperature", type=float, default=_DEFAULTS.temperature, metavar="X",
-                help="0 takes the likeliest token, higher values vary more.",
-            ),
-            option("--top-k", type=int, default=_DEFAULTS.top_k, metavar="N", help="Only the N likeliest; 0: all."),
-            option(
-                "--top-p", type=float, default=_DEFAULTS.top_p, metavar="P",
-                help="Only the likeliest that together have this probability.",
-            ),
-            option("--seed", type=int, default=None, metavar="N", help="Repeat a stream. [default: a new one]"),
-            option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
-            option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
-            option(
-                "--deadline", type=float, default=None, metavar="S",
-                help="Give the request up after so many seconds. [default: never]",
-            ),
-        ]
-    ):  # fmt: skip
+    for decorate in reversed(_SAMPLING):
         command = decorate(command)
     return command
 
@@ -106,18 +107,20 @@ def _client(broker: tuple[str, ...]) -> Iterator[Client]:
 def _print_stream(stream: Stream, *, as_json: bool) -> str:
     """Print a stream as it comes; return its text."""
     pieces = []
-    for chunk in stream:
-        pieces.append(chunk.text)
-        if as_json:
-            values = {"text": chunk.text, "token_ids": list(chunk.token_ids), "offset": chunk.offset}
-            click.echo(json.dumps(values, ensure_ascii=False))
-        else:
-            click.echo(chunk.text, nl=False)
-        sys.stdout.flush()
+    try:
+        for chunk in stream:
+            pieces.append(chunk.text)
+            if as_json:
+                values = {"text": chunk.text, "token_ids": list(chunk.token_ids), "offset": chunk.offset}
+                click.echo(json.dumps(values, ensure_ascii=False))
+            else:
+                click.echo(chunk.text, nl=False)
+            sys.stdout.flush()
+    finally:
+        if pieces and not as_json:
+            click.echo()  # an error stands on a line of its own
     if as_json:
         click.echo(json.dumps(_summary(stream), ensure_ascii=False))
-    else:
-        click.echo()
     return "".join(pieces)
 
 

@@ -92,7 +92,7 @@ def main(
     """
     logs.configure(log_format, log_level)
     served = name or _served_name(model)
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "transformers": {
             "model": model,
             "device": device,
