@@ -19,7 +19,7 @@ from .engines.base import Done, Failed, Job, Output, Tokens
 from .events import CancelJob, Submit
 from .orders import Orders
 from .settings import WorkerSettings
-from .streams import Stream, Streams
+from .streams import Stream, Streams, batches
 
 
 class Desk:
@@ -156,13 +156,14 @@ class Desk:
         """Send what these streams may send, one message a client, and then their ends."""
         pending = streams
         while pending:
-            batches: dict[tuple[str, bytes], list[Chunk]] = {}
+            clients: dict[tuple[str, bytes], list[Chunk]] = {}
             for stream in pending:
                 chunks = stream.take()
                 if chunks:
-                    batches.setdefault((stream.broker, stream.route), []).extend(chunks)
-            for (broker, route), batch in batches.items():
-                self._orders.send(broker, Chunks(route, tuple(batch)))
+                    clients.setdefault((stream.broker, stream.route), []).extend(chunks)
+            for (broker, route), found in clients.items():
+                for batch in batches(found):
+                    self._orders.send(broker, Chunks(route, batch))
             pending = [stream for stream in pending if stream.ready]  # more than the largest chunk: another round
         for stream in streams:
             if stream.end is not None:

@@ -7,15 +7,19 @@ by the request's max_tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..protocol.credit import SendWindow
 from ..protocol.messages import Chunk
 from .engines.base import Done, Failed, Tokens
 
-#: Tokens in one chunk: with their text they stay far below the largest body, whatever credit a client grants.
+#: Tokens in one chunk, and characters after which no further piece is joined to it. A reader that has granted much
+#: after a long pause gets several chunks, each far below the largest body.
 MAX_CHUNK_TOKENS = 16_384
+MAX_CHUNK_CHARS = 262_144
+#: Bytes after which a CHUNKS message is closed: with a last chunk of the largest size it is still below the limit.
+MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -53,7 +57,8 @@ class Lane:
     def _join(self, room: int) -> tuple[tuple[int, ...], str]:
         taken: list[int] = []
         texts: list[str] = []
-        while self.pieces:
+        chars = 0
+        while self.pieces and chars < MAX_CHUNK_CHARS:
             token_ids, text = self.pieces[0]
             rest = token_ids[self.cut :]
             if len(rest) > room:
@@ -62,6 +67,7 @@ class Lane:
                 break
             taken.extend(rest)
             texts.append(text)
+            chars += len(text)
             room -= len(rest)
             self.cut = 0
             self.pieces.popleft()
@@ -140,6 +146,17 @@ class Stream:
     def unsent(self) -> bool:
         """Whether something waits, with credit or without."""
         return any(lane.pieces for lane in self.lanes.values())
+
+
+def batches(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
+    """Divide what one client is to get among messages of a size that the wire carries; nearly always one."""
+    begin = weight = 0
+    for end, chunk in enumerate(chunks):
+        if weight > MAX_BATCH_BYTES:
+            yield tuple(chunks[begin:end])
+            begin, weight = end, 0
+        weight += 64 + 5 * len(chunk.token_ids) + 4 * len(chunk.text)
+    yield tuple(chunks[begin:])
 
 
 class Streams:

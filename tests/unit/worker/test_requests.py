@@ -32,7 +32,7 @@ from tokenmq.worker.events import (
     Stop,
     Submit,
 )
-from tokenmq.worker.streams import MAX_CHUNK_TOKENS, Lane
+from tokenmq.worker.streams import MAX_BATCH_BYTES, MAX_CHUNK_CHARS, MAX_CHUNK_TOKENS, Lane
 
 
 def the_error(actions: Any) -> Error:
@@ -150,6 +150,18 @@ def test_a_chunk_has_a_largest_size(ready: Any, say: Any) -> None:
     orders = ready.credit(1, count)
     assert [len(chunk.token_ids) for chunk in say.chunks(orders)] == [MAX_CHUNK_TOKENS, 5]
     assert [chunk.offset for chunk in say.chunks(orders)] == [0, MAX_CHUNK_TOKENS]
+
+
+def test_long_texts_are_divided_among_chunks_and_messages(ready: Any, say: Any) -> None:
+    jobs = [ready.take(say.request(number, credit=0)) for number in range(9)]
+    for job in jobs:
+        ready.engine(*(Tokens(job.ticket, (number,), "x" * MAX_CHUNK_CHARS) for number in range(3)))
+    assert [len(chunk.token_ids) for chunk in say.chunks(ready.credit(0, 9))] == [1, 1, 1]
+    later = [ready.take(say.request(number)) for number in (10, 11)]
+    many = [Tokens(job.ticket, (1,), "y" * MAX_BATCH_BYTES) for job in later]
+    found = say.messages(ready.engine(*many), Chunks)
+    assert [chunk.request_id for message in found for chunk in message.chunks] == [say.id(10), say.id(11)]
+    assert len(found) == 2
 
 
 def test_completions_have_offsets_of_their_own(ready: Any, say: Any) -> None:
