@@ -143,7 +143,7 @@ def _summary(stream: Stream) -> dict[str, Any]:
 @_broker_option
 def generate(model: str, prompt: str, as_json: bool, broker: tuple[str, ...], **values: Any) -> None:
     """Continue PROMPT with MODEL; the text appears as it is generated. PROMPT - reads standard input."""
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     with _client(broker) as client:
         _print_stream(client.generate(model, prompt=text, **_arguments(values)), as_json=as_json)
 

@@ -37,10 +37,6 @@ class Wire:
         self.overflown = False
         self._outbox: deque[list[bytes]] = deque()
         self.socket = dealer(context, endpoint)
-        # With IMMEDIATE, libzmq drops a pipe in mid-message when its connection breaks, and the next receive aborts
-        # the whole process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"); messages that had arrived are lost,
-        # too. It is not needed here: nothing is sent before the connection stands, nor after it has broken.
-        self.socket.setsockopt(zmq.IMMEDIATE, 0)
         self.monitor = Monitor(self.socket)
         pump.watch(self.socket)
         pump.watch(self.monitor.socket)

@@ -75,8 +75,10 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket
     socket = context.socket(zmq.DEALER)
     try:
         _common(socket)
-        # Queue for finished connections only: by default messages pile up for a broker that is not there.
-        socket.setsockopt(zmq.IMMEDIATE, 1)
+        # ZMQ_IMMEDIATE stays off: with it libzmq drops a pipe in mid-message when its connection breaks, and the next
+        # receive aborts the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). What it is for, that nothing
+        # is queued for a broker that is not there, the sessions see to: they send only between CONNECTED and
+        # DISCONNECTED, and use a socket for one connection.
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         return socket

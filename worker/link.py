@@ -31,10 +31,6 @@ class Link:
         self._outbox_bytes = 0
         self._broken = False
         self.socket = dealer(context, endpoint)
-        # With IMMEDIATE, libzmq drops a pipe in mid-message when its connection breaks, and the next receive aborts
-        # the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). It is not needed here: nothing is sent
-        # before the connection stands, and the socket is closed as soon as it has broken.
-        self.socket.setsockopt(zmq.IMMEDIATE, 0)
         self._monitor = Monitor(self.socket)
         pump.watch(self.socket)
         pump.watch(self._monitor.socket)

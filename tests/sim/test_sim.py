@@ -44,8 +44,9 @@ def test_with_faults_every_stream_ends_once_and_nothing_leaks(sim_seeds: list[in
         whole += sum(isinstance(end, Ending) and end.reason.value == "length" for end in outcomes)
         codes |= {end.code for end in outcomes if not isinstance(end, Ending)}
     assert ended > 0
-    if len(sim_seeds) > 10:  # the schedules do what they are for
-        assert whole > ended / 4
+    if len(sim_seeds) > 10:  # the schedules do what they are for: there is work, and there are faults
+        assert whole > 10 * len(sim_seeds)
+        assert ended > 2 * whole
         assert {"worker_lost", "broker_lost", "deadline"} <= codes
 
 
