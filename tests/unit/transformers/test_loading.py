@@ -294,10 +294,12 @@ def test_a_kill_in_the_middle_leaves_nothing_half(tmp_path: Path, conversions: l
     folder = gguf.converted(file, torch.float32, tmp_path)
     folder.rename(folder.with_name(folder.name + ".partial"))  # killed just before the rename
     (folder.with_name(folder.name + ".partial") / "model.safetensors").write_bytes(b"half")
+    (folder.with_name(folder.name + ".partial") / "model-00001-of-00002.safetensors").write_bytes(b"left over")
     assert gguf.converted(file, torch.float32, tmp_path) == folder
     assert len(conversions) == 2
     assert (folder / "model.safetensors").stat().st_size > 1000
     assert not list(tmp_path.glob("*.partial"))
+    assert not list(folder.glob("*-of-*"))
 
 
 def test_a_gguf_file_becomes_an_engine(
