@@ -1,0 +1,173 @@
+"""The waiting room, the deadlines, the registry and the probe, each by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenmq.broker import queue
+from tokenmq.broker.deadlines import Deadlines
+from tokenmq.broker.outbox import clip
+from tokenmq.broker.probe import PROBE_AGAIN_S, Probe
+from tokenmq.broker.queue import WaitingRoom
+from tokenmq.broker.registry import Registry, WorkerSession
+from tokenmq.broker.requests import RequestRecord
+from tokenmq.protocol.limits import MAX_TEXT_CHARS
+from tokenmq.protocol.liveness import Liveness
+
+from .stage import ready_of, request_id
+
+
+def record(number: int, *, size_bytes: int = 1, deadline_at: float | None = None) -> RequestRecord:
+    return RequestRecord(request_id(number), "m", 1, None, b"r" * 16, None, size_bytes, 0.0, deadline_at)
+
+
+def worker(name: str, *models: str, peer: bytes = b"") -> WorkerSession:
+    ready = ready_of(name, *models)
+    return WorkerSession(
+        peer=peer or name.encode(), liveness=Liveness(1.0, 5.0, 0.0, 0.0), name=name, incarnation=1, ready=ready,
+        reported=ready.load,
+    )  # fmt: skip
+
+
+class TestWaitingRoom:
+    def test_first_in_first_out_with_holes(self) -> None:
+        room = WaitingRoom(10)
+        records = [record(number) for number in range(4)]
+        for each in records:
+            room.append(each)
+        room.remove(records[1])
+        assert list(room) == [records[0], records[2], records[3]]
+        assert room.first() is records[0]
+        assert [room.pop(1.0) for _ in range(3)] == [records[0], records[2], records[3]]
+        assert (len(room), room.bytes) == (0, 0)
+
+    def test_bounds_in_number_and_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(queue, "MAX_WAITING_BYTES", 10)
+        room = WaitingRoom(2)
+        room.append(record(1, size_bytes=6))
+        assert room.has_place_for(record(2, size_bytes=4))
+        assert not room.has_place_for(record(2, size_bytes=5))
+        room.append(record(2, size_bytes=0))
+        assert not room.has_place_for(record(3, size_bytes=0))
+
+    def test_the_time_to_come_back_follows_the_pace_of_departures(self) -> None:
+        room = WaitingRoom(1000)
+        assert room.retry_after_s() == 1.0
+        for number in range(100):
+            room.append(record(number))
+        for number in range(50):
+            room.pop(0.25 * number)
+        assert room.retry_after_s() == pytest.approx(0.25, rel=0.05)
+
+    def test_the_time_to_come_back_is_bounded(self) -> None:
+        fast, slow = WaitingRoom(1000), WaitingRoom(1000)
+        for number in range(60):
+            fast.append(record(number))
+            slow.append(record(number))
+        for number in range(50):
+            fast.pop(0.0)
+            slow.pop(1000.0 * number)
+        assert fast.retry_after_s() == 0.05
+        assert slow.retry_after_s() == 30.0
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_idle_time_does_not_count(self, cancelled: bool) -> None:
+        room = WaitingRoom(10)
+        for number in range(2):
+            room.append(record(number))
+        room.pop(0.0)
+        if cancelled:
+            room.remove(room.first())
+        else:
+            room.pop(1.0)
+        for number in range(5):  # hours apart, each served at once
+            room.append(record(number))
+            room.pop(3600.0 * number)
+        assert room.retry_after_s() == 1.0
+
+
+class TestDeadlines:
+    def test_they_come_out_in_the_order_of_time(self) -> None:
+        deadlines = Deadlines()
+        late, early, tie, never = (record(number, deadline_at=at) for number, at in enumerate((9.0, 3.0, 3.0, None)))
+        for each in (late, early, tie, never):
+            deadlines.add(each)
+        assert deadlines.next() == 3.0
+        assert deadlines.expired(2.9) == []
+        assert deadlines.expired(3.0) == [early, tie]
+        assert deadlines.next() == 9.0
+        assert deadlines.expired(100.0) == [late]
+        assert deadlines.next() is None
+
+    def test_ended_ones_are_dropped_when_they_are_the_larger_part(self) -> None:
+        deadlines = Deadlines()
+        records = [record(number, deadline_at=float(number)) for number in range(100)]
+        for each in records:
+            deadlines.add(each)
+        live = {each.id: each for each in records[50:60]}
+        deadlines.compact(len(live), live)
+        assert deadlines.expired(1000.0) == records[50:60]
+
+    def test_few_ended_ones_may_stay(self) -> None:
+        deadlines = Deadlines()
+        deadlines.add(record(1, deadline_at=5.0))
+        deadlines.compact(0, {})
+        assert deadlines.next() == 5.0
+
+    def test_another_request_of_the_same_id_is_not_taken_for_the_one_that_ended(self) -> None:
+        deadlines = Deadlines()
+        for _ in range(100):
+            deadlines.add(record(1, deadline_at=5.0))
+        newest = record(1, deadline_at=7.0)
+        deadlines.add(newest)
+        deadlines.compact(1, {newest.id: newest})
+        assert deadlines.expired(9.0) == [newest]
+
+
+class TestRegistry:
+    def test_workers_are_found_by_model_in_every_state(self) -> None:
+        registry = Registry()
+        first, second = worker("w1", "a", "b"), worker("w2", "b", "b")
+        registry.add(first)
+        registry.add(second)
+        registry.validate()
+        assert list(registry) == [first, second]
+        assert len(registry) == 2
+        assert registry.models() == ["a", "b"]
+        assert list(registry.serving("b")) == [first, second]
+        assert list(registry.serving("c")) == []
+        registry.remove(second)
+        registry.validate()
+        assert list(registry.serving("b")) == [first]
+        registry.update(first, ready_of("w1", "c"))
+        registry.validate()
+        assert registry.models() == ["c"]
+        assert not registry.serves("a")
+        registry.remove(first)
+        registry.validate()
+        assert registry.models() == []
+
+
+class TestProbe:
+    def test_a_break_is_probed_at_once_and_once_more(self) -> None:
+        probe = Probe()
+        assert not probe.due(0.0)
+        assert probe.broken(0.0)
+        assert not probe.due(PROBE_AGAIN_S / 2)
+        assert probe.due(PROBE_AGAIN_S)
+        assert not probe.due(10.0)
+
+    def test_breaks_in_between_share_a_later_probe(self) -> None:
+        probe = Probe()
+        assert probe.broken(0.0)
+        assert not probe.broken(PROBE_AGAIN_S * 0.9)
+        assert probe.due(PROBE_AGAIN_S)
+        assert probe.again_at == 2 * PROBE_AGAIN_S  # the second break was too fresh for this one
+        assert probe.due(2 * PROBE_AGAIN_S)
+        assert probe.again_at is None
+
+
+def test_messages_are_cut_to_what_the_wire_allows() -> None:
+    assert clip("short") == "short"
+    assert clip("x" * MAX_TEXT_CHARS) == "x" * MAX_TEXT_CHARS
+    assert clip("x" * (MAX_TEXT_CHARS + 1)) == "x" * (MAX_TEXT_CHARS - 3) + "..."
