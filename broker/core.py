@@ -35,6 +35,7 @@ from ..protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    Parked,
     Query,
     Ready,
     Reply,
@@ -319,6 +320,8 @@ class BrokerCore:
             self._worker_heartbeat(worker, message, now)
         elif isinstance(message, (Finish, Error)):
             self.exchange.answered(worker, message, now)
+        elif isinstance(message, Parked):
+            self.exchange.parked(worker, message, now)
         elif isinstance(message, Chunks):
             self.counters.chunk_messages_dropped += 1  # `route_chunks` would have found its client
         elif isinstance(message, Ready):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from random import Random
 
 from ..protocol.errors import ErrorCode
-from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Request, Timings, Usage
+from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Parked, Request, Timings, Usage
 from .deadlines import Deadlines
 from .dispatch import Candidate, Policy
 from .metrics import Counters
@@ -130,6 +130,13 @@ class Exchange:
             self._answer(record, answer)
         self.dispatch_for(worker, now)
 
+    def parked(self, worker: WorkerSession, message: Parked, now: float) -> None:
+        """Free the slot of a request whose worker has only to wait for the reader."""
+        record = worker.in_flight.get(message.id)
+        if record is not None and record.attempt == message.attempt:
+            worker.park(record)
+            self.dispatch_for(worker, now)
+
     def worker_lost(self, worker: WorkerSession, why: str) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
         message = f"worker {worker.name} was lost: {why}"
@@ -233,6 +240,7 @@ class Exchange:
             assert record.client is not None
             assert record.message is not None
         for worker in self._registry:
+            assert worker.parked == sum(record.parked for record in worker.in_flight.values())
             holds: dict[bytes, int] = {}
             for record in worker.in_flight.values():
                 assert record.worker is worker

@@ -62,6 +62,7 @@ def _workers(core: BrokerCore, now: float) -> list[dict[str, Any]]:
             "models": [info.name for info in worker.ready.models],
             "slots": worker.ready.slots,
             "in_flight": len(worker.in_flight),
+            "parked": worker.parked,
             "running": worker.reported.running,
             "waiting": worker.reported.waiting,
             "speed": worker.speed,

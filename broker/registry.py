@@ -63,7 +63,8 @@ class WorkerSession(Session):
         ready: its last READY: models, slots, speed.
         reported: its last load report.
         draining: it wants no more requests.
-        in_flight: requests of this broker that it holds, by id; each charges a slot.
+        in_flight: requests of this broker that it holds, by id; each charges a slot unless it is parked.
+        parked: how many of them are parked.
         routes: clients that it may send to, by their route.
         last_used: number of the last dispatch to it.
     """
@@ -74,6 +75,7 @@ class WorkerSession(Session):
     reported: Load
     draining: bool = False
     in_flight: dict[bytes, RequestRecord] = field(default_factory=dict)
+    parked: int = 0
     routes: dict[bytes, RouteHold] = field(default_factory=dict)
     last_used: int = 0
 
@@ -85,7 +87,7 @@ class WorkerSession(Session):
     @property
     def load(self) -> int:
         """Requests at the worker: our own, exact, and those of others, as old as the last heartbeat."""
-        return len(self.in_flight) + self.others
+        return len(self.in_flight) - self.parked + self.others
 
     @property
     def speed(self) -> float:
@@ -116,9 +118,16 @@ class WorkerSession(Session):
         if hold is not None:
             hold.client = None
 
+    def park(self, record: RequestRecord) -> None:
+        """Free the slot of a request that stays."""
+        if not record.parked:
+            record.parked = True
+            self.parked += 1
+
     def release(self, record: RequestRecord) -> None:
         """Free the slot; close the way back to the client when this was its last request here."""
         del self.in_flight[record.id]
+        self.parked -= record.parked
         hold = self.routes[record.route]
         hold.count -= 1
         if hold.count == 0:

@@ -29,6 +29,7 @@ class RequestRecord:
         worker: who runs it; None while it waits.
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.
+        parked: only the reader's credit is missing; no slot is charged for it.
     """
 
     id: bytes
@@ -43,6 +44,7 @@ class RequestRecord:
     worker: WorkerSession | None = None
     dispatched_at: float = 0.0
     cancelled: bool = False
+    parked: bool = False
 
     @classmethod
     def of(cls, message: Request, client: ClientSession, now: float) -> RequestRecord:

@@ -39,6 +39,7 @@ from .messages import (
     Load,
     Message,
     ModelInfo,
+    Parked,
     Query,
     Ready,
     Reply,
@@ -132,6 +133,7 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
     Accepted: {"broker": _name, **_session},
     Credit: {"attempt": _attempt, "limit": count()},
     Cancel: {"attempt": _attempt},
+    Parked: {"attempt": _attempt},
     Finish: {
         "attempt": _attempt,
         "reason": choice(FinishReason),
@@ -267,14 +269,15 @@ def _decode_chunks(value: Any) -> tuple[Chunk, ...]:
                 and type(offset) is int
                 and 0 <= offset <= most
                 and type(token_ids) is list
-                and len(token_ids) == 1
-                and type(token_ids[0]) is int
-                and 0 <= token_ids[0] <= most_id
-                # Its length needs no look: the body's is bounded.
+                # The lengths of both need no look: msgpack's limits bound them.
                 and type(piece) is str
             ):
-                chunks.append(Chunk(request_id, attempt, index, offset, (token_ids[0],), piece))
-                continue
+                for token_id in token_ids:
+                    if type(token_id) is not int or not 0 <= token_id <= most_id:
+                        break
+                else:
+                    chunks.append(Chunk(request_id, attempt, index, offset, tuple(token_ids), piece))
+                    continue
         chunks.append(_decode_odd_chunk(item, f"chunks[{len(chunks)}]"))
     return tuple(chunks)
 

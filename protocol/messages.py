@@ -29,6 +29,7 @@ class Command(IntEnum):
     CHUNKS = 0x13
     FINISH = 0x14
     ERROR = 0x15
+    PARKED = 0x16
     QUERY = 0x20
     REPLY = 0x21
     HEARTBEAT = 0x30
@@ -86,7 +87,7 @@ class Load:
         state: whether it takes requests.
         running: requests in the engine's batch, of all brokers.
         waiting: requests that the worker holds but does not run yet, of all brokers.
-        held: requests of the broker that this report goes to, running or waiting.
+        held: those of them that came from the broker that this report goes to.
         steps: engine steps since start: it stands still when the engine does.
         step_age_s: seconds that the current step has lasted; 0 when the engine is idle.
         tokens_per_s: tokens generated a second, all streams together, smoothed.
@@ -296,6 +297,19 @@ class Error:
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """worker -> broker: the request's slot is free, though its FINISH is still to come.
+
+    The engine has generated everything, and the rest waits at the worker for the reader's credit: so a reader that
+    pauses keeps nobody else from the slot.
+    """
+
+    command: ClassVar[Command] = Command.PARKED
+    id: bytes
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """client -> broker: a management question; answered with REPLY or ERROR of the same id."""
 
@@ -363,6 +377,7 @@ Message: TypeAlias = (
     | Chunks
     | Finish
     | Error
+    | Parked
     | Query
     | Reply
     | Heartbeat

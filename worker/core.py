@@ -172,7 +172,7 @@ class WorkerCore:
         for broker, session in self._sessions.items():
             assert session.phase is Phase.ACTIVE or not self._streams.held(broker), session
             assert not (self._stopped and session.has_socket), session
-        assert len(self._streams) <= self._settings.most_held, len(self._streams)
+        assert len(self._streams) - self._streams.parked <= self._settings.most_held, len(self._streams)
         if not self._stopped:
             assert self._announced is self.state, (self._announced, self.state)
             assert self._streams or self._drain_until is None, "nothing is held, and the drain has not ended"
@@ -229,7 +229,7 @@ class WorkerCore:
             state=self.state,
             running=running,
             waiting=in_engine - running,
-            held=self._streams.held(broker),
+            held=self._streams.in_engine(broker),
             steps=self._progress.steps,
             step_age_s=0.0 if started is None else max(0.0, now - started),
             tokens_per_s=self._progress.tokens_per_s,

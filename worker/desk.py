@@ -2,7 +2,8 @@
 
 The rules: a request held is answered with exactly one FINISH or ERROR, unless its session ends. FINISH waits until
 all tokens have left; ERROR, and FINISH after a CANCEL, drop what is unsent. What one engine step brought for the
-streams of one client leaves as one CHUNKS message.
+streams of one client leaves as one CHUNKS message. A stream that has only its reader to wait for is PARKED: its slot is
+free.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 
 from ..protocol.errors import BadRequestError, ErrorCode
-from ..protocol.messages import Cancel, Chunk, Chunks, Credit, Error, Finish, FinishReason, ModelInfo, Request
+from ..protocol.messages import Cancel, Chunk, Chunks, Credit, Error, Finish, FinishReason, ModelInfo, Parked, Request
 from ..protocol.payload import Generation, unpack_generation
 from .answers import error, finish
 from .engines.base import Done, Failed, Job, Output, Tokens
 from .events import CancelJob, Submit
 from .orders import Orders
-from .settings import WorkerSettings
+from .settings import MOST_PARKED, WorkerSettings
 from .streams import Stream, Streams, batches
 
 
@@ -76,7 +77,7 @@ class Desk:
         if message.envelope.model not in names:
             text = f"this worker does not serve {message.envelope.model!r}; models here: {', '.join(names)}"
             return error(message, ErrorCode.MODEL_NOT_FOUND, text)
-        if len(self.streams) >= self._settings.most_held:
+        if len(self.streams) - self.streams.parked >= self._settings.most_held:
             text = f"the worker holds {len(self.streams)} requests already"
             return error(message, ErrorCode.BUSY, text, retryable=True)
         return None
@@ -178,6 +179,9 @@ class Desk:
             done = end if isinstance(end, Done) else None
             reason = FinishReason.CANCELLED if stream.cancelled or done is None else done.reason
             self._answer(stream, finish(stream, reason, done, self._settings.name), now)
+        elif not stream.parked and self.streams.parked < MOST_PARKED:
+            self.streams.park(stream)
+            self._orders.send(stream.broker, Parked(stream.request_id, stream.attempt))
 
     def give_back(self, code: ErrorCode, message: str, now: float) -> None:
         """End all streams, whatever the engine does with them; another worker may take them."""

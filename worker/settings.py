@@ -21,6 +21,9 @@ STALL_AFTER_S = 30.0
 #: that are on their way while a slot becomes free. What is beyond would only wait here, where no broker can move it.
 HOLD_FACTOR = 2
 HOLD_SPARE = 8
+#: Requests of which only the tokens are left, waiting for slow readers. Each takes memory and no slot; with more than
+#: these the worker holds on to their slots, so that what it keeps for readers stays bounded.
+MOST_PARKED = 1024
 
 
 def default_name() -> str:
@@ -78,5 +81,5 @@ class WorkerSettings:
 
     @property
     def most_held(self) -> int:
-        """Requests that the worker holds at most, of all brokers."""
+        """Requests that the worker holds at most, of all brokers, besides parked ones."""
         return self.slots * HOLD_FACTOR + HOLD_SPARE

@@ -90,6 +90,7 @@ class Stream:
         tokens: tokens that the engine has brought.
         end: how it ended in the engine; None while the engine has it.
         cancelled: nothing more is sent but FINISH.
+        parked: the broker knows that only the reader's credit is missing; it charges no slot for it.
     """
 
     ticket: int
@@ -103,6 +104,7 @@ class Stream:
     tokens: int = 0
     end: Done | Failed | None = None
     cancelled: bool = False
+    parked: bool = False
 
     def push(self, output: Tokens) -> None:
         """Keep what the engine brought."""
@@ -160,13 +162,18 @@ def batches(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
 
 
 class Streams:
-    """All held requests, by ticket and by key."""
+    """All held requests, by ticket and by key.
+
+    Attributes:
+        parked: how many of them are parked.
+    """
 
     def __init__(self) -> None:
         """Hold nothing."""
         self._by_ticket: dict[int, Stream] = {}
         self._by_key: dict[tuple[str, bytes, int], Stream] = {}
         self._of_broker: dict[str, dict[int, Stream]] = {}
+        self.parked = 0
 
     def __len__(self) -> int:
         """Return how many are held."""
@@ -182,8 +189,14 @@ class Streams:
         self._by_key[stream.broker, stream.request_id, stream.attempt] = stream
         self._of_broker.setdefault(stream.broker, {})[stream.ticket] = stream
 
+    def park(self, stream: Stream) -> None:
+        """Note that the stream is parked."""
+        stream.parked = True
+        self.parked += 1
+
     def remove(self, stream: Stream) -> None:
         """Let go of one."""
+        self.parked -= stream.parked
         del self._by_ticket[stream.ticket]
         del self._by_key[stream.broker, stream.request_id, stream.attempt]
         del self._of_broker[stream.broker][stream.ticket]
@@ -204,15 +217,18 @@ class Streams:
         """Return how many this broker has here."""
         return len(self._of_broker.get(broker, ()))
 
-    def in_engine(self) -> int:
-        """Return how many the engine has not ended yet."""
-        return sum(stream.end is None for stream in self._by_ticket.values())
+    def in_engine(self, broker: str | None = None) -> int:
+        """Return how many the engine has not ended yet, of one broker or of all."""
+        streams = self._by_ticket if broker is None else self._of_broker.get(broker, {})
+        return sum(stream.end is None for stream in streams.values())
 
     def validate(self) -> None:
         """Check what must hold between two events; raises AssertionError with the stream at fault."""
         assert len(self._by_ticket) == len(self._by_key) == sum(map(len, self._of_broker.values())), "indexes differ"
+        assert self.parked == sum(stream.parked for stream in self._by_ticket.values())
         for ticket, stream in self._by_ticket.items():
             assert stream.ticket == ticket, stream
+            assert stream.end is not None or not stream.parked, stream
             assert self.by_key(stream.broker, stream.request_id, stream.attempt) is stream, stream
             assert self._of_broker[stream.broker].get(ticket) is stream, stream
             assert not stream.ready, stream  # what may leave has left

@@ -20,6 +20,7 @@ from tokenmq.protocol.messages import (
     FinishReason,
     Heartbeat,
     ModelInfo,
+    Parked,
     Ready,
     Request,
 )
@@ -59,6 +60,7 @@ class Reader:
         self.end: Finish | Error | None = None
         self.ticket: int | None = None
         self.cancelled = False
+        self.parked = False
 
 
 class Made:
@@ -121,7 +123,8 @@ class WorkerMachine(RuleBasedStateMachine):
         if isinstance(message, Heartbeat):
             assert message.sent == self.received[broker]
             assert message.load is not None
-            held = [key for key, value in self.readers.items() if key[0] == broker and value.end is None]
+            mine = [(key, value) for key, value in self.readers.items() if key[0] == broker]
+            held = [key for key, value in mine if value.end is None and not value.parked]
             assert message.load.held == len(held) or self.pending in held
         self.received[broker] += 1
         if isinstance(message, Ready):
@@ -140,6 +143,15 @@ class WorkerMachine(RuleBasedStateMachine):
                 made = self.jobs[reader.ticket]
                 assert reader.tokens == made.tokens[: len(reader.tokens)]
                 assert made.text.startswith(reader.text)
+        elif isinstance(message, Parked):
+            reader = self.readers[broker, message.id, message.attempt]
+            assert reader.end is None
+            assert not reader.parked, "parked once"
+            assert reader.ticket is not None
+            made = self.jobs[reader.ticket]
+            assert made.over
+            assert len(reader.tokens) == reader.credit, "it waits for credit, and for nothing else"
+            reader.parked = True
         elif isinstance(message, (Finish, Error)):
             reader = self.readers[broker, message.id, message.attempt]
             assert reader.end is None, "one end for each request"

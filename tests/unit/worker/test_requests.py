@@ -16,6 +16,7 @@ from tokenmq.protocol.messages import (
     Finish,
     FinishReason,
     Goodbye,
+    Parked,
     Timings,
     Usage,
     WorkerState,
@@ -113,7 +114,8 @@ def test_without_credit_tokens_are_kept_and_leave_as_one_chunk(ready: Any, say: 
     assert len(say.chunks(ready.engine(say.tokens(job, 1)))) == 1
     assert ready.engine(say.tokens(job, 2)) == []
     assert ready.engine(say.tokens(job, 3)) == []
-    assert ready.engine(say.done(job, 3)) == []  # FINISH waits, too
+    [parked] = ready.engine(say.done(job, 3))  # FINISH waits, too; meanwhile the slot is free
+    assert parked.message == Parked(say.id(1), 1)
     assert ready.credit(1, 1) == []  # a late grant does no harm
     assert say.chunks(ready.credit(1, 2)) == [Chunk(say.id(1), 1, 0, 1, (2,), "2 ")]
     chunk, end = ready.credit(1, 10)
@@ -139,8 +141,23 @@ def test_text_without_tokens_needs_no_credit_once_its_tokens_have_left(ready: An
 
 def test_text_without_tokens_waits_for_the_tokens_before_it(ready: Any, say: Any) -> None:
     job = ready.take(say.request(1, credit=0))
-    assert ready.engine(say.tokens(job, 1, text=""), Tokens(job.ticket, (), "held"), say.done(job, 1)) == []
+    orders = ready.engine(say.tokens(job, 1, text=""), Tokens(job.ticket, (), "held"), say.done(job, 1))
+    assert [order.message for order in orders] == [Parked(say.id(1), 1)]
     assert say.chunks(ready.credit(1, 1)) == [Chunk(say.id(1), 1, 0, 0, (1,), "held")]
+
+
+def test_parked_requests_take_no_place_up_to_a_bound(ready: Any, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmq.worker.desk.MOST_PARKED", 2)
+    ends = []
+    for number in range(1, 4):
+        job = ready.take(say.request(number, credit=0))
+        ends += say.messages(ready.engine(say.tokens(job, 1), say.done(job, 1)), Parked)
+    assert ends == [Parked(say.id(1), 1), Parked(say.id(2), 1)]
+    assert ready.core._load("tcp://broker:1", 0.0).held == 0
+    assert say.messages(ready.hear(Cancel(say.id(1), 1)), Finish)[0].reason is FinishReason.CANCELLED
+    assert [type(order.message) for order in ready.credit(2, 9)] == [Chunks, Finish]
+    assert [type(order.message) for order in ready.credit(3, 9)] == [Chunks, Finish]
+    ready.core.validate()
 
 
 def test_a_chunk_has_a_largest_size(ready: Any, say: Any) -> None:
