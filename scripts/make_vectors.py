@@ -39,6 +39,7 @@ from tokenmq.protocol.messages import (
     Load,
     Message,
     ModelInfo,
+    Parked,
     Query,
     Ready,
     Reply,
@@ -101,6 +102,7 @@ MESSAGES: dict[str, Message] = {
     "credit": Credit(ID, 1, 512),
     "credit, largest": Credit(OTHER_ID, limits.MAX_COUNT, limits.MAX_COUNT),
     "cancel": Cancel(ID, 1),
+    "parked": Parked(ID, 1),
     "chunks": Chunks(ROUTE, (Chunk(ID, 1, 0, 12, (345,), " blue"),)),
     "chunks of two streams": Chunks(
         ROUTE, (Chunk(ID, 1, 0, 0, (1, 22, 333), "Das Meer"), Chunk(OTHER_ID, 3, 1, 99, (4444,), " 海🌊"))
