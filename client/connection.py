@@ -18,11 +18,13 @@ from typing import Any, TypeAlias
 
 import zmq
 
-from ..protocol.codec import decode
+from ..protocol.codec import decode, encode
 from ..protocol.errors import ClientClosedError, ProtocolError, TokenmqError
 from ..protocol.log import Log, write
 from ..transport.endpoints import EndpointError
-from ..transport.pump import Pump, receive
+from ..transport.link import Link
+from ..transport.monitor import ConnectionEvent
+from ..transport.pump import Pump
 from .core import ClientCore
 from .events import (
     Action,
@@ -44,7 +46,6 @@ from .events import (
 )
 from .mailbox import Bell, Mailbox
 from .settings import Settings
-from .wire import Wire
 
 _logger = logging.getLogger("tokenmq.client")
 
@@ -74,7 +75,7 @@ class Connection:
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
         self._failure = "the client is closed"
-        self._wire: Wire | None = None
+        self._link: Link | None = None
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
         #: Mailboxes that got something in this turn, in the order of arrival.
@@ -152,10 +153,8 @@ class Connection:
         deadline = self._core.next_deadline()
         ready = self._pump.wait(None if deadline is None else deadline - time.monotonic())
         self._take_commands()
-        if self._wire is not None and ready:
-            self._serve(self._wire, ready)
-        if self._wire is not None and self._wire.overflown:
-            self._tell(Lost("the broker has stopped reading"))
+        if self._link is not None and ready and self._link.among(ready):
+            self._serve(self._link, ready)
         self._perform(self._core.tick(time.monotonic()))
         self._ring()
 
@@ -169,26 +168,26 @@ class Connection:
                 self._answers[event.id] = receiver
             self._tell(event)
 
-    def _serve(self, wire: Wire, ready: Mapping[Any, int]) -> None:
-        changed = wire.changes() if wire.monitor.socket in ready else []
-        if Connected() in changed:
+    def _serve(self, link: Link, ready: Mapping[Any, int]) -> None:
+        changed = link.events()
+        if ConnectionEvent.CONNECTED in changed:
             self._tell(Connected())
-        flags = ready.get(wire.socket, 0)
-        lost = next((event for event in changed if isinstance(event, Lost)), None)
+        flags = ready.get(link.socket, 0)
+        lost = next((change for change in changed if change is not ConnectionEvent.CONNECTED), None)
         if flags & zmq.POLLIN or lost is not None:
             # What came before the connection broke is still there, and may hold the end of a stream.
-            while self._receive(wire) == _BATCH_MESSAGES and lost is not None:
+            while self._receive(link) == _BATCH_MESSAGES and lost is not None:
                 continue
-        if self._wire is wire and lost is not None:
-            self._tell(lost)
-        elif self._wire is wire and flags & zmq.POLLOUT:
-            wire.flush()
+        if self._link is link and lost is not None:
+            self._tell(Lost(f"connection {lost.value}"))
+        elif self._link is link and flags & zmq.POLLOUT:
+            link.flush()
 
-    def _receive(self, wire: Wire) -> int:
-        messages = receive(wire.socket, _BATCH_MESSAGES)
+    def _receive(self, link: Link) -> int:
+        messages = link.receive(_BATCH_MESSAGES)
         now = time.monotonic()
         for frames in messages:
-            if self._wire is not wire:
+            if self._link is not link:
                 break  # an earlier message has ended the session
             try:
                 event: Event = Received(decode(frames))
@@ -223,18 +222,19 @@ class Connection:
 
     def _open(self, action: Open) -> None:
         try:
-            self._wire = Wire(self._context, self._pump, action.endpoint)
+            self._link = Link(self._context, action.endpoint, self._pump)
         except EndpointError as error:
             self._tell(Lost(str(error)))
 
     def _close_socket(self, action: CloseSocket) -> None:
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
 
     def _send(self, action: Send) -> None:
-        if self._wire is not None:
-            self._wire.send(action.message)
+        if self._link is not None and not self._link.send(encode(action.message)):
+            self._commands.append((Lost("the broker has stopped reading"), None))
+            self._pump.waker.wake()
 
     def _deliver(self, action: Deliver) -> None:
         mailbox = self._mailboxes[action.id]
@@ -262,8 +262,8 @@ class Connection:
             _resolve(answer, None, ClientClosedError(self._failure))
         self._ring()
         try:
-            if self._wire is not None:
-                self._wire.close()
+            if self._link is not None:
+                self._link.close()
             self._pump.close()
             # Bounded by the sockets' linger.
             context.term()

@@ -12,14 +12,13 @@ from ..protocol.codec import encode
 from ..protocol.credit import WINDOW_TOKENS
 from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import Hello
+from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_FRONTEND, check_endpoint
 
 #: How long a request waits for a broker before it fails: a broker's restart fits in, a person's patience ends.
 CONNECT_TIMEOUT_S = 5.0
 #: A management answer takes a broker a millisecond; one that needs seconds is not coming.
 QUERY_TIMEOUT_S = 5.0
-#: What HELLO says of this library.
-SOFTWARE = "tokenmq-python/0.1"
 
 
 def _default_name() -> str:

@@ -2,8 +2,8 @@
 
 The rules: a request held is answered with exactly one FINISH or ERROR, unless its session ends. FINISH waits until
 all tokens have left; ERROR, and FINISH after a CANCEL, drop what is unsent. What one engine step brought for the
-streams of one client leaves as one CHUNKS message. A stream that has only its reader to wait for is PARKED: its slot is
-free.
+streams of one client leaves as one CHUNKS message. A stream that has only its reader to wait for is PARKED: its slot
+is free.
 """
 
 from __future__ import annotations

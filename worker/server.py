@@ -14,6 +14,7 @@ from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.log import Log, write
 from ..transport.endpoints import check_endpoint
+from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
 from ..transport.pump import Pump
 from .core import WorkerCore
@@ -36,7 +37,6 @@ from .events import (
     Stop,
     Submit,
 )
-from .link import Link
 from .settings import WorkerSettings
 
 LOGGER = logging.getLogger("tokenmq.worker")

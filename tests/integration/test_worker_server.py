@@ -409,7 +409,7 @@ def test_a_worker_that_never_ran_can_be_closed() -> None:
 
 
 def test_a_broker_that_stops_reading_loses_its_session(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmq.worker.link.OUTBOX_BYTES", 1000)
+    monkeypatch.setattr("tokenmq.transport.link.OUTBOX_BYTES", 1000)
     monkeypatch.setattr("tokenmq.transport.sockets.PEER_QUEUE_MESSAGES", 1)
     long = Flood()
     with contextlib.closing(Broker()) as broker:

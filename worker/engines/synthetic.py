@@ -16,7 +16,7 @@ from ...protocol.limits import MAX_TOKEN_ID
 from ...protocol.messages import FinishReason, ModelInfo
 from ...protocol.payload import Generation
 from .base import Done, Engine, EngineStats, Job, Output, Tokens
-from .transformers.stops import StopMatcher
+from .stops import StopMatcher
 
 #: Requests that run at a time.
 SLOTS = 16

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from tokenmq.worker.engines.stops import StopMatcher
 from tokenmq.worker.engines.transformers.detokenize import Detokenizer
-from tokenmq.worker.engines.transformers.stops import StopMatcher
 from tokenmq.worker.engines.transformers.textstream import TextStream
 
 from .conftest import VOCABULARY, make_tokenizer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from ..stops import StopMatcher
 from .detokenize import Detokenizer
-from .stops import StopMatcher
 
 
 class TextStream:

@@ -1,4 +1,4 @@
-"""One broker's socket: a DEALER with its monitor, and an outbox for what the socket does not take at once."""
+"""A peer's socket to one broker: a DEALER, its monitor, and an outbox for what the socket does not take at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import zmq
 
-from ..transport.monitor import ConnectionEvent, Monitor
-from ..transport.pump import Outcome, Pump, receive, send
-from ..transport.sockets import connect, dealer
+from .monitor import ConnectionEvent, Monitor
+from .pump import Outcome, Pump, receive, send
+from .sockets import connect, dealer
 
 #: What waits for a broker that does not read, behind libzmq's own queue. Credit bounds what is in flight far below:
 #: a broker that lets this fill up is broken, and its session is given up.
