@@ -177,3 +177,4 @@ def _make_noise(context: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], s
                     dealer.send(os.urandom(40))
                     dealer.send_multipart([PREFIX[command] + os.urandom(16), os.urandom(30), os.urandom(5)])
                     dealer.send_multipart([PREFIX[command] + os.urandom(16), os.urandom(60)])
+                assert dealer.poll(10_000), "the broker tells a stranger that it is one"
