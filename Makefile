@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -24,6 +24,11 @@ lint: $(VENV)/.model
 
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/relay.py
+
+# Of what runs in the test process itself: the pure parts should show (almost) no missing line.
+coverage: $(VENV)/.model
+	$(BIN)/coverage run -m pytest tests/unit tests/property tests/sim
+	$(BIN)/coverage report
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
