@@ -90,13 +90,21 @@ class LocalProcess:
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """End it with SIGTERM, after the timeout with SIGKILL; return the exit code."""
+        self.terminate()
+        return self.finish(timeout_s)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, if it still runs; do it once, since a second one ends it without a drain."""
         if self.exit_code is None:
             self.send_signal(signal.SIGTERM)
             self.send_signal(signal.SIGCONT)  # a stopped process would not see it
-            try:
-                return self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
+
+    def finish(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Wait for its end, after the timeout with SIGKILL; return the exit code."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
         return self._process.wait()
 
     def restart(self) -> None:
@@ -176,11 +184,9 @@ class LocalCluster:
     def close(self) -> None:
         """End all processes, workers first."""
         for process in (*self.workers, self.broker):
-            if process.exit_code is None:
-                process.send_signal(signal.SIGTERM)
-                process.send_signal(signal.SIGCONT)
+            process.terminate()
         for process in (*self.workers, self.broker):
-            process.stop()
+            process.finish()
         if self._temporary is not None:
             self._temporary.cleanup()
 

@@ -154,6 +154,8 @@ def test_no_broker_is_an_error_within_the_connect_timeout() -> None:
         (("zmq-worker", "--engine", "synthetic", "--model", "m", "--slots", "0"), ["slots"]),
         (("zmq-worker", "--engine", "nonesuch", "--model", "m"), ["nonesuch", "synthetic", "transformers"]),
         (("zmq-worker", "--engine", "synthetic", "--model", "m", "--broker", "foo"), ["foo", "tcp://HOST:PORT"]),
+        (("zmq-worker", "--engine", "synthetic", "--model", "m", "--broker", "tcp://*:5556"), ["tcp://*:5556"]),
+        (("zmq-worker", "--engine", "synthetic", "--model", "m", "--broker", f"ipc://{'x' * 200}"), ["too long"]),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(command: tuple[str, ...], words: list[str]) -> None:
@@ -201,6 +203,18 @@ def test_the_grace_time_ends_what_does_not_finish(make_cluster: Callable[..., Lo
         with pytest.raises(Exception, match="worker stopped") as caught:
             stream.text()
         assert caught.value.code == "draining"
+
+
+def test_a_cluster_that_closes_lets_running_requests_finish(make_cluster: Callable[..., LocalCluster]) -> None:
+    cluster = make_cluster()
+    cluster.start_worker("--engine", "synthetic", "--model", MODEL, "--tokens-per-second", "20")
+    cluster.wait_ready(MODEL)
+    with Client(cluster.frontend) as client:
+        stream = client.generate(MODEL, prompt="x", max_tokens=20, seed=1)
+        begun = next(stream).text
+        cluster.close()
+        assert begun + stream.text() == text(1, 20)
+    assert [process.exit_code for process in (*cluster.workers, cluster.broker)] == [0, 0]
 
 
 @pytest.mark.parametrize("which", ["broker", "worker"])
