@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..transport.endpoints import DEFAULT_BACKEND
+from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
 from ..worker.server import WorkerServer
@@ -118,7 +118,11 @@ def main(
     except (ValueError, EngineLoadError) as error:
         fail(str(error))
     on_signals(server.drain)
-    raise SystemExit(server.run())
+    try:
+        exit_code = server.run()
+    except EndpointError as error:
+        fail(str(error))
+    raise SystemExit(exit_code)
 
 
 def _served_name(model: str) -> str:

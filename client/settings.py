@@ -13,7 +13,7 @@ from ..protocol.credit import WINDOW_TOKENS
 from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import Hello
 from ..protocol.version import SOFTWARE
-from ..transport.endpoints import DEFAULT_FRONTEND, check_endpoint
+from ..transport.endpoints import DEFAULT_FRONTEND, check_destination
 
 #: How long a request waits for a broker before it fails: a broker's restart fits in, a person's patience ends.
 CONNECT_TIMEOUT_S = 5.0
@@ -60,7 +60,7 @@ class Settings:
         if not self.endpoints:
             raise BadRequestError("endpoints: at least one is needed")
         for endpoint in self.endpoints:
-            check_endpoint(endpoint)
+            check_destination(endpoint)
         _seconds("connect_timeout_s", self.connect_timeout_s)
         _seconds("query_timeout_s", self.query_timeout_s)
         if self.heartbeat_s is not None:

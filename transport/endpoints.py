@@ -20,13 +20,31 @@ def check_endpoint(endpoint: str) -> str:
         EndpointError: it has not.
     """
     scheme, separator, rest = endpoint.partition("://")
-    if not separator or scheme not in ("tcp", "ipc", "inproc") or not rest:
+    if not separator or scheme not in ("tcp", "ipc") or not rest:
         raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}")
     if scheme == "tcp":
         host, _, port = rest.rpartition(":")
         if not host or not (port == "*" or (port.isascii() and port.isdigit() and int(port) <= 65535)):
             raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}, PORT from 0 to 65535")
     return endpoint
+
+
+def check_destination(endpoint: str) -> str:
+    """Return the endpoint if a peer can connect to it: it names one host and one port.
+
+    Raises:
+        EndpointError: it does not, or has none of the forms that tokenmq uses.
+    """
+    scheme, _, rest = check_endpoint(endpoint).partition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and (host == "*" or port == "*" or int(port) == 0):
+        raise EndpointError(f"cannot connect to {endpoint}: name the host and the port that the broker listens on")
+    return endpoint
+
+
+def is_ipv6(endpoint: str) -> bool:
+    """Tell whether the endpoint has an IPv6 address, which stands in brackets."""
+    return endpoint.startswith("tcp://[")
 
 
 def is_local(endpoint: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import zmq
 
 from ..protocol.limits import MAX_FRAME_BYTES
-from .endpoints import EndpointError, check_endpoint
+from .endpoints import EndpointError, check_destination, check_endpoint, is_ipv6
 
 #: Messages that libzmq queues for one peer. Credit keeps what is in flight far below, so a full queue means a peer
 #: that has stopped reading.
@@ -48,12 +48,19 @@ def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) ->
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         bound = []
         for endpoint in endpoints:
+            _family(socket, endpoint)
             _bind(socket, endpoint)
             bound.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
         return socket, bound
     except BaseException:
         socket.close(linger=0)
         raise
+
+
+def _family(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    # Only where the address asks for it: with this option libzmq resolves `localhost` to ::1 alone, and `*` listens on
+    # more than it did. It counts for the next bind or connect.
+    socket.setsockopt(zmq.IPV6, int(is_ipv6(endpoint)))
 
 
 def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
@@ -71,10 +78,11 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket
     Raises:
         EndpointError: the endpoint is not valid.
     """
-    check_endpoint(endpoint)
+    check_destination(endpoint)
     socket = context.socket(zmq.DEALER)
     try:
         _common(socket)
+        _family(socket, endpoint)
         # ZMQ_IMMEDIATE stays off: with it libzmq drops a pipe in mid-message when its connection breaks, and the next
         # receive aborts the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). What it is for, that nothing
         # is queued for a broker that is not there, the sessions see to: they send only between CONNECTED and

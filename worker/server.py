@@ -13,7 +13,7 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.log import Log, write
-from ..transport.endpoints import check_endpoint
+from ..transport.endpoints import check_destination
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
 from ..transport.pump import Pump
@@ -65,7 +65,7 @@ class WorkerServer:
             EndpointError: a broker's endpoint is not valid.
         """
         for broker in settings.brokers:
-            check_endpoint(broker)
+            check_destination(broker)
         self._clock = clock
         self._core = WorkerCore(settings, engine.name, time.time_ns())
         self._pump = Pump()
