@@ -51,6 +51,7 @@ from tokenmq.protocol.messages import (
     Load,
     Message,
     ModelInfo,
+    Parked,
     Query,
     Ready,
     Request,
@@ -100,6 +101,12 @@ class WorkerPeer(Peer):
     others: int = 0
     draining: bool = False
     held: dict[bytes, Request] = field(default_factory=dict)
+    #: What of it takes no slot any more.
+    parked: set[bytes] = field(default_factory=set)
+
+    @property
+    def running(self) -> int:
+        return len(self.held) - len(self.parked)
 
 
 class BrokerMachine(RuleBasedStateMachine):
@@ -182,7 +189,7 @@ class BrokerMachine(RuleBasedStateMachine):
             assert message.envelope.model in worker.models
             assert message.envelope.route is not None
             worker.held[message.id] = message
-            assert len(worker.held) + worker.others <= worker.slots, "more requests than slots"
+            assert worker.running + worker.others <= worker.slots, "more requests than slots"
         elif isinstance(message, (Cancel, Credit)):
             assert message.id in worker.held, f"{message.command.name} for a request that the worker does not hold"
         else:
@@ -194,6 +201,7 @@ class BrokerMachine(RuleBasedStateMachine):
             peer.owed.clear()
         elif isinstance(peer, WorkerPeer):
             peer.held.clear()
+            peer.parked.clear()
 
     def from_client(self, client: ClientPeer, message: Message) -> None:
         client.said += 1
@@ -337,8 +345,7 @@ class BrokerMachine(RuleBasedStateMachine):
         )  # fmt: skip
 
     def load(self, worker: WorkerPeer) -> Load:
-        held = len(worker.held)
-        return Load(worker.state, running=held, waiting=worker.others, held=held)
+        return Load(worker.state, running=worker.running, waiting=worker.others, held=worker.running)
 
     @rule(
         index=st.integers(0, 9), lost=RARE, others=st.integers(0, 2),
@@ -374,10 +381,20 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def answer(self, worker: WorkerPeer, id: bytes, well: bool) -> None:
         attempt = worker.held.pop(id).envelope.attempt
+        worker.parked.discard(id)
         if well:
             self.from_worker(worker, Finish(id, attempt, FinishReason.STOP, Usage(1, 1), Timings(), ""))
         else:
             self.from_worker(worker, Error(id, attempt, "engine_failed", "it broke"))
+
+    @rule(index=st.integers(0, 9), which=st.integers(0, 9))
+    @precondition(lambda self: any(worker.open and worker.held for worker in self.workers))
+    def worker_parks(self, index: int, which: int) -> None:
+        busy = [worker for worker in self.workers if worker.open and worker.held]
+        worker = busy[index % len(busy)]
+        id = list(worker.held)[which % len(worker.held)]
+        worker.parked.add(id)
+        self.from_worker(worker, Parked(id, worker.held[id].envelope.attempt))
 
     @rule(index=st.integers(0, 9), which=st.integers(0, 20), attempt=st.integers(1, 3))
     @precondition(has_worker)

@@ -38,7 +38,7 @@ def test_workers(stage: Stage) -> None:
     first, second = client.queries("workers")
     assert first == {
         "name": "w1", "state": "ready", "engine": "synthetic", "models": ["a", "b"], "slots": 2, "in_flight": 0,
-        "running": 3, "waiting": 1, "speed": 1.5, "tokens_per_s": 80.0, "kv_use": 0.5, "steps": 500,
+        "parked": 0, "running": 3, "waiting": 1, "speed": 1.5, "tokens_per_s": 80.0, "kv_use": 0.5, "steps": 500,
         "step_age_s": 0.25, "heard_s": 0.5, "incarnation": 7, "software": "test/1",
     }  # fmt: skip
     assert (second["name"], second["in_flight"]) == ("w2", 1)

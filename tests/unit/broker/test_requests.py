@@ -23,6 +23,7 @@ from tokenmq.protocol.messages import (
     Hello,
     Load,
     ModelInfo,
+    Parked,
     Request,
     Timings,
     Usage,
@@ -178,6 +179,37 @@ def test_slots_that_other_brokers_use_are_not_free(stage: Stage) -> None:
     # The report counts our own request; it is taken off, since this broker knows it exactly.
     assert worker.beats(load=Load(running=4, waiting=0, held=1)) == []
     assert kinds(worker.beats(load=Load(running=1, waiting=0, held=1))) == [("w1", "REQUEST")]
+
+
+def test_a_parked_request_frees_its_slot_once_and_is_still_answered(stage: Stage) -> None:
+    client = stage.client()
+    worker = stage.busy_worker("w1", client)
+    client.asks(2)
+    client.asks(3)
+    assert kinds(worker.says(Parked(request_id(1), 1))) == [("w1", "REQUEST")]
+    assert worker.says(Parked(request_id(1), 1)) == []
+    assert client.queries("workers")[0]["parked"] == 1
+    assert kinds(client.grants(1, 99)) == [("w1", "CREDIT")]
+    assert kinds(worker.finishes(1)) == [("ann", "FINISH stop")]  # its slot is in use by the second
+    assert kinds(worker.finishes(2)) == [("ann", "FINISH stop"), ("w1", "REQUEST")]
+
+
+def test_parking_what_a_worker_does_not_hold_changes_nothing(stage: Stage) -> None:
+    client = stage.client()
+    worker = stage.busy_worker("w1", client)
+    client.asks(2)
+    other = stage.stranger_worker("w2")
+    stage.registers(other, "n")
+    assert other.says(Parked(request_id(1), 1)) == []
+    assert worker.says(Parked(request_id(1), 2)) == worker.says(Parked(request_id(2), 1)) == []
+    assert worker_session(stage, "w1").free == 0
+
+
+def test_a_parked_request_fails_with_its_worker(stage: Stage) -> None:
+    client = stage.client()
+    worker = stage.busy_worker("w1", client)
+    worker.says(Parked(request_id(1), 1))
+    assert kinds(worker.vanishes()) == [("ann", "ERROR worker_lost")]
 
 
 def test_a_report_that_holds_more_than_it_runs_does_not_make_slots(stage: Stage) -> None:
