@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,10 +15,11 @@ from tokenmq.broker.settings import BrokerSettings
 from tokenmq.client import events as client_events
 from tokenmq.client.core import ClientCore
 from tokenmq.client.settings import Settings as ClientSettings
+from tokenmq.protocol.codec import header
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import TokenmqError
 from tokenmq.protocol.log import Log
-from tokenmq.protocol.messages import Chunk, FinishReason, Message, ModelInfo
+from tokenmq.protocol.messages import Chunk, Chunks, Command, FinishReason, Message, ModelInfo
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 from tokenmq.worker import events as worker_events
 from tokenmq.worker.core import WorkerCore
@@ -102,27 +104,33 @@ class SimBroker(Node):
 
     def _handle(self, event: Any) -> None:
         message = getattr(event, "message", None)
-        if isinstance(event, broker_events.FromWorker) and message is not None and message.command.name == "CHUNKS":
-            target = self.core.route_chunks(event.peer, b"\0" * 8 + message.route, self.clock.now)
+        if isinstance(event, broker_events.FromWorker) and isinstance(message, Chunks):
+            target = self.core.route_chunks(event.peer, header(Command.CHUNKS, message.route), self.clock.now)
             if target is not None:
-                self._send(target, message, "client")
+                gone = self._send(target, message, "client")
+                if gone is not None:
+                    self._perform(self.core.handle(gone, self.clock.now))
                 return
         self._perform(self.core.handle(event, self.clock.now))
 
     def _perform(self, actions: Sequence[Any]) -> None:
-        for action in actions:
+        queue = deque(actions)  # as in broker/server.py: what follows from a peer that is gone goes behind the rest
+        while queue:
+            action = queue.popleft()
             if not isinstance(action, Log):
                 side = "client" if isinstance(action, broker_events.ToClient) else "worker"
-                self._send(action.peer, action.message, side)
+                gone = self._send(action.peer, action.message, side)
+                if gone is not None:
+                    queue.extend(self.core.handle(gone, self.clock.now))
 
-    def _send(self, routing_id: bytes, message: Message, side: str) -> None:
+    def _send(self, routing_id: bytes, message: Message, side: str) -> broker_events.Event | None:
         entry = self.peers.get(routing_id)
         if entry is None:
             gone = broker_events.ClientGone if side == "client" else broker_events.WorkerGone
-            self._handle(gone(routing_id, "its connection is gone"))
-            return
+            return gone(routing_id, "its connection is gone")
         link, peer, _ = entry
         link.carry("down", message, lambda received: peer.received(link, received))
+        return None
 
 
 class Peer(Node):
