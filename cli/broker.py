@@ -11,7 +11,7 @@ from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
 from . import logs
-from .lifecycle import fail, on_signals
+from .lifecycle import allow_many_files, fail, on_signals
 from .options import logging_options, option, settings
 
 
@@ -64,6 +64,7 @@ def main(
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     """
     logs.configure(log_format, log_level)
+    allow_many_files()
     try:
         server = BrokerServer(
             BrokerSettings(

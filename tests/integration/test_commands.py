@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -163,6 +165,20 @@ def test_a_wrong_option_is_one_clear_line(command: tuple[str, ...], words: list[
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_broker_takes_more_clients_than_the_shells_limit_of_files(
+    make_cluster: Callable[..., LocalCluster],
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, limits[1]))
+    try:
+        cluster = make_cluster()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(cluster.frontend, connect_timeout_s=10)) for _ in range(40)]
+        assert [client.models() for client in clients] == [[]] * 40
 
 
 def test_a_port_in_use_is_one_clear_line(cluster: LocalCluster) -> None:
