@@ -58,8 +58,8 @@ def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) ->
 
 
 def _family(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    # Only where the address asks for it: with this option libzmq resolves `localhost` to ::1 alone, and `*` stands for
-    # both families. It counts for the next bind or connect.
+    # Only where the address asks for it: with this option libzmq resolves `localhost` to ::1 alone, and `*` is both
+    # families. It counts for the next bind or connect.
     socket.setsockopt(zmq.IPV6, int(is_ipv6(endpoint)))
 
 
