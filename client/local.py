@@ -30,6 +30,7 @@ READY_TIMEOUT_S = 300.0
 #: What a process gets to end by itself after SIGTERM, before SIGKILL.
 STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
+_CONNECT_TIMEOUT_S = 1.0
 _LOG_TAIL_LINES = 20
 
 
@@ -162,7 +163,8 @@ class LocalCluster:
             LocalClusterError: the timeout passed, or a process ended meanwhile.
         """
         end = time.monotonic() + timeout_s
-        with Client(self.frontend, connect_timeout_s=timeout_s) as client:
+        # Asked anew each second, so that a broker that has died is not waited for.
+        with Client(self.frontend, connect_timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S)) as client:
             while self._ready(client, model) < workers:
                 dead = [process for process in (self.broker, *self.workers) if process.exit_code is not None]
                 if dead or time.monotonic() > end:

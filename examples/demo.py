@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -14,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenmq.client import AsyncClient
-from tokenmq.client.local import LocalCluster
+from tokenmq.client import AsyncClient, TokenmqError
+from tokenmq.client.local import LocalCluster, LocalClusterError
 
 MODEL = "smollm2"
 WORKERS = 2
@@ -69,7 +71,8 @@ class Screen:
         """Draw the end of every text anew."""
         if not self._live:
             return
-        lines = [f"{answer.number}: {' '.join(answer.text.split())[-70:]}" for answer in self._answers]
+        width = max(8, shutil.get_terminal_size().columns - 4)  # a line that wraps would push the others down
+        lines = [f"{answer.number}: {' '.join(answer.text.split())[-width:]}" for answer in self._answers]
         print(f"\x1b[{len(lines)}A" + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
 
 
@@ -118,4 +121,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the cluster ends with us
+    try:
+        main()
+    except (LocalClusterError, TokenmqError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
