@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..client import Client, Stream
+from ..client.settings import CONNECT_TIMEOUT_S
 from ..protocol.errors import TokenmqError
 from ..protocol.payload import Sampling
 from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
@@ -28,7 +29,7 @@ _EXIT_INTERRUPTED = 130
     help="The broker's frontend; repeatable, the next one is tried when one is gone.",
 )  # fmt: skip
 @option(
-    "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=5.0, metavar="S",
+    "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=CONNECT_TIMEOUT_S, metavar="S",
     help="Seconds to wait for a broker to answer.",
 )  # fmt: skip
 @version_option
@@ -46,7 +47,9 @@ def _broker_option(command: Any) -> Any:
 
 
 def _json_option(command: Any) -> Any:
-    return option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")(command)
+    return option(
+        "--json", "as_json", is_flag=True, envvar="TOKENMQ_CLIENT_JSON", help="Print JSON, one object a line."
+    )(command)
 
 
 _SAMPLING: list[Callable[[Any], Any]] = [
@@ -60,12 +63,12 @@ _SAMPLING: list[Callable[[Any], Any]] = [
         "--top-p", type=float, default=_DEFAULTS.top_p, metavar="P",
         help="Only the likeliest that together have this probability.",
     ),
-    option("--seed", type=int, default=None, metavar="N", help="Repeat a stream. [default: a new one]"),
-    option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+    option("--seed", type=int, show_default="a new one", metavar="N", help="Repeat a stream."),
+    option("--stop", multiple=True, show_default="none", metavar="TEXT", help="End before this text. Repeatable."),
     option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
     option(
-        "--deadline", type=float, default=None, metavar="S",
-        help="Give the request up after so many seconds. [default: never]",
+        "--deadline", type=float, show_default="never", metavar="S",
+        help="Give the request up after so many seconds.",
     ),
 ]  # fmt: skip
 
@@ -99,8 +102,12 @@ def _client(broker: tuple[str, ...]) -> Iterator[Client]:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone (head, less): no complaint, as other tools do
         sys.exit(1)
+    except OSError as error:
+        fail(f"cannot read or write: {error.strerror}")
+    except UnicodeError as error:
+        fail(f"cannot read or write: {error}")
     except KeyboardInterrupt:
-        click.echo()
+        click.echo(err=True)  # what follows stands below the terminal's ^C; the output gets no line more
         sys.exit(_EXIT_INTERRUPTED)
 
 
@@ -143,15 +150,15 @@ def _summary(stream: Stream) -> dict[str, Any]:
 @_broker_option
 def generate(model: str, prompt: str, as_json: bool, broker: tuple[str, ...], **values: Any) -> None:
     """Continue PROMPT with MODEL; the text appears as it is generated. PROMPT - reads standard input."""
-    text = sys.stdin.read() if prompt == "-" else prompt
     with _client(broker) as client:
+        text = sys.stdin.read() if prompt == "-" else prompt
         _print_stream(client.generate(model, prompt=text, **_arguments(values)), as_json=as_json)
 
 
-@main.command()
+@main.command(short_help="Chat with MODEL: one MESSAGE, or a conversation.")
 @click.argument("model")
 @click.argument("message", required=False)
-@option("--system", default=None, metavar="TEXT", help="A system prompt. [default: none]")
+@option("--system", show_default="none", metavar="TEXT", help="A system prompt.")
 @_sampling_options
 @_json_option
 @_broker_option
@@ -197,7 +204,10 @@ def workers(as_json: bool, broker: tuple[str, ...]) -> None:
     """List the broker's workers with their load."""
     with _client(broker) as client:
         columns = ("name", "state", "engine", "models", "slots", "in_flight", "waiting", "speed", "tokens_per_s")
-        _print_rows(client.workers(), columns, as_json=as_json)
+        rows = client.workers()
+        if not as_json:
+            rows = [{**row, "tokens_per_s": round(row["tokens_per_s"], 1)} for row in rows]
+        _print_rows(rows, columns, as_json=as_json)
 
 
 @main.command()
@@ -207,15 +217,21 @@ def status(as_json: bool, broker: tuple[str, ...]) -> None:
     """Show the broker's state and counters."""
     with _client(broker) as client:
         values = client.status()
-    if as_json:
-        click.echo(json.dumps(values, ensure_ascii=False))
-        return
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = " ".join(f"{inner}={number}" for inner, number in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "none"
-        click.echo(f"{name:<10} {value}")
+        if as_json:
+            click.echo(json.dumps(values, ensure_ascii=False))
+        else:
+            for name, value in values.items():
+                click.echo(f"{name:<10} {_status_text(value)}")
+
+
+def _status_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{inner}={number}" for inner, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], *, as_json: bool) -> None:

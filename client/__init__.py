@@ -7,6 +7,7 @@ with Client("tcp://127.0.0.1:5555") as client:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,9 @@ __all__ = [
     "WorkerLostError",
 ]
 
+
+# Without it Python prints warnings of a program that has set up no logging: errors are exceptions here.
+logging.getLogger("tokenmq").addHandler(logging.NullHandler())
 
 _HOMES = {"Client": "sync", "Stream": "sync", "AsyncClient": "aio", "AsyncStream": "aio"}
 
