@@ -31,7 +31,8 @@ class _Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix("tokenmq.")
-        line = f"{_time(record)} {record.levelname.lower()} {name} {record.getMessage()}"
+        message = " ".join(record.getMessage().splitlines())  # of other libraries: ours has one line anyway
+        line = f"{_time(record)} {record.levelname.lower()} {name} {message}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line

@@ -20,6 +20,9 @@ from .options import logging_options, option, settings
 # Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
 # machine then nearly stop each other (measured on 2 cores: 27 tokens/s alone, below 0.5 each together, 16 with this).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when they are imported: each would print on its own, and say again what the one line about a failure tells.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 @click.command(context_settings=settings("TOKENMQ_WORKER"))
@@ -28,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     help="What to serve: a folder with a transformers model, a .gguf file, or a hub id. For the synthetic engine "
     "just a name.",
 )  # fmt: skip
-@option("--name", default=None, metavar="SERVED_NAME", help="What clients ask for. [default: the end of --model]")
+@option("--name", show_default="the end of --model", metavar="SERVED_NAME", help="What clients ask for.")
 @option(
     "--engine", default="transformers", metavar="NAME",
     help="transformers, synthetic, one of another package, or package.module:Class.",
@@ -37,26 +40,26 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     "--broker", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
     help="A broker's backend. Repeatable: the worker registers with all of them.",
 )  # fmt: skip
-@option("--worker-name", default=None, metavar="NAME", help="This worker's own name. [default: HOST-PID]")
+@option("--worker-name", show_default="HOST-PID", metavar="NAME", help="This worker's own name.")
 @option("--slots", type=int, default=SLOTS, metavar="N", help="Requests to run at a time.")
 @option("--speed", type=float, default=SPEED, metavar="X", help="Relative weight for the broker's policies.")
 @option("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first of them that is there.")
 @option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
 @option(
-    "--max-context", type=int, default=None, metavar="TOKENS",
-    help="Prompt and completion together, for each slot. [default: the model's, at most 4096 on cuda, else 2048]",
+    "--max-context", type=int, show_default="the model's, at most 4096 on cuda, else 2048", metavar="TOKENS",
+    help="Prompt and completion together, for each slot.",
 )  # fmt: skip
 @option(
-    "--cache-dir", default=None, metavar="DIR",
-    help="For converted GGUF files. [default: $TOKENMQ_CACHE/models or ~/.cache/tokenmq/models]",
+    "--cache-dir", show_default="$TOKENMQ_CACHE/models or ~/.cache/tokenmq/models", metavar="DIR",
+    help="For converted GGUF files.",
 )  # fmt: skip
 @option(
     "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
     help="Pace of each stream of the synthetic engine; 0: as fast as it goes.",
 )  # fmt: skip
 @option(
-    "--heartbeat-interval", type=float, default=None, metavar="S",
-    help="Ask brokers for a longer interval in seconds. [default: the broker's]",
+    "--heartbeat-interval", type=float, show_default="the broker's", metavar="S",
+    help="Ask brokers for a longer interval in seconds.",
 )  # fmt: skip
 @option(
     "--stall-after", type=float, default=STALL_AFTER_S, metavar="S",
@@ -92,6 +95,8 @@ def main(
     """
     logs.configure(log_format, log_level)
     served = name or _served_name(model)
+    if not served:
+        fail("--model: it must not be empty")
     own: dict[str, dict[str, Any]] = {
         "transformers": {
             "model": model,
