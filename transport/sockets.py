@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket as sockets
+import sys
 from collections.abc import Sequence
 
 import zmq
@@ -65,11 +67,29 @@ def _family(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
     check_endpoint(endpoint)
+    if _is_taken(endpoint):
+        raise EndpointError(f"cannot listen on {endpoint}: the address is already in use")
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         reason = "the address is already in use" if error.errno == zmq.EADDRINUSE else zmq.strerror(error.errno or 0)
         raise EndpointError(f"cannot listen on {endpoint}: {reason}") from error
+
+
+def _is_taken(endpoint: str) -> bool:
+    """Tell whether somebody listens on an ipc path: libzmq removes the file before it binds, and cuts them off."""
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or path.startswith(("*", "@")) or sys.platform == "win32":
+        return False  # tcp, a path that libzmq makes up, an abstract name: there the system itself refuses
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # its backlog is full
+        except OSError:
+            return False  # nothing there, a file that a killed broker left, or what bind will complain about
+    return True
 
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:

@@ -62,3 +62,16 @@ def test_ipv6_beside_ipv4(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     except OSError:
         pytest.skip("this machine has no IPv6")
     reach(context, ["tcp://[::1]:*", "tcp://127.0.0.1:*"], None)
+
+
+def test_an_ipc_path_in_use_is_refused_and_one_left_over_is_not(
+    context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/s"
+    with router(context, [endpoint])[0]:
+        with pytest.raises(EndpointError, match="already in use"):
+            router(context, [endpoint])
+        reach(context, ["tcp://127.0.0.1:*"], None)
+    with socket.socket(socket.AF_UNIX) as killed:  # what a killed broker leaves: a file that nobody listens on
+        killed.bind(f"{tmp_path}/left")
+    reach(context, [f"ipc://{tmp_path}/left"], None)
