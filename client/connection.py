@@ -71,6 +71,8 @@ class Connection:
         self.stopped.set_running_or_notify_cancel()  # from now on nobody can cancel it
         self._pid = os.getpid()
         self._core = ClientCore(settings)
+        # Here and not in the thread: where there are no file descriptors left, the caller must hear of it.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pump = Pump()
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
@@ -138,8 +140,6 @@ class Connection:
     # The thread
 
     def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context = context
         try:
             while not self._core.closed:
                 self._turn()
@@ -147,7 +147,7 @@ class Connection:
             _logger.exception("the client's I/O thread failed")
             self._failure = f"the client's I/O thread failed ({type(error).__name__}: {error}); make a new client"
         finally:
-            self._stop(context)
+            self._stop()
 
     def _turn(self) -> None:
         deadline = self._core.next_deadline()
@@ -252,7 +252,7 @@ class Connection:
 
     # The end
 
-    def _stop(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def _stop(self) -> None:
         self._finished.set()
         self._refuse_commands()
         for mailbox in self._mailboxes.values():
@@ -266,7 +266,7 @@ class Connection:
                 self._link.close()
             self._pump.close()
             # Bounded by the sockets' linger.
-            context.term()
+            self._context.term()
         finally:
             self.stopped.set_result(None)
 

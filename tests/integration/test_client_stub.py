@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import queue
@@ -482,6 +483,15 @@ def test_a_bug_in_the_thread_fails_streams_and_does_not_hang(
         with pytest.raises(ClientClosedError, match="a bug"):
             client.models()
         assert "I/O thread failed" in caplog.text
+
+
+def test_no_descriptors_left_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    monkeypatch.setattr(zmq, "Context", fail)
+    with pytest.raises(zmq.ZMQError, match="Too many open files"):
+        Client("tcp://127.0.0.1:9")
 
 
 def test_many_threads_share_a_client(new_broker: NewBroker) -> None:
