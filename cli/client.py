@@ -182,6 +182,8 @@ def _lines() -> Iterator[str]:
             click.echo(prompt, nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
+            if prompt:
+                click.echo(err=True)  # the shell's prompt stands on a line of its own
             return
         if line.strip():
             yield line.strip()
