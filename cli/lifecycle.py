@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,18 @@ def fail(message: str) -> NoReturn:
     """Print one line to standard error and exit with code 1."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_FAILED)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Exit at once and leave threads where they are.
+
+    The interpreter's own end takes each thread down when it comes back from native code; where that was called from
+    C++, as in torch, the process is aborted instead ("terminate called without an active exception").
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def allow_many_files() -> None:

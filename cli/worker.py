@@ -14,7 +14,7 @@ from ..worker.engines.registry import make_engine
 from ..worker.server import WorkerServer
 from ..worker.settings import GRACE_S, SLOTS, SPEED, STALL_AFTER_S, WorkerSettings, default_name
 from . import logs
-from .lifecycle import fail, on_signals
+from .lifecycle import fail, leave, on_signals
 from .options import logging_options, option, settings
 
 # Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
@@ -127,6 +127,8 @@ def main(
         exit_code = server.run()
     except EndpointError as error:
         fail(str(error))
+    if server.engine_abandoned:
+        leave(exit_code)
     raise SystemExit(exit_code)
 
 

@@ -49,7 +49,11 @@ _ENGINE_STOP_S = 2.0
 
 
 class WorkerServer:
-    """One worker: an engine, and a session with each broker."""
+    """One worker: an engine, and a session with each broker.
+
+    Attributes:
+        engine_abandoned: closed, but the engine's thread is still in a step; it may be anywhere in native code.
+    """
 
     def __init__(
         self, engine: Engine, settings: WorkerSettings, *, clock: Callable[[], float] = time.monotonic
@@ -76,6 +80,7 @@ class WorkerServer:
         self._links: dict[str, Link] = {}
         self._stop: Stop | None = None
         self._closed = False
+        self.engine_abandoned = False
 
     def __enter__(self) -> WorkerServer:
         """Return itself."""
@@ -125,6 +130,7 @@ class WorkerServer:
             self._shut(broker)
         self._context.term()
         if not self._engine.stop(_ENGINE_STOP_S):
+            self.engine_abandoned = True
             write(LOGGER, Log("engine_abandoned", {"waited_s": _ENGINE_STOP_S}, level=logging.WARNING))
         self._pump.close()
 

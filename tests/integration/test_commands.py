@@ -233,6 +233,37 @@ def test_a_cluster_that_closes_lets_running_requests_finish(make_cluster: Callab
     assert [process.exit_code for process in (*cluster.workers, cluster.broker)] == [0, 0]
 
 
+_STUCK = """
+import atexit, sys, time
+from tokenmq.worker.engines.synthetic import SyntheticEngine
+
+class Stuck(SyntheticEngine):
+    def __init__(self, model, name, slots):
+        super().__init__(name=name, slots=slots)
+
+    def load(self):
+        atexit.register(print, "torn down", file=sys.stderr)
+        time.sleep(600)
+"""
+
+
+def test_a_worker_leaves_an_engine_that_is_stuck_as_it_is(
+    make_cluster: Callable[..., LocalCluster], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "stuck_engine.py").write_text(_STUCK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cluster = make_cluster()
+    worker = cluster.start_worker("--engine", "stuck_engine:Stuck", "--model", MODEL)
+    with Client(cluster.frontend) as client:
+        eventually(lambda: [row["state"] for row in client.workers()] == ["loading"], "the worker loads")
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    log = worker.log.read_text()
+    assert "engine_abandoned" in log
+    assert "worker_stopped" in log
+    assert "torn down" not in log  # torch would abort the process here
+
+
 @pytest.mark.parametrize("which", ["broker", "worker"])
 def test_a_second_signal_exits_at_once(make_cluster: Callable[..., LocalCluster], which: str) -> None:
     cluster = make_cluster("--grace", "600")
