@@ -82,6 +82,8 @@ class ClientCore:
         self._waiting: dict[bytes, None] = {}
         #: Every waiting request or query, and every query that has left.
         self._timers = Timers()
+        #: Why the last try to get a session failed: a wrong port, say, answers with why it will have none.
+        self._failure = ""
         self._out: list[Action] = []
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
             Submit: self._submit,
@@ -246,6 +248,7 @@ class ClientCore:
         if farewell:
             self._out.append(self.session.say(Goodbye(), now))
         self._out.append(CloseSocket())
+        self._failure = "" if was_open else reason
         # A try that failed is no news as long as other endpoints or the next try may do.
         level = logging.WARNING if was_open else logging.DEBUG
         self._log("session_lost" if was_open else "connect_failed", level, endpoint=endpoint, reason=reason)
@@ -334,6 +337,8 @@ class ClientCore:
     def _no_broker(self, key: bytes) -> NoBrokerError:
         tried = ", ".join(self.session.tried or self._settings.endpoints)
         message = f"no broker answered within {self._settings.connect_timeout_s:g} s; tried {tried}"
+        if self._failure:
+            message += f"; the last try: {self._failure}"
         return NoBrokerError(message, retryable=True, request_id=key.hex())
 
     def _tell_cancel(self, stream: OpenStream, now: float) -> None:

@@ -97,6 +97,17 @@ def test_a_request_whose_deadline_is_shorter_than_the_connect_timeout_fails_by_i
     assert isinstance(end.outcome, DeadlineError)
 
 
+def test_no_broker_tells_why_the_last_try_failed() -> None:
+    story = Story()
+    story.tick()
+    story.handle(Connected())
+    story.receive(Disconnect(DisconnectCode.UNKNOWN_PEER, "expected READY, got HELLO"))  # the port is the workers'
+    story.submit(1)
+    (end,) = (action for action in story.tick(5.0) if isinstance(action, Ended))
+    assert isinstance(end.outcome, NoBrokerError)
+    assert "the last try: the broker ended the session: unknown_peer: expected READY" in end.outcome.message
+
+
 def test_endpoints_are_tried_in_turn_with_a_growing_pause_after_each_round() -> None:
     story = Story(ONE, TWO)
     opened = [(story.now, action.endpoint) for action in story.tick() if isinstance(action, Open)]
