@@ -107,6 +107,7 @@ class Exchange:
             if record.worker is None:
                 self._counters.cancelled += 1
                 self._forget_waiting(record)
+                self._log_cancelled(record)
             else:
                 self._orphan(record)
         # Also where it has only requests left that it no longer waits for: past their deadline.
@@ -321,6 +322,12 @@ class Exchange:
         self._counters.cancelled += 1
         assert record.worker is not None
         self._outbox.to_worker(record.worker, Cancel(record.id, record.attempt))
+        self._log_cancelled(record)
+
+    def _log_cancelled(self, record: RequestRecord) -> None:
+        worker = record.worker.name if record.worker else ""
+        waited_s = self._outbox.now - record.arrived_at
+        self._outbox.log("request_cancelled", record.id, model=record.model, worker=worker, s=waited_s)
 
     def _orphan(self, record: RequestRecord) -> None:
         """Let nobody wait for a running request any more; its slot stays charged."""

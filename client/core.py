@@ -50,6 +50,9 @@ from .settings import Settings
 from .streams import OpenStream, StreamFaultError, error_from
 from .timers import Timers
 
+#: The broker ends a request at its deadline and knows where it was; only one that is frozen or cut off needs us.
+DEADLINE_SLACK_S = 0.25
+
 
 @dataclass(slots=True)
 class _OpenQuery:
@@ -80,7 +83,7 @@ class ClientCore:
         self._queries: dict[bytes, _OpenQuery] = {}
         #: What waits for a session, in the order of submission.
         self._waiting: dict[bytes, None] = {}
-        #: Every waiting request or query, and every query that has left.
+        #: Every waiting request or query; of those that have left, every query and every request with a deadline.
         self._timers = Timers()
         #: Why the last try to get a session failed: a wrong port, say, answers with why it will have none.
         self._failure = ""
@@ -235,6 +238,8 @@ class ClientCore:
 
     def _send_stream(self, stream: OpenStream, now: float) -> None:
         stream.sent = True
+        if stream.deadline is not None:
+            self._timers.set(stream.order.id, stream.deadline + DEADLINE_SLACK_S)
         self._out.append(self.session.say(stream.request(now), now))
 
     def _send_query(self, query: _OpenQuery, now: float) -> None:
@@ -321,7 +326,11 @@ class ClientCore:
         self._waiting.pop(key, None)
         stream, query = self._streams.get(key), self._queries.get(key)
         if stream is not None:
-            if stream.deadline is not None and now >= stream.deadline:
+            if stream.sent:
+                message = f"the deadline of {stream.order.deadline_s:g} s passed, and the broker did not say so"
+                self._tell_cancel(stream, now)
+                self._end(stream, DeadlineError(message, request_id=key.hex()))
+            elif stream.deadline is not None and now >= stream.deadline:
                 message = f"no broker was found within the request's deadline of {stream.order.deadline_s:g} s"
                 self._end(stream, DeadlineError(message, request_id=key.hex()))
             else:
@@ -370,6 +379,7 @@ class ClientCore:
         unsent = {key for key, stream in self._streams.items() if not stream.sent}
         unsent |= {key for key, query in self._queries.items() if not query.sent}
         asked = {key for key, query in self._queries.items() if query.sent}
+        asked |= {key for key, stream in self._streams.items() if stream.sent and stream.deadline is not None}
         timed = {key for key in unsent | asked if key in self._timers}
         _check(not self._streams.keys() & self._queries.keys(), "an id names a stream and a query")
         _check(unsent == set(self._waiting), "what has not left waits, and nothing else does")

@@ -19,6 +19,8 @@ def pack(value: Any) -> bytes:
     """
     try:
         return msgpack.packb(value, use_bin_type=True)  # type: ignore[no-any-return]
+    except UnicodeEncodeError as error:
+        raise ProtocolError("cannot be packed: a text that is not valid Unicode (it has lone surrogates)") from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"cannot be packed: {str(error)[:200]}") from error
 

@@ -232,26 +232,29 @@ def record(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False
     return check
 
 
+#: Free-form data stands a few levels deep in the records around it; the receiver's bound counts from there.
+_MAX_DUMP_DEPTH = limits.MAX_DEPTH + 8
+
+
 def dump(value: Any) -> Any:
     """Turn records, enumerations and tuples into plain data; None fields of a record are left out.
 
     Raises:
-        ProtocolError: it is nested deeper than Python's stack.
+        ProtocolError: it is nested deeper than any receiver takes.
     """
-    try:
-        return _dump(value)
-    except RecursionError as error:
-        raise ProtocolError("cannot be packed: nested too deeply") from error
+    return _dump(value, _MAX_DUMP_DEPTH)
 
 
-def _dump(value: Any) -> Any:
+def _dump(value: Any, depth: int) -> Any:
+    if depth == 0:
+        raise ProtocolError(f"cannot be packed: nested deeper than {limits.MAX_DEPTH} levels")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
-        return {name: _dump(inner) for name, inner in pairs if inner is not None}
+        return {name: _dump(inner, depth - 1) for name, inner in pairs if inner is not None}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [_dump(item) for item in value]
+        return [_dump(item, depth - 1) for item in value]
     if isinstance(value, Mapping):
-        return {key: _dump(item) for key, item in value.items()}
+        return {key: _dump(item, depth - 1) for key, item in value.items()}
     return value

@@ -58,7 +58,7 @@ from .events import (
     Stop,
 )
 from .orders import Orders
-from .session import Phase, Session
+from .session import UNREACHED_AGAIN_S, Phase, Session
 from .settings import WorkerSettings
 
 
@@ -181,8 +181,11 @@ class WorkerCore:
 
     def _tend(self, session: Session, now: float) -> None:
         if session.phase is Phase.RESTING and now >= session.retry_at:
-            session.open()
+            session.open(now)
             self._orders.add(Open(session.broker))
+        elif session.phase is Phase.OPENING and now >= session.unreached_at:
+            session.unreached_at = now + UNREACHED_AGAIN_S
+            self._orders.log("broker_unreached", level=logging.WARNING, broker=session.broker, doing="still trying")
         elif session.registered and session.liveness.expired(now):
             self._end(session, f"silent for {session.liveness.expiry_s:g} s", now)
         elif session.registered and session.liveness.due(now):
@@ -353,7 +356,7 @@ class WorkerCore:
         name = "engine_died" if self._loaded else "model_load_failed"
         self._orders.log(name, level=logging.ERROR, error=event.message)
         self._desk.give_back(ErrorCode.ENGINE_FAILED, f"the engine failed: {event.message}", now)
-        self._stop(1, event.message)
+        self._stop(1, name)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,10 @@ from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S, Liveness
 #: A restarted broker is back in about this time; the doubling keeps many workers from storming it.
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
+#: A broker that is there answers in milliseconds; after this somebody should know that it is not, and then again
+#: from time to time.
+UNREACHED_S = 3.0
+UNREACHED_AGAIN_S = 60.0
 
 
 class Phase(Enum):
@@ -51,6 +55,7 @@ class Session:
         sent: messages sent in this session.
         received: messages received in this session.
         refused: the broker let this socket not in, so far.
+        unreached_at: when to tell that there is still no connection; means something while OPENING.
         liveness: heartbeats; means something from JOINING on. Until ACCEPTED tells the broker's intervals, the
             defaults hold.
     """
@@ -62,6 +67,7 @@ class Session:
     sent: int = 0
     received: int = 0
     refused: bool = False
+    unreached_at: float = math.inf
     liveness: Liveness = field(default_factory=_unused_liveness)
 
     @property
@@ -74,9 +80,10 @@ class Session:
         """Tell whether READY was sent: then the broker is told of changes."""
         return self.phase in (Phase.JOINING, Phase.ACTIVE)
 
-    def open(self) -> None:
+    def open(self, now: float) -> None:
         """Note that a new socket is being made."""
         self.phase = Phase.OPENING
+        self.unreached_at = now + UNREACHED_S
         self.sent = self.received = 0
         self.refused = False
 
@@ -110,4 +117,6 @@ class Session:
         """Return the next time at which there is something to do; infinity for none."""
         if self.phase is Phase.RESTING:
             return self.retry_at
+        if self.phase is Phase.OPENING:
+            return self.unreached_at
         return self.liveness.next_deadline() if self.registered else math.inf

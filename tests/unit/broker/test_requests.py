@@ -487,3 +487,15 @@ def test_a_worker_with_a_thousand_models_can_be_replaced(stage: Stage) -> None:
     newer = stage.stranger_worker("w1")
     newer.says(replace(ready_of("w1", incarnation=2), models=infos[:1]))
     assert stage.core.registry.models() == ["m0"]
+
+
+def test_a_cancelled_request_has_its_line_in_the_log(stage: Stage) -> None:
+    ann, bob = stage.client("ann"), stage.client("bob")
+    stage.busy_worker("w1", ann, number=1)
+    bob.asks(2)
+    ann.cancels(1)
+    bob.vanishes()
+    assert [(fields["model"], fields["worker"]) for fields in stage.logged("request_cancelled")] == [
+        ("m", "w1"),
+        ("m", ""),
+    ]

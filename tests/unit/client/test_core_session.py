@@ -16,6 +16,7 @@ from tokenmq.protocol.errors import (
 )
 from tokenmq.protocol.messages import (
     Accepted,
+    Cancel,
     Disconnect,
     DisconnectCode,
     Goodbye,
@@ -68,6 +69,17 @@ def test_the_deadline_that_leaves_is_what_is_left_of_it() -> None:
     (request,) = sent(story.welcome())
     assert isinstance(request, Request)
     assert request.envelope.deadline_s == pytest.approx(2.25)
+
+
+def test_a_deadline_ends_the_request_even_where_the_broker_says_nothing() -> None:
+    story = Story()
+    story.open_session()
+    story.submit(1, deadline_s=0.5)
+    assert story.tick(0.6) == []  # the broker's word is worth waiting for a moment
+    cancel, end = story.tick(0.2)
+    assert sent([cancel]) == [Cancel(key(1), 1)]
+    assert isinstance(end, Ended)
+    assert isinstance(end.outcome, DeadlineError)
 
 
 def test_without_a_broker_requests_fail_and_name_the_endpoints() -> None:

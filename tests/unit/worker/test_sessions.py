@@ -34,6 +34,7 @@ from tokenmq.worker.events import (
     Shut,
     Stop,
 )
+from tokenmq.worker.session import UNREACHED_AGAIN_S, UNREACHED_S
 
 
 def test_it_opens_a_socket_and_registers_at_once_while_the_model_loads(fresh: Any, say: Any) -> None:
@@ -251,3 +252,18 @@ def test_a_refused_connection_is_one_line_a_socket(fresh: Any, say: Any) -> None
     for _ in range(3):
         assert fresh.tell(Refused(say.broker)) == []
     assert [log.event for log in fresh.logs].count("connection_refused") == 1
+
+
+def test_a_broker_that_is_not_there_is_told_after_a_while_and_again_later(fresh: Any, say: Any) -> None:
+    fresh.start()
+    assert fresh.tick(UNREACHED_S - 0.1) == []
+    assert "broker_unreached" not in [log.event for log in fresh.logs]
+    fresh.tick(0.1)
+    fresh.tick(UNREACHED_AGAIN_S - 0.1)
+    [told] = [log for log in fresh.logs if log.event == "broker_unreached"]
+    assert told.fields["broker"] == say.broker
+    fresh.tick(0.1)
+    assert [log.event for log in fresh.logs].count("broker_unreached") == 2
+    fresh.join()
+    fresh.tick(1.0)
+    assert [log.event for log in fresh.logs].count("broker_unreached") == 2
