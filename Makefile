@@ -12,9 +12,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/.model
 	$(BIN)/python examples/demo.py
 
-# Everything that must hold: style, types, import rules, all tests.
+# Everything that must hold: style, types, import rules, all tests; then what needs no torch, under the other Pythons
+# that this machine has.
 test: lint $(VENV)/.model
 	$(BIN)/pytest $(PYTEST_ARGS)
+	scripts/versions.sh
 
 lint: $(VENV)/.model
 	$(BIN)/ruff format --check .
