@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenmq.worker.engines.transformers import noise as module
 from tokenmq.worker.engines.transformers.noise import gumbel, hash_tokens, row_key, split_keys
 
 M32 = 2**32 - 1
@@ -58,6 +59,15 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 def test_no_two_tokens_of_a_row_share_their_bits() -> None:
     bits = hash_tokens(*split_keys([row_key(3, 4)], torch.device("cpu")), torch.arange(200_000)[None])
     assert len(bits.unique()) == 200_000
+
+
+@pytest.mark.parametrize("bits", [-(2**31), -(2**31) + 1, -(2**31) + 64, -1, 0, 2**31 - 1])
+def test_the_noise_is_exact_to_both_ends(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Infinite noise would choose its token whatever the logits say: once in 1,500 draws of 50,000 tokens.
+    monkeypatch.setattr(module, "hash_tokens", lambda *_: torch.tensor([[bits]], dtype=torch.int32))
+    empty = torch.zeros(1, 1, dtype=torch.int32)
+    u = (bits + 2**31 + 0.5) / 2**32
+    assert gumbel(empty, empty, empty).item() == pytest.approx(-math.log(-math.log1p(-u)), abs=0.4)
 
 
 @pytest.mark.parametrize("along", ["tokens", "positions", "seeds"])

@@ -18,6 +18,7 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 #: The multipliers of `lowbias32` (C. Wellons, "Prospecting for hash functions").
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B
+_LOWEST32 = -(2**31)
 
 
 def _splitmix64(value: int) -> int:
@@ -80,7 +81,11 @@ def hash_tokens(low: torch.Tensor, high: torch.Tensor, token_ids: torch.Tensor) 
 def gumbel(low: torch.Tensor, high: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Return standard Gumbel noise, float32 [rows, tokens]; arguments as for `hash_tokens`."""
     # u in (0, 1), and an exponential variate as -log(1 - u): a winner has a small one, hence a small u, which float32
-    # holds to full precision. log(u) would round the winners' u to 1.
-    u = hash_tokens(low, high, token_ids).float()
-    u.add_(2147483648.5).mul_(2.0**-32)
+    # holds to full precision. log(u) would round the winners' u to 1. The bits become a float where they are small,
+    # not as negative numbers with 2**31 added to them after that: those near -2**31 are a multiple of 128, would give
+    # u = 0, and infinite noise lets its token win whatever the logits say.
+    bits = hash_tokens(low, high, token_ids) ^ _LOWEST32
+    u = bits.float()
+    u.add_((bits < 0).float(), alpha=2.0**32).add_(0.5).mul_(2.0**-32)
+    u.clamp_(max=1 - 2.0**-24)  # the greatest float32 below 1
     return u.neg_().log1p_().neg_().log_().neg_()
