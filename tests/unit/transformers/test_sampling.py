@@ -95,6 +95,15 @@ def test_widening_gives_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch) 
     assert len(set(narrow)) > 6
 
 
+def test_a_top_k_beyond_the_vocabulary_costs_no_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(8, 500, generator=torch.Generator().manual_seed(6))
+    free = choose(logits, [draw(i, seed=2**63 - 1) for i in range(8)])
+    assert len(set(free)) > 4
+    monkeypatch.setattr(module, "nucleus", lambda *_: pytest.fail("sorted"))
+    for top_k in (500, 2**31 - 1):
+        assert choose(logits, [draw(i, seed=2**63 - 1, top_k=top_k) for i in range(8)]) == free
+
+
 def test_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(1, 2000)
     logits[0, [700, 300, 1500, 900]] = 4.0

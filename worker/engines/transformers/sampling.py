@@ -36,10 +36,9 @@ class Draw:
         """Whether the likeliest token is taken."""
         return self.sampling.temperature <= 0
 
-    @property
-    def restricted(self) -> bool:
-        """Whether unlikely tokens are cut off."""
-        return self.sampling.top_k > 0 or self.sampling.top_p < 1
+    def restricted(self, vocabulary: int) -> bool:
+        """Whether unlikely tokens of so many are cut off."""
+        return 0 < self.sampling.top_k < vocabulary or self.sampling.top_p < 1
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -57,8 +56,10 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     logits = logits.float()
     chosen = logits.argmax(-1)  # the first of equals, as torch promises; and a NaN before any number
     broken = logits.gather(1, chosen[:, None])[:, 0].isnan()
-    free = [row for row, draw in enumerate(draws) if not draw.greedy and not draw.restricted]
-    restricted = [row for row, draw in enumerate(draws) if not draw.greedy and draw.restricted]
+    vocabulary = logits.shape[1]
+    drawn = [row for row, draw in enumerate(draws) if not draw.greedy]
+    restricted = [row for row in drawn if draws[row].restricted(vocabulary)]
+    free = [row for row in drawn if not draws[row].restricted(vocabulary)]
     if free:
         chosen[_index(free, logits)] = _free(_tempered(logits, free, draws), [draws[row] for row in free])
     if restricted:
