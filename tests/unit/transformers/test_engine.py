@@ -13,8 +13,9 @@ from tokenmq.protocol.messages import FinishReason, ModelInfo
 from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Job, Tokens
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
+from tokenmq.worker.engines.transformers.prompt import HEAD_CHARS
 
-from .conftest import CONTEXT, Record, batch_of, job, make_model, make_tokenizer, reference, run
+from .conftest import CONTEXT, VOCABULARY, Record, batch_of, job, make_model, make_tokenizer, reference, run
 
 Make = Callable[..., TransformersEngine]
 KINDS = ["llama", "gpt2", "qwen2"]
@@ -336,6 +337,42 @@ def test_a_template_that_rejects_is_a_bad_request(tiny: Callable[[str], Any]) ->
     engine = TransformersEngine.from_loaded(tiny("llama"), tokenizer, name="tiny", slots=1)
     engine.load()
     assert "roles must alternate" in refused(engine, Generation(messages=({"role": "user", "content": "hi"},)))
+
+
+def test_ids_that_the_tokenizer_has_and_the_model_has_not_are_refused(tiny: Callable[[str], Any]) -> None:
+    # On cuda such an index would end the process's use of the device, for everybody.
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([*(f"one{i}more" for i in range(9)), "brandnew"])
+    engine = TransformersEngine.from_loaded(tiny("llama"), tokenizer, name="tiny", slots=1)
+    engine.load()
+    assert max(tokenizer("brandnew").input_ids) >= VOCABULARY
+    assert "is unknown" in refused(engine, Generation(prompt="a brandnew sea"))
+    assert "is unknown" in refused(engine, Generation(messages=({"role": "user", "content": "brandnew"},)))
+
+
+def test_text_that_has_no_encoding_is_a_bad_request(make_engine: Make) -> None:
+    engine = make_engine()
+    assert "tokenizer" in refused(engine, Generation(prompt="a\ud800"))
+    assert "tokenizer" in refused(engine, Generation(messages=({"role": "user", "content": "\udfff"},)))
+
+
+def test_megabytes_are_refused_by_their_head(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    assert engine._serving is not None
+    tokenise, seen = engine._serving.prompts._tokenise, []
+
+    def counting(text: str, **how: Any) -> tuple[int, ...]:
+        seen.append(len(text))
+        return tokenise(text, **how)
+
+    monkeypatch.setattr(engine._serving.prompts, "_tokenise", counting)
+    assert f"more than {2 * CONTEXT} tokens" in refused(engine, Generation(prompt="sea " * 10_000))
+    message = {"role": "user", "content": "sea " * 10_000}
+    assert f"more than {2 * CONTEXT} tokens" in refused(engine, Generation(messages=(message,)))
+    assert max(seen) <= CONTEXT * HEAD_CHARS
+    blank = " " * (CONTEXT * HEAD_CHARS)
+    assert f"a context of {CONTEXT}" in refused(engine, Generation(prompt=blank))  # at the border: in whole
+    assert seen[-1] == len(blank)
 
 
 def test_text_and_messages_become_the_tokenizers_ids(make_engine: Make, tokenizer: Any) -> None:

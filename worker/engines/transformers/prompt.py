@@ -9,6 +9,10 @@ from ....protocol.errors import BadRequestError
 from ....protocol.payload import Generation
 from .devices import first_line
 
+#: Characters for each token of the context, above which only a prompt's head is tokenised at first. Text has about
+#: four to a token.
+HEAD_CHARS = 16
+
 
 class PromptReader:
     """Turns prompts into token ids that the model can take."""
@@ -37,10 +41,9 @@ class PromptReader:
         if generation.token_ids is not None:
             ids = self._known(generation.token_ids)
         elif generation.messages is not None:
-            ids = self._chat(generation.messages)
+            ids = self._known(self._chat(generation.messages))
         else:
-            # `verbose` off: the tokenizer would log a warning for what is answered here with an error.
-            ids = tuple(self._tokenizer(generation.prompt or "", verbose=False).input_ids)
+            ids = self._known(self._tokens(generation.prompt or ""))
         if not ids:
             raise BadRequestError(f"the prompt has no tokens for model {self._name!r}")
         if len(ids) >= self._context:
@@ -49,6 +52,25 @@ class PromptReader:
                 "and at least one token of it is needed for the answer"
             )
         return ids
+
+    def _tokens(self, text: str, **how: Any) -> tuple[int, ...]:
+        # A head that has far too many tokens tells enough: all running rows stand still while a text is tokenised,
+        # and megabytes take seconds. What follows the head can merge with its last tokens, never with half of them.
+        head, most = self._context * HEAD_CHARS, 2 * self._context
+        if len(text) > head and len(self._tokenise(text[:head], **how)) > most:
+            raise BadRequestError(
+                f"the prompt has more than {most} tokens; model {self._name!r} has a context of {self._context}"
+            )
+        return self._tokenise(text, **how)
+
+    def _tokenise(self, text: str, **how: Any) -> tuple[int, ...]:
+        try:
+            # `verbose` off: the tokenizer would log a warning for what is answered here with an error.
+            return tuple(self._tokenizer(text, verbose=False, **how).input_ids)
+        except Exception as error:  # such as half a surrogate pair, which is in no encoding
+            raise BadRequestError(
+                f"the tokenizer of model {self._name!r} rejects the prompt: {first_line(error)}"
+            ) from error
 
     def _known(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         highest = max(token_ids, default=0)
@@ -63,11 +85,11 @@ class PromptReader:
         if self._tokenizer.chat_template is None:
             raise BadRequestError(f"model {self._name!r} has no chat template: send a prompt instead of messages")
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates are programs, and fail in their own ways
             raise BadRequestError(
                 f"the chat template of model {self._name!r} rejects the messages: {first_line(error)}"
             ) from error
-        return tuple(ids)
+        return self._tokens(text, add_special_tokens=False)  # the template writes its own
