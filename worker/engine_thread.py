@@ -158,6 +158,7 @@ class EngineThread:
 
     def _bring(self, outputs: Sequence[Output]) -> None:
         """Hand out what came, and keep the books."""
+        stats = self._engine.stats()  # first: should it raise, all jobs are still in the books, and fail
         tokens = 0
         for output in outputs:
             if isinstance(output, Tokens):
@@ -165,7 +166,7 @@ class EngineThread:
             else:
                 self._live.discard(output.ticket)
         self._count(tokens)
-        self._deliver(EngineOutputs(outputs, self._engine.stats()))
+        self._deliver(EngineOutputs(outputs, stats))
 
     def _count(self, tokens: int) -> None:
         """Add to the rate: an exponentially weighted count over RATE_MEMORY_S, per second."""

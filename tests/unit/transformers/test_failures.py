@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tokenmq.worker.engine_thread import EngineEvent, EngineThread
+from tokenmq.worker.engines.base import EngineStats, Output
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
+from tokenmq.worker.events import EngineFailed, Submit
 
 from .conftest import Record, batch_of, job, run
 
@@ -155,3 +158,26 @@ def test_a_row_of_nan_fails_alone_and_leaves_a_clean_slot(make_engine: Make, mon
     assert len(record.ids[victim]) == 2
     for ticket in {0, 1, 2, 3} - {victim}:
         assert record.ids[ticket] == clean[ticket], "another row was touched"
+
+
+def test_figures_that_raise_leave_no_job_without_an_end(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stepped = make_engine(), []
+    step, stats = engine.step, engine.stats
+
+    def noted() -> Sequence[Output]:
+        stepped.append(1)
+        return step()
+
+    def broken() -> EngineStats:
+        if stepped:
+            stepped.clear()
+            raise RuntimeError("no figures")
+        return stats()
+
+    monkeypatch.setattr(engine, "step", noted)
+    monkeypatch.setattr(engine, "stats", broken)
+    events: list[EngineEvent] = []
+    thread = EngineThread(engine, events.append)
+    thread.post(Submit(job(3, GOOD[0], max_tokens=1)))
+    thread._round()
+    assert events == [EngineFailed("RuntimeError: no figures", frozenset({3}))]
