@@ -130,6 +130,16 @@ def test_damaged_files(folder: Path) -> None:
     assert "never-heard-of" in failure(model=folder)
 
 
+def test_an_absent_or_damaged_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    assert f"{folder}: its tokenizer (tokenizer.json and others) is absent or damaged" in failure(model=folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    message = failure(model=folder)
+    assert "is absent or damaged" in message
+    assert not message.endswith(":")
+
+
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     model = make_model("llama")
     state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up" not in name}

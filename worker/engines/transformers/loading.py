@@ -83,7 +83,13 @@ def _load(source: str, device: torch.device, dtype: torch.dtype, *, local: bool)
         raise EngineLoadError(
             f"{source}: {config.model_type} is an encoder-decoder; this engine serves decoders only"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except Exception as error:
+        raise EngineLoadError(
+            f"{source}: its tokenizer (tokenizer.json and others) is absent or damaged: "
+            f"{first_line(error).rstrip(':')}"
+        ) from error
     more: dict[str, Any] = {}
     if getattr(config, "quantization_config", None) is not None:
         more["device_map"] = {"": device}  # quantised weights must be placed as they are read
