@@ -60,7 +60,7 @@ from .events import (
 from .exchange import Exchange
 from .metrics import Counters
 from .outbox import Outbox, clip
-from .probe import Probe
+from .probe import CLIENT_DELAYS_S, WORKER_DELAYS_S, Probe
 from .registry import ClientSession, Registry, Session, WorkerSession
 from .settings import BrokerSettings
 
@@ -103,8 +103,8 @@ class BrokerCore:
         )
         self._tick_s = settings.heartbeat_s / _TICKS_PER_HEARTBEAT
         self._next_tick = now + self._tick_s
-        self._client_probe = Probe()
-        self._worker_probe = Probe()
+        self._client_probe = Probe(CLIENT_DELAYS_S)
+        self._worker_probe = Probe(WORKER_DELAYS_S)
         self._routes = 0
         self._drain_until: float | None = None
         self._malformed_logged_at = now - _MALFORMED_LOG_S

@@ -7,7 +7,7 @@ import pytest
 from tokenmq.broker import queue
 from tokenmq.broker.deadlines import Deadlines
 from tokenmq.broker.outbox import clip
-from tokenmq.broker.probe import PROBE_AGAIN_S, Probe
+from tokenmq.broker.probe import Probe
 from tokenmq.broker.queue import WaitingRoom
 from tokenmq.broker.registry import Registry, WorkerSession
 from tokenmq.broker.requests import RequestRecord
@@ -149,22 +149,30 @@ class TestRegistry:
 
 
 class TestProbe:
-    def test_a_break_is_probed_at_once_and_once_more(self) -> None:
-        probe = Probe()
+    def test_a_break_is_probed_at_once_and_after_each_delay(self) -> None:
+        probe = Probe((1.0, 4.0))
         assert not probe.due(0.0)
         assert probe.broken(0.0)
-        assert not probe.due(PROBE_AGAIN_S / 2)
-        assert probe.due(PROBE_AGAIN_S)
+        assert not probe.due(0.5)
+        assert probe.due(1.0)
+        assert not probe.due(4.5)
+        assert probe.due(5.0)
         assert not probe.due(10.0)
-
-    def test_breaks_in_between_share_a_later_probe(self) -> None:
-        probe = Probe()
-        assert probe.broken(0.0)
-        assert not probe.broken(PROBE_AGAIN_S * 0.9)
-        assert probe.due(PROBE_AGAIN_S)
-        assert probe.again_at == 2 * PROBE_AGAIN_S  # the second break was too fresh for this one
-        assert probe.due(2 * PROBE_AGAIN_S)
         assert probe.again_at is None
+
+    def test_breaks_in_between_share_later_probes(self) -> None:
+        probe = Probe((1.0, 4.0))
+        assert probe.broken(0.0)
+        assert not probe.broken(4.9)
+        assert probe.due(1.0)
+        assert probe.due(5.0)  # too soon after the second break: all delays follow once more
+        assert (probe.due(6.0), probe.due(9.0), probe.due(10.0)) == (True, False, True)
+        assert probe.again_at is None
+
+    def test_a_flood_of_breaks_has_a_bounded_rate(self) -> None:
+        probe = Probe((0.05,))
+        times = [number / 1000 for number in range(1000)]
+        assert sum(probe.broken(now) + probe.due(now) for now in times) <= 21
 
 
 def test_messages_are_cut_to_what_the_wire_allows() -> None:

@@ -212,7 +212,8 @@ def test_probes_greet_everybody_on_the_side_where_a_connection_broke(stage: Stag
     assert stage.tell(stage.core.probe_clients(stage.now)) == [("ann", Heartbeat(1))]
     assert stage.tell(stage.core.probe_workers(stage.now)) == [("w1", Heartbeat(1))]
     # The news may come before sends fail.
-    assert stage.passes(0.06) == [("ann", Heartbeat(2)), ("w1", Heartbeat(2))]
+    assert stage.passes(0.02) == [("w1", Heartbeat(2))]
+    assert stage.passes(0.06) == [("ann", Heartbeat(2)), ("w1", Heartbeat(3))]
     assert stage.passes(0.5) == []
 
 
@@ -224,7 +225,9 @@ def test_a_flood_of_broken_connections_is_no_flood_of_probes(stage: Stage) -> No
         said += stage.tell(stage.core.probe_clients(stage.now))
         said += stage.tell(stage.core.probe_workers(stage.now))
         said += stage.passes(0.001)
-    assert 2 * 15 <= len(said) <= 2 * 22
+    names = [name for name, _ in said]
+    assert 15 <= names.count("ann") <= 22
+    assert 30 <= names.count("w1") <= 36
 
 
 def test_malformed_messages_are_logged_once_a_second_with_their_number(stage: Stage) -> None:
