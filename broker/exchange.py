@@ -15,7 +15,7 @@ from random import Random
 
 from ..protocol.errors import ErrorCode
 from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Parked, Request, Timings, Usage
-from .deadlines import Deadlines
+from ..protocol.timers import Timers
 from .dispatch import Candidate, Policy
 from .metrics import Counters
 from .outbox import Outbox, clip
@@ -51,7 +51,8 @@ class Exchange:
         self._random = random
         self._max_waiting = max_waiting
         self._rooms: dict[str, WaitingRoom] = {}
-        self._deadlines = Deadlines()
+        #: Deadlines of the requests that somebody waits for, by id.
+        self._deadlines = Timers()
         self._dispatches = 0
         #: Models that were served once: asking for one is no mistake of the client's. The latest come last.
         self._seen_models: OrderedDict[str, None] = OrderedDict()
@@ -74,7 +75,8 @@ class Exchange:
         self._counters.requests += 1
         self.records[record.id] = record
         client.requests[record.id] = record
-        self._deadlines.add(record)
+        if record.deadline_at is not None:
+            self._deadlines.set(record.id, record.deadline_at)
         self._room(record.model).append(record)
         self._dispatch(record.model, now)
 
@@ -123,7 +125,7 @@ class Exchange:
             self._counters.late_answers += 1
             return
         worker.release(record)
-        del self.records[record.id]
+        self._forget(record)
         if record.client is not None:
             if isinstance(answer, Finish):
                 timings = replace(answer.timings, broker_queue_s=record.dispatched_at - record.arrived_at)
@@ -143,7 +145,7 @@ class Exchange:
         message = f"worker {worker.name} was lost: {why}"
         for record in list(worker.in_flight.values()):
             worker.release(record)
-            del self.records[record.id]
+            self._forget(record)
             if record.client is not None:
                 self._answer(record, self._error(record, ErrorCode.WORKER_LOST, message, retryable=True))
         self.models_lost(info.name for info in worker.ready.models)
@@ -179,9 +181,7 @@ class Exchange:
 
     def expire(self, now: float) -> None:
         """End the requests whose deadline has passed."""
-        for record in self._deadlines.expired(now):
-            if self.records.get(record.id) is not record or record.client is None:
-                continue
+        for record in [self.records[id] for id in self._deadlines.due(now)]:
             waited = now - record.arrived_at
             where = f"worker {record.worker.name}" if record.worker else "the waiting room"
             error = self._error(
@@ -192,7 +192,6 @@ class Exchange:
             else:
                 self._answer(record, error)
                 self._orphan(record)
-        self._deadlines.compact(len(self.records), self.records)
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
@@ -229,6 +228,9 @@ class Exchange:
             AssertionError: one does not hold.
         """
         waiting = {record.id: record for room in self._rooms.values() for record in room}
+        timed = [id for id, record in self.records.items() if record.client and record.deadline_at is not None]
+        assert all(id in self._deadlines for id in timed), "a deadline is not watched"
+        assert len(self._deadlines) == len(timed), "a deadline of a request that has ended"
         running = {id: record for worker in self._registry for id, record in worker.in_flight.items()}
         assert not waiting.keys() & running.keys(), "a request waits and runs"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
@@ -332,12 +334,17 @@ class Exchange:
     def _orphan(self, record: RequestRecord) -> None:
         """Let nobody wait for a running request any more; its slot stays charged."""
         record.client = None
+        self._deadlines.drop(record.id)
         self._cancel_at_worker(record)
+
+    def _forget(self, record: RequestRecord) -> None:
+        del self.records[record.id]
+        self._deadlines.drop(record.id)
 
     def _forget_waiting(self, record: RequestRecord) -> None:
         self._rooms[record.model].remove(record)
-        del self.records[record.id]
-        record.message = None  # the heap of deadlines may keep the record for long
+        self._forget(record)
+        record.message = None  # it goes to no worker any more
 
     def _end_waiting(self, record: RequestRecord, answer: Finish | Error) -> None:
         self._forget_waiting(record)

@@ -27,6 +27,7 @@ from ..protocol.errors import (
 )
 from ..protocol.log import Log
 from ..protocol.messages import Chunk, Chunks, Error, Finish, FinishReason, Goodbye, Query, Reply
+from ..protocol.timers import Timers
 from .events import (
     Action,
     Answered,
@@ -48,7 +49,6 @@ from .events import (
 from .session import Phase, Session, SessionOver
 from .settings import Settings
 from .streams import OpenStream, StreamFaultError, error_from
-from .timers import Timers
 
 #: The broker ends a request at its deadline and knows where it was; only one that is frozen or cut off needs us.
 DEADLINE_SLACK_S = 0.25

@@ -1,11 +1,10 @@
-"""The waiting room, the deadlines, the registry and the probe, each by itself."""
+"""The waiting room, the registry and the probe, each by itself."""
 
 from __future__ import annotations
 
 import pytest
 
 from tokenmq.broker import queue
-from tokenmq.broker.deadlines import Deadlines
 from tokenmq.broker.outbox import clip
 from tokenmq.broker.probe import Probe
 from tokenmq.broker.queue import WaitingRoom
@@ -84,44 +83,6 @@ class TestWaitingRoom:
             room.append(record(number))
             room.pop(3600.0 * number)
         assert room.retry_after_s() == 1.0
-
-
-class TestDeadlines:
-    def test_they_come_out_in_the_order_of_time(self) -> None:
-        deadlines = Deadlines()
-        late, early, tie, never = (record(number, deadline_at=at) for number, at in enumerate((9.0, 3.0, 3.0, None)))
-        for each in (late, early, tie, never):
-            deadlines.add(each)
-        assert deadlines.next() == 3.0
-        assert deadlines.expired(2.9) == []
-        assert deadlines.expired(3.0) == [early, tie]
-        assert deadlines.next() == 9.0
-        assert deadlines.expired(100.0) == [late]
-        assert deadlines.next() is None
-
-    def test_ended_ones_are_dropped_when_they_are_the_larger_part(self) -> None:
-        deadlines = Deadlines()
-        records = [record(number, deadline_at=float(number)) for number in range(100)]
-        for each in records:
-            deadlines.add(each)
-        live = {each.id: each for each in records[50:60]}
-        deadlines.compact(len(live), live)
-        assert deadlines.expired(1000.0) == records[50:60]
-
-    def test_few_ended_ones_may_stay(self) -> None:
-        deadlines = Deadlines()
-        deadlines.add(record(1, deadline_at=5.0))
-        deadlines.compact(0, {})
-        assert deadlines.next() == 5.0
-
-    def test_another_request_of_the_same_id_is_not_taken_for_the_one_that_ended(self) -> None:
-        deadlines = Deadlines()
-        for _ in range(100):
-            deadlines.add(record(1, deadline_at=5.0))
-        newest = record(1, deadline_at=7.0)
-        deadlines.add(newest)
-        deadlines.compact(1, {newest.id: newest})
-        assert deadlines.expired(9.0) == [newest]
 
 
 class TestRegistry:

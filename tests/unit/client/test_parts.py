@@ -1,4 +1,4 @@
-"""The small parts around the core: imports, timers, settings, mailboxes."""
+"""The small parts around the core: imports, settings, mailboxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tokenmq.client.events import Ending
 from tokenmq.client.mailbox import Mailbox
 from tokenmq.client.settings import Settings
 from tokenmq.client.sync import _BELL
-from tokenmq.client.timers import Timers
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import BadRequestError
 from tokenmq.protocol.messages import FinishReason
@@ -33,20 +32,6 @@ def test_imports_stay_light(blocked: str, statement: str) -> None:
     program = f"import sys; sys.modules[{blocked!r}] = None; {statement}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_timers_come_due_in_order_and_can_be_moved_and_dropped() -> None:
-    timers = Timers()
-    for number in range(200):
-        timers.set(key(number), 1000.0 - number)
-    for number in range(3, 200):
-        timers.drop(key(number))
-    timers.set(key(0), 1.0)
-    assert timers.next() == 1.0
-    assert timers.due(0.5) == []
-    assert timers.due(999.0) == [key(0), key(2), key(1)]
-    assert timers.next() is None
-    assert len(timers) == 0
 
 
 @pytest.mark.parametrize(
