@@ -626,6 +626,14 @@ def test_several_event_loops_share_a_client(new_broker: NewBroker) -> None:
 
 def test_a_closed_loop_cancels_its_streams(new_broker: NewBroker) -> None:
     broker = new_broker(None)
+    closed = threading.Event()
+
+    def first_chunk(request: Message) -> Message:
+        assert isinstance(request, Request)
+        closed.wait(PATIENCE_S)  # else the whole window may come while the loop still takes it
+        return Chunks(NO_ID, (Chunk(request.id, 1, 0, 0, (0,), "0 "),))
+
+    broker.answers[Request] = first_chunk
     client = AsyncClient(broker.endpoint, window_tokens=4)
     kept = []
 
@@ -633,5 +641,6 @@ def test_a_closed_loop_cancels_its_streams(new_broker: NewBroker) -> None:
         kept.append(client.generate("m", "x"))
 
     asyncio.run(main())
+    closed.set()
     broker.wait_for(Cancel)
     asyncio.run(client.close())
