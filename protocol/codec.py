@@ -28,6 +28,7 @@ from .messages import (
     Credit,
     Disconnect,
     DisconnectCode,
+    Drain,
     Draining,
     Envelope,
     Error,
@@ -44,6 +45,7 @@ from .messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
@@ -81,9 +83,10 @@ _COMMANDS = {prefix: command for command, prefix in PREFIX.items()}
 _name = text(empty=False)
 _prose = text(limits.MAX_TEXT_CHARS)
 _attempt = count(1)
+_credit = count(0, limits.MAX_CREDIT_TOKENS)
 _interval = number(0.001, limits.MAX_SECONDS)
 
-MODEL_INFO = record(ModelInfo, {"name": _name, "context_tokens": count(), "chat": boolean})
+MODEL_INFO = record(ModelInfo, {"name": _name, "context_tokens": count(), "chat": boolean, "resumes": boolean})
 LOAD = record(
     Load,
     {
@@ -106,9 +109,12 @@ _ENVELOPE = record(
     {
         "model": _name,
         "attempt": _attempt,
-        "credit": count(),
+        "credit": _credit,
         "deadline_s": optional(seconds),
         "route": optional(binary(ID_BYTES)),
+        "prior_tokens": count(0, limits.MAX_NEW_TOKENS),
+        "avoid": listing(_name, limits.MAX_AVOIDED),
+        "queue_s": optional(seconds),
     },
 )
 _token_ids = integers(0, limits.MAX_TOKEN_ID, limits.MAX_ARRAY_ITEMS)
@@ -131,9 +137,10 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
         "heartbeat_s": optional(_interval),
     },
     Accepted: {"broker": _name, **_session},
-    Credit: {"attempt": _attempt, "limit": count()},
+    Credit: {"attempt": _attempt, "limit": _credit},
     Cancel: {"attempt": _attempt},
     Parked: {"attempt": _attempt},
+    Started: {"attempt": _attempt, "worker": text()},
     Finish: {
         "attempt": _attempt,
         "reason": choice(FinishReason),
@@ -147,6 +154,7 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
         "message": _prose,
         "retryable": boolean,
         "retry_after_s": optional(seconds),
+        "worker": text(),
     },
     Query: {"method": _name, "arguments": mapping},
     Reply: {"result": plain},
@@ -154,6 +162,7 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
     Draining: {},
     Goodbye: {},
     Disconnect: {"code": choice(DisconnectCode), "message": _prose},
+    Drain: {"grace_s": optional(seconds)},
 }
 _BODIES: dict[Command, tuple[type[Any], Check]] = {
     kind.command: (kind, entries(kind, checks)) for kind, checks in _FIELDS.items()

@@ -17,10 +17,15 @@ class ErrorCode(str, Enum):
     NO_WORKER = "no_worker"
     BUSY = "busy"
     DEADLINE = "deadline"
+    QUEUE_TIMEOUT = "queue_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"
+    INTER_TOKEN_TIMEOUT = "inter_token_timeout"
+    READER_TIMEOUT = "reader_timeout"
     DRAINING = "draining"
     WORKER_LOST = "worker_lost"
     BROKER_LOST = "broker_lost"
     NO_BROKER = "no_broker"
+    CANNOT_RESUME = "cannot_resume"
     ENGINE_FAILED = "engine_failed"
     OUT_OF_MEMORY = "out_of_memory"
     CLIENT_CLOSED = "client_closed"
@@ -103,6 +108,30 @@ class DeadlineError(TokenmqError):
     default_code = ErrorCode.DEADLINE
 
 
+class QueueTimeoutError(TokenmqError):
+    """The request waited for a free worker longer than it may."""
+
+    default_code = ErrorCode.QUEUE_TIMEOUT
+
+
+class FirstTokenTimeoutError(TokenmqError):
+    """The worker that took the request brought no token in time."""
+
+    default_code = ErrorCode.FIRST_TOKEN_TIMEOUT
+
+
+class InterTokenTimeoutError(TokenmqError):
+    """The worker brought tokens, and then no more for too long."""
+
+    default_code = ErrorCode.INTER_TOKEN_TIMEOUT
+
+
+class ReaderTimeoutError(TokenmqError):
+    """The worker kept tokens for a reader that did not take them for too long."""
+
+    default_code = ErrorCode.READER_TIMEOUT
+
+
 class DrainingError(TokenmqError):
     """The broker or worker is shutting down; another one may take the request."""
 
@@ -125,6 +154,12 @@ class NoBrokerError(TokenmqError):
     """No broker answered within the connect timeout."""
 
     default_code = ErrorCode.NO_BROKER
+
+
+class CannotResumeError(TokenmqError):
+    """The stream broke, and no worker of its model can continue what another one has begun."""
+
+    default_code = ErrorCode.CANNOT_RESUME
 
 
 class EngineFailedError(TokenmqError):
@@ -153,10 +188,15 @@ _BY_CODE: dict[str, type[TokenmqError]] = {
         NoWorkerError,
         BusyError,
         DeadlineError,
+        QueueTimeoutError,
+        FirstTokenTimeoutError,
+        InterTokenTimeoutError,
+        ReaderTimeoutError,
         DrainingError,
         WorkerLostError,
         BrokerLostError,
         NoBrokerError,
+        CannotResumeError,
         EngineFailedError,
         OutOfMemoryError,
         ClientClosedError,

@@ -44,6 +44,10 @@ MAX_SECONDS = 1e9
 
 #: Tokens that one request may ask for.
 MAX_NEW_TOKENS = 1_048_576
+#: A credit limit that is no mistake: the longest completion, and as large a window behind it.
+MAX_CREDIT_TOKENS = 2 * MAX_NEW_TOKENS
+#: Workers that a request asks to be kept from: the last few that failed it.
+MAX_AVOIDED = 16
 #: Completions of one request.
 MAX_COMPLETIONS = 1_024
 #: Token ids fit a signed 32-bit integer in every tokenizer.

@@ -30,12 +30,14 @@ class Command(IntEnum):
     FINISH = 0x14
     ERROR = 0x15
     PARKED = 0x16
+    STARTED = 0x17
     QUERY = 0x20
     REPLY = 0x21
     HEARTBEAT = 0x30
     DRAINING = 0x31
     GOODBYE = 0x32
     DISCONNECT = 0x33
+    DRAIN = 0x34
 
 
 class WorkerState(str, Enum):
@@ -72,11 +74,19 @@ class DisconnectCode(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model as a worker serves it; `context_tokens` is 0 where the engine sets no bound."""
+    """A model as a worker serves it.
+
+    Attributes:
+        name: what requests ask for.
+        context_tokens: most tokens of prompt and completion together; 0 where the engine sets no bound.
+        chat: it has a chat template.
+        resumes: the engine can continue a completion that another worker has begun, as if it had begun it itself.
+    """
 
     name: str
     context_tokens: int = 0
     chat: bool = False
+    resumes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +229,10 @@ class Envelope:
         credit: the stream's first credit: tokens with a position below it may be sent.
         deadline_s: seconds from now until the request has lost its worth; None for never.
         route: broker -> worker only: what the worker puts into the header of CHUNKS for this client.
+        prior_tokens: tokens that the client has from earlier attempts; the payload brings them along. More than 0
+            needs a worker that resumes.
+        avoid: names of workers that failed earlier attempts: they get this one only where no other can.
+        queue_s: most seconds in the waiting room; None for no bound.
     """
 
     model: str
@@ -226,6 +240,9 @@ class Envelope:
     credit: int
     deadline_s: float | None = None
     route: bytes | None = None
+    prior_tokens: int = 0
+    avoid: tuple[str, ...] = ()
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +302,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """worker -> broker -> client: the request (or query) ended badly."""
+    """worker -> broker -> client: the request (or query) ended badly.
+
+    `worker` is the name of the worker that had it, "" where none had; the broker fills it in.
+    """
 
     command: ClassVar[Command] = Command.ERROR
     id: bytes
@@ -294,6 +314,7 @@ class Error:
     message: str
     retryable: bool = False
     retry_after_s: float | None = None
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +328,19 @@ class Parked:
     command: ClassVar[Command] = Command.PARKED
     id: bytes
     attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """broker -> client: the request has left the waiting room for this worker.
+
+    From now on silence is the worker's: the client's timeouts for the first and for the next token count from here.
+    """
+
+    command: ClassVar[Command] = Command.STARTED
+    id: bytes
+    attempt: int
+    worker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +379,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """worker -> broker: send me nothing more; what I hold I finish."""
+    """worker -> broker, or broker -> client: send me nothing more if you can help it; what I hold I finish."""
 
     command: ClassVar[Command] = Command.DRAINING
 
@@ -366,6 +400,17 @@ class Disconnect:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """broker -> worker: finish what you hold for all brokers, then stop; after `grace_s` give back what is left.
+
+    None leaves the grace time to the worker.
+    """
+
+    command: ClassVar[Command] = Command.DRAIN
+    grace_s: float | None = None
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -378,10 +423,12 @@ Message: TypeAlias = (
     | Finish
     | Error
     | Parked
+    | Started
     | Query
     | Reply
     | Heartbeat
     | Draining
     | Goodbye
     | Disconnect
+    | Drain
 )

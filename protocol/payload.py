@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import limits
@@ -41,6 +41,20 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Prior:
+    """What the reader has of the completion from earlier attempts: the engine goes on behind it.
+
+    Attributes:
+        token_ids: the tokens, one or more; they count towards max_tokens.
+        text_chars: characters (Unicode code points) of their text that have arrived; the first text that comes now
+            begins behind them.
+    """
+
+    token_ids: tuple[int, ...]
+    text_chars: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """What to generate: exactly one of `prompt`, `token_ids` and `messages` is given.
 
@@ -49,12 +63,14 @@ class Generation:
         token_ids: the same, already tokenised; nothing is added.
         messages: a chat; the model's own template makes the prompt.
         sampling: how.
+        prior: what earlier attempts have brought; None for a request that begins.
     """
 
     prompt: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    prior: Prior | None = None
 
 
 _role = text(limits.MAX_NAME_CHARS, empty=False)
@@ -85,6 +101,14 @@ _SAMPLING: Check = record(
     },
     strict=True,
 )
+_PRIOR: Check = record(
+    Prior,
+    {
+        "token_ids": integers(0, limits.MAX_TOKEN_ID, limits.MAX_NEW_TOKENS, least=1),
+        "text_chars": count(),
+    },
+    strict=True,
+)
 _GENERATION: Check = record(
     Generation,
     {
@@ -92,6 +116,7 @@ _GENERATION: Check = record(
         "token_ids": optional(integers(0, limits.MAX_TOKEN_ID, limits.MAX_PROMPT_TOKENS, least=1)),
         "messages": optional(listing(_message, limits.MAX_MESSAGES, least=1)),
         "sampling": _SAMPLING,
+        "prior": optional(_PRIOR),
     },
     strict=True,
 )
@@ -111,6 +136,9 @@ def check_generation(value: Mapping[str, Any]) -> Generation:
     if len(given) != 1:
         found = " and ".join(given) if given else "none"
         raise BadRequestError(f"request: give exactly one of prompt, token_ids and messages; got {found}")
+    prior, most = generation.prior, generation.sampling.max_tokens
+    if prior is not None and len(prior.token_ids) > most:
+        raise BadRequestError(f"request.prior: {len(prior.token_ids)} tokens, max_tokens is {most}")
     return generation
 
 
@@ -127,6 +155,15 @@ def pack_generation(generation: Generation) -> bytes:
     if len(payload) > limits.MAX_PAYLOAD_BYTES:
         raise BadRequestError(f"request: {len(payload)} bytes, at most {limits.MAX_PAYLOAD_BYTES} are allowed")
     return payload
+
+
+def resumed(payload: bytes, prior: Prior) -> bytes:
+    """Return the payload of the same request, to be continued behind `prior`.
+
+    Raises:
+        BadRequestError: with the tokens it is larger than MAX_PAYLOAD_BYTES.
+    """
+    return pack_generation(replace(unpack_generation(payload), prior=prior))
 
 
 def unpack_generation(payload: bytes) -> Generation:

@@ -28,6 +28,7 @@ from tokenmq.protocol.messages import (
     Credit,
     Disconnect,
     DisconnectCode,
+    Drain,
     Draining,
     Envelope,
     Error,
@@ -44,12 +45,13 @@ from tokenmq.protocol.messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
     WorkerState,
 )
-from tokenmq.protocol.payload import MAX_SEED, Generation, Sampling, pack_generation
+from tokenmq.protocol.payload import MAX_SEED, Generation, Prior, Sampling, pack_generation
 
 VECTORS = Path(__file__).parent.parent / "tests" / "vectors"
 ID = bytes(range(16))
@@ -67,6 +69,7 @@ GENERATIONS: dict[str, Generation] = {
         ),
         sampling=Sampling(limits.MAX_NEW_TOKENS, 0.5, 40, 0.9, MAX_SEED, ("\n\n", "</s>"), (0, 2), ignore_eos=True),
     ),
+    "to be continued": Generation(prompt="The sea is", sampling=PROMPT.sampling, prior=Prior((345, 11, 6), 9)),
 }
 
 FULL_LOAD = Load(WorkerState.STALLED, 7, 3, 10, 123_456, 31.5, 412.25, 0.75)
@@ -76,7 +79,14 @@ MESSAGES: dict[str, Message] = {
     "hello unicode": Hello("büro-海-🌊", "x" * 40),
     "welcome": Welcome("broker-1", "tokenmq 0.1.0", 1.0, 5.0),
     "ready": Ready(
-        "gpu-0", 1_700_000_000, "tokenmq 0.1.0", (ModelInfo("smollm2", 8192, True),), 16, 1.0, "transformers", Load()
+        "gpu-0",
+        1_700_000_000,
+        "tokenmq 0.1.0",
+        (ModelInfo("smollm2", 8192, True, True),),
+        16,
+        1.0,
+        "transformers",
+        Load(),
     ),
     "ready while loading": Ready(
         "gpu-0", 1, "", (ModelInfo("smollm2"),), 1, 0.5, "", Load(state=WorkerState.LOADING), 10.0
@@ -85,7 +95,7 @@ MESSAGES: dict[str, Message] = {
         "n" * limits.MAX_NAME_CHARS,
         limits.MAX_COUNT,
         "s",
-        (ModelInfo("a", limits.MAX_COUNT, True), ModelInfo("모델", 0, False)),
+        (ModelInfo("a", limits.MAX_COUNT, True, True), ModelInfo("모델", 0, False)),
         limits.MAX_SLOTS,
         1e6,
         "synthetic",
@@ -95,14 +105,22 @@ MESSAGES: dict[str, Message] = {
     "accepted": Accepted("broker-1", "tokenmq 0.1.0", 1.0, 5.0),
     "request from a client": Request(ID, Envelope("smollm2", 1, 256, 30.0), pack_generation(PROMPT)),
     "request to a worker": Request(ID, Envelope("smollm2", 1, 256, 29.5, ROUTE), pack_generation(PROMPT)),
+    "request that resumes": Request(
+        ID,
+        Envelope("smollm2", 2, 512, 12.5, prior_tokens=3, avoid=("gpu-0",), queue_s=10.0),
+        pack_generation(GENERATIONS["to be continued"]),
+    ),
     "request without a deadline, with attachments": Request(
         OTHER_ID, Envelope("llava", 2, 0), b"\x80", (b"\x89PNG\r\n", b"", b"\xff\xd8\xff")
     ),
-    "request with an empty payload": Request(ID, Envelope("海", limits.MAX_COUNT, limits.MAX_COUNT, 0.0), b""),
+    "request with an empty payload": Request(
+        ID, Envelope("海", limits.MAX_COUNT, limits.MAX_CREDIT_TOKENS, 0.0), b""
+    ),
     "credit": Credit(ID, 1, 512),
-    "credit, largest": Credit(OTHER_ID, limits.MAX_COUNT, limits.MAX_COUNT),
+    "credit, largest": Credit(OTHER_ID, limits.MAX_COUNT, limits.MAX_CREDIT_TOKENS),
     "cancel": Cancel(ID, 1),
     "parked": Parked(ID, 1),
+    "started": Started(ID, 1, "gpu-0"),
     "chunks": Chunks(ROUTE, (Chunk(ID, 1, 0, 12, (345,), " blue"),)),
     "chunks of two streams": Chunks(
         ROUTE, (Chunk(ID, 1, 0, 0, (1, 22, 333), "Das Meer"), Chunk(OTHER_ID, 3, 1, 99, (4444,), " 海🌊"))
@@ -118,6 +136,9 @@ MESSAGES: dict[str, Message] = {
     "error": Error(ID, 1, "busy", "smollm2: 128 requests wait already", True, 0.5),
     "error without retry": Error(ID, 0, "bad_request", "unknown method 'modles'; known are models, status, workers"),
     "error of a newer peer": Error(ID, 1, "too_hot", "das Gerät ist überhitzt 🔥", True),
+    "error of a worker that was lost": Error(
+        ID, 1, "worker_lost", "worker gpu-0 was lost: its connection is gone", True, None, "gpu-0"
+    ),
     "query": Query(ID, "models"),
     "query with arguments": Query(
         ID, "workers", {"model": "smollm2", "deep": [1, -1, 0.5, None, True, {"a": b"\0"}]}
@@ -133,6 +154,8 @@ MESSAGES: dict[str, Message] = {
     "draining": Draining(),
     "goodbye": Goodbye(),
     "disconnect": Disconnect(DisconnectCode.UNKNOWN_PEER, "no session with this peer; say HELLO or READY first"),
+    "drain": Drain(30.0),
+    "drain, the worker's own grace": Drain(),
     **{f"disconnect, {code.value}": Disconnect(code, "") for code in DisconnectCode},
 }
 
@@ -262,6 +285,14 @@ BAD: dict[str, tuple[list[bytes], str]] = {
         "envelope: missing model",
     ),
     "attempt 0": (_frames(Command.REQUEST, {**_GOOD_ENVELOPE, "attempt": 0}, b""), "envelope.attempt"),
+    "credit without measure": (
+        _frames(Command.CREDIT, {"attempt": 1, "limit": 2**21 + 1}),
+        "CREDIT.limit: expected an integer from 0 to 2097152",
+    ),
+    "too many workers to avoid": (
+        _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "avoid": ["w"] * 17}, b""),
+        "envelope.avoid: expected a list of 0 to 16 elements",
+    ),
     "short route": (
         _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "route": b"abc"}, b""),
         "envelope.route: expected 16",
@@ -288,7 +319,7 @@ BAD_PAYLOADS: dict[str, tuple[bytes, str]] = {
     "not a map": (b"\x90", "request: expected a map, got a list of 0"),
     "nothing to do": (b"\x80", "request: give exactly one of prompt, token_ids and messages; got none"),
     "two prompts": (msgpack.packb({"prompt": "a", "token_ids": [1]}), "got prompt and token_ids"),
-    "unknown key": (msgpack.packb({"promt": "a"}), "request: unknown 'promt'; known are messages, prompt"),
+    "unknown key": (msgpack.packb({"promt": "a"}), "request: unknown 'promt'; known are messages, prior, prompt"),
     "unknown sampling key": (
         msgpack.packb({"prompt": "a", "sampling": {"beams": 2}}),
         "request.sampling: unknown 'beams'; known are ",
@@ -296,6 +327,14 @@ BAD_PAYLOADS: dict[str, tuple[bytes, str]] = {
     "no tokens": (
         msgpack.packb({"prompt": "a", "sampling": {"max_tokens": 0}}),
         "request.sampling.max_tokens: expected an integer from 1 to 1048576, got 0",
+    ),
+    "prior without tokens": (
+        msgpack.packb({"prompt": "a", "prior": {"token_ids": []}}),
+        "request.prior.token_ids: expected",
+    ),
+    "prior longer than the completion": (
+        msgpack.packb({"prompt": "a", "prior": {"token_ids": [1, 2]}, "sampling": {"max_tokens": 1}}),
+        "request.prior: 2 tokens, max_tokens is 1",
     ),
     "message without content": (
         msgpack.packb({"messages": [{"role": "user"}]}),

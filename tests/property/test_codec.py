@@ -25,6 +25,7 @@ from tokenmq.protocol.messages import (
     Credit,
     Disconnect,
     DisconnectCode,
+    Drain,
     Draining,
     Envelope,
     Error,
@@ -41,6 +42,7 @@ from tokenmq.protocol.messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
@@ -55,6 +57,7 @@ texts = st.text(characters, max_size=20)
 ids = st.binary(min_size=16, max_size=16)
 counts = st.integers(0, limits.MAX_COUNT)
 attempts = st.integers(1, limits.MAX_COUNT)
+credits_ = st.integers(0, limits.MAX_CREDIT_TOKENS)
 seconds = st.floats(0, limits.MAX_SECONDS)
 intervals = st.floats(0.001, limits.MAX_SECONDS)
 token_ids = st.lists(st.integers(0, limits.MAX_TOKEN_ID), max_size=4).map(tuple)
@@ -89,7 +92,9 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
         names,
         counts,
         texts,
-        st.lists(st.builds(ModelInfo, names, counts, st.booleans()), min_size=1, max_size=3).map(tuple),
+        st.lists(st.builds(ModelInfo, names, counts, st.booleans(), st.booleans()), min_size=1, max_size=3).map(
+            tuple
+        ),
         st.integers(1, limits.MAX_SLOTS),
         st.floats(1e-6, 1e6),
         texts,
@@ -100,13 +105,24 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
     Command.REQUEST: st.builds(
         Request,
         ids,
-        st.builds(Envelope, names, attempts, counts, st.none() | seconds, st.none() | ids),
+        st.builds(
+            Envelope,
+            names,
+            attempts,
+            credits_,
+            st.none() | seconds,
+            st.none() | ids,
+            st.integers(0, limits.MAX_NEW_TOKENS),
+            st.lists(names, max_size=3).map(tuple),
+            st.none() | seconds,
+        ),
         st.binary(max_size=50),
         st.lists(st.binary(max_size=50), max_size=3).map(tuple),
     ),
-    Command.CREDIT: st.builds(Credit, ids, attempts, counts),
+    Command.CREDIT: st.builds(Credit, ids, attempts, credits_),
     Command.CANCEL: st.builds(Cancel, ids, attempts),
     Command.PARKED: st.builds(Parked, ids, attempts),
+    Command.STARTED: st.builds(Started, ids, attempts, texts),
     Command.CHUNKS: st.builds(Chunks, ids, st.lists(chunks, min_size=1, max_size=4).map(tuple)),
     Command.FINISH: st.builds(
         Finish,
@@ -117,12 +133,13 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
         st.builds(Timings, seconds, seconds, seconds, seconds),
         texts,
     ),
-    Command.ERROR: st.builds(Error, ids, counts, names, texts, st.booleans(), st.none() | seconds),
+    Command.ERROR: st.builds(Error, ids, counts, names, texts, st.booleans(), st.none() | seconds, texts),
     Command.QUERY: st.builds(Query, ids, names, st.dictionaries(texts, plain, max_size=4)),
     Command.REPLY: st.builds(Reply, ids, plain),
     Command.HEARTBEAT: st.builds(Heartbeat, counts, st.none() | loads),
     Command.DRAINING: st.builds(Draining),
     Command.GOODBYE: st.builds(Goodbye),
+    Command.DRAIN: st.builds(Drain, st.none() | seconds),
     Command.DISCONNECT: st.builds(Disconnect, st.sampled_from(DisconnectCode), texts),
 }
 any_message = st.one_of(*messages.values())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +16,11 @@ from tokenmq.protocol.errors import BadRequestError
 from tokenmq.protocol.payload import (
     MAX_SEED,
     Generation,
+    Prior,
     Sampling,
     check_generation,
     pack_generation,
+    resumed,
     unpack_generation,
 )
 
@@ -84,6 +88,24 @@ def test_round_trip(generation: Generation) -> None:
     payload = pack_generation(generation)
     assert unpack_generation(payload) == generation
     assert pack_generation(unpack_generation(payload)) == payload
+
+
+@given(generations, st.lists(tokens, min_size=1, max_size=9).map(tuple), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_resumed_payload_differs_in_its_prior_only(
+    generation: Generation, token_ids: tuple[int, ...], chars: int
+) -> None:
+    prior = Prior(token_ids, chars)
+    most = generation.sampling.max_tokens
+    if len(token_ids) > most:
+        with pytest.raises(BadRequestError, match="max_tokens"):
+            unpack_generation(resumed(pack_generation(generation), prior))
+        return
+    again = unpack_generation(resumed(pack_generation(generation), prior))
+    assert again == replace(generation, prior=prior)
+    # A second fault: the newer prior replaces the older one.
+    longer = Prior((*token_ids, 5)[:most], chars + 1)
+    assert unpack_generation(resumed(pack_generation(again), longer)) == replace(generation, prior=longer)
 
 
 @given(st.binary(max_size=80))

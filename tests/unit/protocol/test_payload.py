@@ -87,7 +87,10 @@ def test_defaults() -> None:
         ({"messages": [{**USER, "x": float("nan")}]}, "request.messages[0]: expected finite numbers only"),
         ({"messages": [{**USER, "x": {1: 2}}]}, "request.messages[0]: a map has a key that is not a string"),
         ({"messages": [{**USER, "x": 2**64}]}, "request.messages[0]: expected integers of 64 bits at most"),
-        ({"prompt": "a", "max_tokens": 5}, "request: unknown 'max_tokens'; known are messages, prompt, sampling"),
+        (
+            {"prompt": "a", "max_tokens": 5},
+            "request: unknown 'max_tokens'; known are messages, prior, prompt, sampling",
+        ),
         ({"prompt": "a", "sampling": None}, "request.sampling: expected a map, got None"),
         ({"prompt": "a", "sampling": {"max_token": 5}}, "request.sampling: unknown 'max_token'; known are"),
     ],

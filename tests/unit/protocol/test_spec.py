@@ -14,7 +14,7 @@ from tokenmq.protocol import limits
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.errors import ErrorCode
 from tokenmq.protocol.messages import Command, DisconnectCode, FinishReason, Load, WorkerState
-from tokenmq.protocol.payload import Generation, Sampling
+from tokenmq.protocol.payload import Generation, Prior, Sampling
 
 ROOT = Path(__file__).parents[3]
 SPEC = (ROOT / "protocol" / "SPEC.md").read_text(encoding="utf-8")
@@ -61,14 +61,15 @@ def test_commands() -> None:
 
 @pytest.mark.parametrize("command", [Command.HELLO, Command.WELCOME, Command.READY, Command.REQUEST, Command.FINISH,
                                      Command.ERROR, Command.CREDIT, Command.CANCEL, Command.QUERY, Command.REPLY,
-                                     Command.HEARTBEAT, Command.DISCONNECT])  # fmt: skip
+                                     Command.HEARTBEAT, Command.DISCONNECT, Command.STARTED,
+                                     Command.DRAIN])  # fmt: skip
 def test_fields(command: Command) -> None:
     message = next(found for block in EXAMPLES.values() if (found := decode(frames(block))).command is command)
     record: Any = getattr(message, "envelope", message)
     names = {item.name for item in dataclasses.fields(record)} - {"id"}
     text = section(command.name)
     if command is Command.READY:
-        names |= {"name", "context_tokens", "chat"} | {item.name for item in dataclasses.fields(Load)}
+        names |= {"name", "context_tokens", "chat", "resumes"} | {item.name for item in dataclasses.fields(Load)}
     if command is Command.DISCONNECT:
         names |= {code.value for code in DisconnectCode}
     assert first_column(text) == names
@@ -81,7 +82,7 @@ def test_enumerations() -> None:
 
 
 def test_payload() -> None:
-    names = {item.name for kind in (Generation, Sampling) for item in dataclasses.fields(kind)}
+    names = {item.name for kind in (Generation, Prior, Sampling) for item in dataclasses.fields(kind)}
     assert first_column(section("Payload")) == names
     defaults = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (\S+) \|", section("Payload"), re.MULTILINE))
     words = {"empty": (), "false": False}
