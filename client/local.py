@@ -1,4 +1,4 @@
-"""A broker and workers as processes of this machine: for a notebook, a script, a test.
+"""Brokers and workers as processes of this machine: for a notebook, a script, a test.
 
     with LocalCluster() as cluster:
         cluster.start_worker("--model", "toy", "--engine", "synthetic")
@@ -11,6 +11,8 @@ The processes are the commands zmq-broker and zmq-worker, with the options that 
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -32,6 +34,7 @@ STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
 _CONNECT_TIMEOUT_S = 1.0
 _LOG_TAIL_LINES = 20
+_PORTS = range(20_000, 32_000)
 
 
 class LocalClusterError(RuntimeError):
@@ -121,57 +124,91 @@ class LocalProcess:
 
 
 class LocalCluster:
-    """One broker, and the workers that are started with `start_worker`.
+    """One broker or several, and the workers that are started with `start_worker`.
 
     Attributes:
-        frontend: the endpoint for clients.
-        backend: the endpoint for workers.
-        broker: the broker's process.
+        brokers: the brokers' processes. One that was killed and is started again has the same ports.
+        frontends: their endpoints for clients, in the same order.
+        backends: their endpoints for workers.
         workers: the workers' processes, in the order of their start.
         folder: where the logs are.
     """
 
-    def __init__(self, *broker_options: str, folder: Path | None = None) -> None:
-        """Start the broker on free ports of the loopback interface.
+    def __init__(self, *broker_options: str, brokers: int = 1, folder: Path | None = None) -> None:
+        """Start the brokers on free ports of the loopback interface.
 
         Args:
-            broker_options: options of zmq-broker.
+            broker_options: options of zmq-broker, for each broker.
+            brokers: how many.
             folder: for the logs; by default a temporary one, gone with the cluster.
+
+        Raises:
+            ValueError: `brokers` is less than 1.
         """
+        if brokers < 1:
+            raise ValueError(f"brokers: expected 1 or more, got {brokers}")
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="tokenmq-")
         self.folder = folder or Path(self._temporary.name if self._temporary else "")
-        self.frontend = f"tcp://127.0.0.1:{free_port()}"
-        self.backend = f"tcp://127.0.0.1:{free_port()}"
+        endpoints = [f"tcp://127.0.0.1:{port}" for port in free_ports(2 * brokers)]
+        self.frontends = tuple(endpoints[::2])
+        self.backends = tuple(endpoints[1::2])
         self.workers: list[LocalProcess] = []
-        endpoints = ("--frontend", self.frontend, "--backend", self.backend)
-        self.broker = LocalProcess(
-            "broker", _command("broker", *endpoints, *broker_options), self.folder / "broker.log"
-        )
+        self.brokers = [self._start_broker(number, *broker_options) for number in range(brokers)]
+
+    def _start_broker(self, number: int, *options: str) -> LocalProcess:
+        name = "broker" if len(self.frontends) == 1 else f"broker-{number + 1}"
+        own = ("--name", name, "--frontend", self.frontends[number], "--backend", self.backends[number])
+        return LocalProcess(name, _command("broker", *own, *options), self.folder / f"{name}.log")
+
+    @property
+    def broker(self) -> LocalProcess:
+        """The first broker's process."""
+        return self.brokers[0]
+
+    @property
+    def frontend(self) -> str:
+        """The first broker's endpoint for clients."""
+        return self.frontends[0]
+
+    @property
+    def backend(self) -> str:
+        """The first broker's endpoint for workers."""
+        return self.backends[0]
 
     def start_worker(self, *options: str) -> LocalProcess:
-        """Start a worker of this cluster with options of zmq-worker; does not wait until it is ready."""
+        """Start a worker of all brokers; does not wait until it is ready.
+
+        Args:
+            options: options of zmq-worker. With --broker among them it knows these endpoints only.
+        """
         name = f"worker-{len(self.workers) + 1}"
-        known = () if "--worker-name" in options else ("--worker-name", name)
-        command = _command("worker", "--broker", self.backend, *known, *options)
-        self.workers.append(LocalProcess(name, command, self.folder / f"{name}.log"))
+        known = [] if "--worker-name" in options else ["--worker-name", name]
+        if "--broker" not in options:
+            known += [part for endpoint in self.backends for part in ("--broker", endpoint)]
+        self.workers.append(LocalProcess(name, _command("worker", *known, *options), self.folder / f"{name}.log"))
         return self.workers[-1]
 
     def wait_ready(self, model: str, workers: int = 1, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Wait until so many workers of the model are ready.
+        """Wait until each broker has so many workers of the model that are ready.
 
         Raises:
             LocalClusterError: the timeout passed, or a process ended meanwhile.
         """
         end = time.monotonic() + timeout_s
-        # Asked anew each second, so that a broker that has died is not waited for.
-        with Client(self.frontend, connect_timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S)) as client:
-            while self._ready(client, model) < workers:
-                dead = [process for process in (self.broker, *self.workers) if process.exit_code is not None]
-                if dead or time.monotonic() > end:
-                    why = f"{dead[0].name} has ended" if dead else f"not ready after {timeout_s} s"
-                    tails = "\n".join(process.log_tail() for process in dead or (self.broker, *self.workers))
-                    raise LocalClusterError(f"waiting for {workers} workers of {model}: {why}\n{tails}")
-                time.sleep(_POLL_S)
+        for frontend in self.frontends:
+            # Asked anew each second, so that a broker that has died is not waited for.
+            with Client(frontend, connect_timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S)) as client:
+                while self._ready(client, model) < workers:
+                    self._check(f"waiting for {workers} workers of {model}", timeout_s, end)
+                    time.sleep(_POLL_S)
+
+    def _check(self, what: str, timeout_s: float, end: float) -> None:
+        processes = (*self.brokers, *self.workers)
+        dead = [process for process in processes if process.exit_code is not None]
+        if dead or time.monotonic() > end:
+            why = f"{dead[0].name} has ended" if dead else f"not ready after {timeout_s} s"
+            tails = "\n".join(process.log_tail() for process in dead or processes)
+            raise LocalClusterError(f"{what}: {why}\n{tails}")
 
     @staticmethod
     def _ready(client: Client, model: str) -> int:
@@ -185,9 +222,9 @@ class LocalCluster:
 
     def close(self) -> None:
         """End all processes, workers first."""
-        for process in (*self.workers, self.broker):
+        for process in (*self.workers, *self.brokers):
             process.terminate()
-        for process in (*self.workers, self.broker):
+        for process in (*self.workers, *self.brokers):
             process.finish()
         if self._temporary is not None:
             self._temporary.cleanup()
@@ -205,9 +242,26 @@ class LocalCluster:
 
 def free_port() -> int:
     """Return a TCP port of the loopback interface that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return so many different TCP ports of the loopback interface that nobody listens on at the moment.
+
+    They lie below those that systems give to outgoing connections. Else one of these could take a broker's port while
+    it is down, or a peer that tries to connect to it could reach itself.
+
+    Raises:
+        LocalClusterError: not so many are free.
+    """
+    ports: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        if len(ports) == count:
+            return ports
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+    raise LocalClusterError(f"no {count} free TCP ports in {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def _command(part: str, *options: str) -> list[str]:
