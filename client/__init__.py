@@ -15,21 +15,27 @@ from ..protocol.errors import (
     BadRequestError,
     BrokerLostError,
     BusyError,
+    CannotResumeError,
     ClientClosedError,
     DeadlineError,
     DrainingError,
     EngineFailedError,
     ErrorCode,
+    FirstTokenTimeoutError,
+    InterTokenTimeoutError,
     ModelNotFoundError,
     NoBrokerError,
     NoWorkerError,
     OutOfMemoryError,
     ProtocolError,
+    QueueTimeoutError,
+    ReaderTimeoutError,
     TokenmqError,
     WorkerLostError,
 )
 from ..protocol.messages import Chunk, Timings, Usage
 from ..transport.endpoints import EndpointError
+from .events import Attempt
 
 if TYPE_CHECKING:
     from .aio import AsyncClient, AsyncStream
@@ -38,9 +44,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "AsyncStream",
+    "Attempt",
     "BadRequestError",
     "BrokerLostError",
     "BusyError",
+    "CannotResumeError",
     "Chunk",
     "Client",
     "ClientClosedError",
@@ -49,11 +57,15 @@ __all__ = [
     "EndpointError",
     "EngineFailedError",
     "ErrorCode",
+    "FirstTokenTimeoutError",
+    "InterTokenTimeoutError",
     "ModelNotFoundError",
     "NoBrokerError",
     "NoWorkerError",
     "OutOfMemoryError",
     "ProtocolError",
+    "QueueTimeoutError",
+    "ReaderTimeoutError",
     "Stream",
     "Timings",
     "TokenmqError",

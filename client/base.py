@@ -13,7 +13,14 @@ from .connection import Connection
 from .events import Close
 from .mailbox import Bell, Mailbox
 from .request import DEFAULTS, build_ask, build_submit
-from .settings import CONNECT_TIMEOUT_S, QUERY_TIMEOUT_S, settings_from
+from .settings import (
+    CONNECT_TIMEOUT_S,
+    FIRST_TOKEN_TIMEOUT_S,
+    INTER_TOKEN_TIMEOUT_S,
+    MAX_ATTEMPTS,
+    QUERY_TIMEOUT_S,
+    settings_from,
+)
 from .stream import StreamT_co
 
 
@@ -29,17 +36,31 @@ class BaseClient(ABC, Generic[StreamT_co]):
         window_tokens: int = WINDOW_TOKENS,
         name: str | None = None,
         heartbeat_s: float | None = None,
+        resume: bool = True,
+        max_attempts: int = MAX_ATTEMPTS,
+        queue_timeout_s: float | None = None,
+        first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S,
+        inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S,
     ) -> None:
         """Begin to connect, and do not wait for it.
 
         Args:
             endpoints: the broker's frontend, or those of several brokers, the preferred one first; None for
-                tcp://127.0.0.1:5555.
+                tcp://127.0.0.1:5555. Requests go to the first that is there, and over to another when it dies.
             connect_timeout_s: how long a request waits for a broker before it fails with NoBrokerError.
             query_timeout_s: how long a broker may take to answer models(), workers() and the like.
             window_tokens: tokens of one stream that may be under way or unread; a reader that stops gets no more.
             name: how brokers name this client to people; None for host and process id.
             heartbeat_s: a longer heartbeat interval than the broker's own, for machines that sleep.
+            resume: repair what goes wrong: a request whose worker or broker has failed is submitted again with the
+                tokens so far, and its stream goes on where it stopped. False: every failure is an exception at once.
+            max_attempts: submissions of one request at most.
+            queue_timeout_s: how long an attempt may wait at the broker for a worker before it fails with
+                QueueTimeoutError; None for no bound but the deadline.
+            first_token_timeout_s: how long a worker that has the request may take for the first token before
+                another attempt is made; after the last one it is FirstTokenTimeoutError. None for ever.
+            inter_token_timeout_s: the same for every further token while the reader wants more, with
+                InterTokenTimeoutError.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -52,6 +73,11 @@ class BaseClient(ABC, Generic[StreamT_co]):
             window_tokens=window_tokens,
             name=name,
             heartbeat_s=heartbeat_s,
+            resume=resume,
+            max_attempts=max_attempts,
+            queue_timeout_s=queue_timeout_s,
+            first_token_timeout_s=first_token_timeout_s,
+            inter_token_timeout_s=inter_token_timeout_s,
         )
         self._connection = Connection(self._settings)
         # The thread holds the connection, not the client: a client that is forgotten without close() ends it, too.
@@ -77,6 +103,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         ignore_eos: bool = DEFAULTS.ignore_eos,
         attachments: Sequence[bytes] = (),
         deadline_s: float | None = None,
+        resume: bool | None = None,
     ) -> StreamT_co:
         """Continue a prompt. The request leaves at once; the stream is where its tokens arrive.
 
@@ -94,6 +121,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             ignore_eos: go on to `max_tokens` whatever the model's end tokens say.
             attachments: raw bytes that the model reads beside the prompt, such as images.
             deadline_s: seconds from now after which the answer is worth nothing; None for never.
+            resume: whether what goes wrong is repaired; None for what the client was made with.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -110,7 +138,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             "ignore_eos": ignore_eos,
         }
         source = {"prompt": prompt, "token_ids": token_ids}
-        return self._submit(model, source, sampling, attachments, deadline_s)
+        return self._submit(model, source, sampling, attachments, deadline_s, resume)
 
     def chat(
         self,
@@ -127,6 +155,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         ignore_eos: bool = DEFAULTS.ignore_eos,
         attachments: Sequence[bytes] = (),
         deadline_s: float | None = None,
+        resume: bool | None = None,
     ) -> StreamT_co:
         """Answer a chat: the model's own template makes the prompt of the messages.
 
@@ -143,6 +172,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             ignore_eos: see `generate`.
             attachments: see `generate`.
             deadline_s: see `generate`.
+            resume: see `generate`.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -158,7 +188,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             "stop_token_ids": stop_token_ids,
             "ignore_eos": ignore_eos,
         }
-        return self._submit(model, {"messages": messages}, sampling, attachments, deadline_s)
+        return self._submit(model, {"messages": messages}, sampling, attachments, deadline_s, resume)
 
     def _submit(
         self,
@@ -167,6 +197,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         sampling: Mapping[str, Any],
         attachments: Sequence[bytes],
         deadline_s: float | None,
+        resume: bool | None,
     ) -> StreamT_co:
         bell = self._bell()
         order = build_submit(
@@ -176,6 +207,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             attachments=attachments,
             deadline_s=deadline_s,
             window_tokens=self._settings.window_tokens,
+            resume=self._settings.resume if resume is None else resume,
         )
         mailbox = Mailbox(order.id, order.window, bell)
         self._connection.submit(order, mailbox)

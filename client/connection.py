@@ -1,4 +1,4 @@
-"""The I/O thread: it owns the DEALER and its monitor, feeds the core, and does what the core says.
+"""The I/O thread: it owns a DEALER and its monitor for each broker, feeds the core, and does what the core says.
 
 Applications talk to it through `submit`, `ask` and `post`, from any thread and without a lock, so that even a
 finalizer may call them. It answers through mailboxes and futures, and rings each bell once for everything that one
@@ -24,7 +24,7 @@ from ..protocol.log import Log, write
 from ..transport.endpoints import EndpointError
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
-from ..transport.pump import Pump
+from ..transport.pump import MAX_WAIT_S, Pump
 from .core import ClientCore
 from .events import (
     Action,
@@ -41,6 +41,7 @@ from .events import (
     Malformed,
     Open,
     Received,
+    Resumed,
     Send,
     Submit,
 )
@@ -55,6 +56,8 @@ _BATCH_MESSAGES = 256
 #: How long `close` waits for the thread: the linger of the socket (0.2 s) with a margin for a loaded machine. The
 #: thread is a daemon, so a longer wait would gain nothing.
 CLOSE_TIMEOUT_S = 2.0
+#: A loop that is this much later than it meant to be was stopped or starved: nobody is given up for it.
+_LATE_S = 0.5
 
 _Answer: TypeAlias = "Future[Any]"
 #: Where the outcome of a command goes.
@@ -62,7 +65,7 @@ _Receiver: TypeAlias = "Mailbox | _Answer | None"
 
 
 class Connection:
-    """One client's link to its brokers, and the thread that runs it."""
+    """One client's links to its brokers, and the thread that runs them."""
 
     def __init__(self, settings: Settings) -> None:
         """Start the thread; it begins to connect at once."""
@@ -77,7 +80,7 @@ class Connection:
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
         self._failure = "the client is closed"
-        self._link: Link | None = None
+        self._links: dict[str, Link] = {}
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
         #: Mailboxes that got something in this turn, in the order of arrival.
@@ -87,6 +90,7 @@ class Connection:
             CloseSocket: self._close_socket,
             Send: self._send,
             Deliver: self._deliver,
+            Resumed: self._resumed,
             Ended: self._ended,
             Answered: self._answered,
             Log: lambda log: write(_logger, log),
@@ -150,11 +154,16 @@ class Connection:
             self._stop()
 
     def _turn(self) -> None:
-        deadline = self._core.next_deadline()
-        ready = self._pump.wait(None if deadline is None else deadline - time.monotonic())
+        now, deadline = time.monotonic(), self._core.next_deadline()
+        wait_s = MAX_WAIT_S if deadline is None else min(max(0.0, deadline - now), MAX_WAIT_S)
+        ready = self._pump.wait(wait_s)
+        late_s = time.monotonic() - now - wait_s
+        if late_s > _LATE_S:
+            self._core.forgive(late_s)
         self._take_commands()
-        if self._link is not None and ready and self._link.among(ready):
-            self._serve(self._link, ready)
+        for endpoint, link in list(self._links.items()):
+            if ready and link.among(ready):
+                self._serve(endpoint, link, ready)
         self._perform(self._core.tick(time.monotonic()))
         self._ring()
 
@@ -168,31 +177,33 @@ class Connection:
                 self._answers[event.id] = receiver
             self._tell(event)
 
-    def _serve(self, link: Link, ready: Mapping[Any, int]) -> None:
+    def _serve(self, endpoint: str, link: Link, ready: Mapping[Any, int]) -> None:
         changed = link.events()
         if ConnectionEvent.CONNECTED in changed:
-            self._tell(Connected())
+            self._tell(Connected(endpoint))
         flags = ready.get(link.socket, 0)
         lost = next((change for change in changed if change is not ConnectionEvent.CONNECTED), None)
         if flags & zmq.POLLIN or lost is not None:
             # What came before the connection broke is still there, and may hold the end of a stream.
-            while self._receive(link) == _BATCH_MESSAGES and lost is not None:
+            while self._receive(endpoint, link) == _BATCH_MESSAGES and lost is not None:
                 continue
-        if self._link is link and lost is not None:
-            self._tell(Lost(f"connection {lost.value}"))
-        elif self._link is link and flags & zmq.POLLOUT:
+        if self._links.get(endpoint) is not link:
+            return  # the session has ended
+        if lost is not None:
+            self._tell(Lost(endpoint, f"connection {lost.value}"))
+        elif flags & zmq.POLLOUT:
             link.flush()
 
-    def _receive(self, link: Link) -> int:
+    def _receive(self, endpoint: str, link: Link) -> int:
         messages = link.receive(_BATCH_MESSAGES)
         now = time.monotonic()
         for frames in messages:
-            if self._link is not link:
+            if self._links.get(endpoint) is not link:
                 break  # an earlier message has ended the session
             try:
-                event: Event = Received(decode(frames))
+                event: Event = Received(endpoint, decode(frames))
             except ProtocolError as error:
-                event = Malformed(error)
+                event = Malformed(endpoint, error)
             self._perform(self._core.handle(event, now))
         return len(messages)
 
@@ -222,24 +233,28 @@ class Connection:
 
     def _open(self, action: Open) -> None:
         try:
-            self._link = Link(self._context, action.endpoint, self._pump)
+            self._links[action.endpoint] = Link(self._context, action.endpoint, self._pump)
         except EndpointError as error:
-            self._tell(Lost(str(error)))
+            self._tell(Lost(action.endpoint, str(error)))
 
     def _close_socket(self, action: CloseSocket) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        link = self._links.pop(action.endpoint, None)
+        if link is not None:
+            link.close()
 
     def _send(self, action: Send) -> None:
-        if self._link is not None and not self._link.send(encode(action.message)):
-            self._commands.append((Lost("the broker has stopped reading"), None))
+        link = self._links.get(action.endpoint)
+        if link is not None and not link.send(encode(action.message)):
+            self._commands.append((Lost(action.endpoint, "the broker has stopped reading"), None))
             self._pump.waker.wake()
 
     def _deliver(self, action: Deliver) -> None:
         mailbox = self._mailboxes[action.id]
         mailbox.put(action.chunk)
         self._touched[mailbox] = None
+
+    def _resumed(self, action: Resumed) -> None:
+        self._mailboxes[action.id].attempts = action.attempts
 
     def _ended(self, action: Ended) -> None:
         mailbox = self._mailboxes.pop(action.id)
@@ -262,8 +277,8 @@ class Connection:
             _resolve(answer, None, ClientClosedError(self._failure))
         self._ring()
         try:
-            if self._link is not None:
-                self._link.close()
+            for link in self._links.values():
+                link.close()
             self._pump.close()
             # Bounded by the sockets' linger.
             self._context.term()

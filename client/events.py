@@ -26,6 +26,7 @@ class Submit:
             writes fields of its own, so that the reader needs no message to the I/O thread for every chunk.
         attachments: raw frames behind the request.
         deadline_s: seconds from now until the request has lost its worth.
+        resume: whether what goes wrong is repaired by further attempts.
     """
 
     id: bytes
@@ -34,6 +35,7 @@ class Submit:
     window: ReceiveWindow
     attachments: tuple[bytes, ...] = ()
     deadline_s: float | None = None
+    resume: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The application asks the broker a management question."""
+    """The application asks a broker a management question."""
 
     id: bytes
     method: str
@@ -62,27 +64,32 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The socket that was opened last is connected: messages can leave."""
+    """The present socket to this broker is connected: messages can leave."""
+
+    endpoint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection of the present socket is broken, or cannot be made."""
+    """The connection of the present socket to this broker is broken, or cannot be made."""
 
+    endpoint: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came in on the present socket."""
+    """A message came in on the present socket to this broker."""
 
+    endpoint: str
     message: Message
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Bytes came in on the present socket that are no message."""
+    """Bytes came in on the present socket to this broker that are no message."""
 
+    endpoint: str
     error: ProtocolError
 
 
@@ -111,21 +118,43 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """One submission of a request.
+
+    Attributes:
+        number: 1 for the first.
+        broker: the endpoint that it was sent to; "" where no broker was there.
+        worker: the worker that had it, "" where none is known.
+        first_token: position of the first token that was asked of it: what came before is kept.
+        error: what ended it; None for one that goes on or ended well.
+    """
+
+    number: int
+    broker: str = ""
+    worker: str = ""
+    first_token: int = 0
+    error: TokenmqError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
-    """Make a new socket for the endpoint and connect it; tell Connected or Lost."""
+    """Make a new socket for this broker and connect it; tell Connected or Lost."""
 
     endpoint: str
 
 
 @dataclass(frozen=True, slots=True)
 class CloseSocket:
-    """Close the present socket; what was sent before may still leave."""
+    """Close the present socket to this broker; what was sent before may still leave."""
+
+    endpoint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message through the present socket."""
+    """Send a message through the present socket to this broker."""
 
+    endpoint: str
     message: Message
 
 
@@ -138,11 +167,19 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """An attempt has failed, and the next one is under way: `attempts` tells of all."""
+
+    id: bytes
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The stream is over; nothing more comes for it."""
 
     id: bytes
-    attempts: int
+    attempts: tuple[Attempt, ...]
     outcome: Ending | TokenmqError
 
 
@@ -155,4 +192,4 @@ class Answered:
     error: TokenmqError | None = None
 
 
-Action: TypeAlias = Open | CloseSocket | Send | Deliver | Ended | Answered | Log
+Action: TypeAlias = Open | CloseSocket | Send | Deliver | Resumed | Ended | Answered | Log

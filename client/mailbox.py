@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..protocol.credit import ReceiveWindow
 from ..protocol.errors import TokenmqError
 from ..protocol.messages import Chunk
-from .events import Ending
+from .events import Attempt, Ending
 
 
 class Bell(Protocol):
@@ -34,7 +34,7 @@ class Mailbox:
         window: the stream's credit, of which the reader's side is kept here.
         ready: the lock of everything in here; readers in threads also wait on it.
         waiter: what a reader in an event loop waits on; the bell's own.
-        attempts: submissions of the request so far.
+        attempts: the submissions of the request so far.
     """
 
     __slots__ = ("_chunks", "_outcome", "attempts", "bell", "id", "ready", "waiter", "window")
@@ -47,7 +47,7 @@ class Mailbox:
         # Its lock is re-entrant: a garbage collection in here may run the finalizer of any object.
         self.ready = threading.Condition()
         self.waiter: Any = None
-        self.attempts = 1
+        self.attempts: tuple[Attempt, ...] = (Attempt(1),)
         self._chunks: deque[Chunk] = deque()
         self._outcome: Ending | TokenmqError | None = None
 

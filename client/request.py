@@ -34,6 +34,7 @@ def build_submit(
     attachments: Sequence[bytes],
     deadline_s: float | None,
     window_tokens: int,
+    resume: bool,
 ) -> Submit:
     """Return the order for one stream.
 
@@ -44,6 +45,7 @@ def build_submit(
         attachments: raw bytes, such as images.
         deadline_s: seconds until the answer has lost its worth, None for never.
         window_tokens: the stream's credit window.
+        resume: whether what goes wrong is repaired by further attempts.
 
     Raises:
         BadRequestError: something is not valid; the message names the field.
@@ -67,6 +69,7 @@ def build_submit(
         window=ReceiveWindow(window_tokens),
         attachments=frames,
         deadline_s=_deadline(deadline_s),
+        resume=_resume(resume),
     )
 
 
@@ -92,6 +95,12 @@ def _model(model: Any) -> str:
     except ProtocolError as error:
         raise BadRequestError(error.message) from error
     return name
+
+
+def _resume(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequestError(f"request.resume: expected true or false, got {value!r:.80}")
+    return value
 
 
 def _deadline(value: Any) -> float | None:

@@ -1,9 +1,9 @@
-"""The session with a broker: which endpoint, which phase, what was counted. It knows nothing of requests.
+"""The session with one broker: its phase, and what was counted. It knows nothing of requests.
 
 One socket carries one session and never a second one: counts, order and what the broker knows of us begin anew
 with the connection. The phases:
 
-    PAUSED      --deadline--------> CONNECTING   a socket to the next endpoint is opened
+    PAUSED      --deadline--------> CONNECTING   a new socket is opened
     CONNECTING  --connected-------> GREETING     HELLO leaves
     GREETING    --WELCOME---------> OPEN         requests may leave
     any of the three --fault, silence, farewell--> PAUSED
@@ -19,19 +19,20 @@ from ..protocol.liveness import Liveness
 from ..protocol.messages import (
     Chunks,
     Disconnect,
+    Draining,
     Error,
     Finish,
     Goodbye,
     Heartbeat,
     Message,
     Reply,
+    Started,
     Welcome,
 )
 from .events import Open, Send
 from .settings import Settings
 
-#: Pause after all endpoints failed; doubled each time round. A restarting broker is found again soon, a dead one
-#: is not bothered.
+#: Pause before the next try; doubled each time. A restarting broker is found again soon, a dead one is not bothered.
 BACKOFF_S = 0.05
 BACKOFF_MAX_S = 2.0
 #: Time for TCP and the ZMTP handshake. A connection to a live host takes milliseconds; meanwhile libzmq itself
@@ -40,7 +41,7 @@ ATTEMPT_S = 1.0
 #: Time for WELCOME after HELLO: a busy broker answers within its loop's lag.
 GREETING_S = 2.0
 
-_FROM_BROKER = (Chunks, Finish, Error, Reply)
+_FROM_BROKER = (Chunks, Finish, Error, Started, Reply)
 
 
 class Phase(Enum):
@@ -69,35 +70,35 @@ class SessionOver(Exception):  # noqa: N818 - a farewell is no error
 
 
 class Session:
-    """The present session, or the way to the next one.
+    """The present session with a broker, or the way to the next one.
 
     Attributes:
         phase: where it stands.
-        endpoint: of the present or last socket.
+        endpoint: the broker's.
         broker: the name the broker gave in WELCOME.
-        tried: endpoints dialled since a broker was last heard, oldest first.
+        draining: the broker shuts down, and wants no new requests.
+        failure: why the last try to get a session failed; "" while there is one.
         sent: messages sent in this session.
         received: messages received in this session.
     """
 
-    def __init__(self, settings: Settings, random: Callable[[], float]) -> None:
-        """Stand before the first endpoint; the first `start` is due at once."""
+    def __init__(self, endpoint: str, settings: Settings, random: Callable[[], float]) -> None:
+        """Have no session yet; the first `start` is due at once."""
         self._settings = settings
         self._random = random
-        # Both bounds let a request that waits for the connect timeout see every endpoint tried once, whenever in
-        # the cycle of tries and pauses it was made.
+        # Both bounds let a request that waits for the connect timeout see a whole try, whenever in the cycle of
+        # tries and pauses it was made.
         half_s = settings.connect_timeout_s / 2
-        self._attempt_s = min(ATTEMPT_S, half_s / len(settings.endpoints))
+        self._attempt_s = min(ATTEMPT_S, half_s)
         self._backoff_max_s = min(BACKOFF_MAX_S, half_s)
-        self._next = 0
-        self._failures = 0
         self._backoff_s = BACKOFF_S
         self._deadline: float = 0.0
         self._liveness: Liveness | None = None
         self.phase = Phase.PAUSED
-        self.endpoint = settings.endpoints[0]
+        self.endpoint = endpoint
         self.broker = ""
-        self.tried: list[str] = []
+        self.draining = False
+        self.failure = ""
         self.sent = 0
         self.received = 0
 
@@ -112,12 +113,7 @@ class Session:
         return self.phase in (Phase.CONNECTING, Phase.GREETING, Phase.OPEN)
 
     def start(self, now: float) -> Open:
-        """Begin with the next endpoint."""
-        endpoints = self._settings.endpoints
-        self.endpoint = endpoints[self._next]
-        self._next = (self._next + 1) % len(endpoints)
-        if self.endpoint not in self.tried:
-            self.tried.append(self.endpoint)
+        """Begin to connect."""
         self.phase = Phase.CONNECTING
         self._deadline = now + self._attempt_s
         self.sent = self.received = 0
@@ -134,7 +130,7 @@ class Session:
         self.sent += 1
         if self._liveness is not None:
             self._liveness.spoke(now)
-        return Send(message)
+        return Send(self.endpoint, message)
 
     def hear(self, message: Message, now: float) -> bool:
         """Count a message that came in; tell whether it is about a request or query and so not dealt with here.
@@ -153,6 +149,8 @@ class Session:
                 raise SessionOver(f"the broker has sent {message.sent} messages, {before} arrived")
         elif isinstance(message, Welcome) and self.phase is Phase.GREETING:
             self._welcome(message, now)
+        elif isinstance(message, Draining) and self.phase is Phase.OPEN:
+            self.draining = True
         elif isinstance(message, Disconnect):
             raise SessionOver(f"the broker ended the session: {message.code.value}: {message.message}", mutual=True)
         elif isinstance(message, Goodbye):
@@ -164,10 +162,9 @@ class Session:
     def _welcome(self, message: Welcome, now: float) -> None:
         self.phase = Phase.OPEN
         self.broker = message.broker
-        self.tried.clear()
+        self.draining = False
+        self.failure = ""
         self._liveness = Liveness(message.heartbeat_s, message.expiry_s, heard_at=now, spoke_at=now)
-        # This endpoint counts as tried when it is lost: the next one of the list comes at once, it itself later.
-        self._failures = 0
         self._backoff_s = BACKOFF_S
 
     def silence(self, now: float) -> str | None:
@@ -189,15 +186,19 @@ class Session:
             return None
         return self.say(Heartbeat(sent=self.sent), now)
 
-    def pause(self, now: float) -> None:
-        """Be without a session; `start` is due at once while the list has endpoints left, else after a back-off."""
+    def forgive(self, lag_s: float) -> None:
+        """Take seconds in which this side did not listen off the broker's silence."""
+        if self._liveness is not None:
+            self._liveness.forgive(lag_s)
+
+    def pause(self, reason: str, now: float) -> None:
+        """Be without a session; `start` is due after a back-off."""
         self.phase = Phase.PAUSED
+        self.failure = reason
+        self.draining = False
         self._liveness = None
-        self._failures += 1
-        self._deadline = now
-        if self._failures % len(self._settings.endpoints) == 0:
-            self._deadline += self._backoff_s * (0.5 + self._random() / 2)
-            self._backoff_s = min(2 * self._backoff_s, self._backoff_max_s)
+        self._deadline = now + self._backoff_s * (0.5 + self._random() / 2)
+        self._backoff_s = min(2 * self._backoff_s, self._backoff_max_s)
 
     def close(self) -> None:
         """Be done for good."""

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..protocol import limits
 from ..protocol.codec import encode
@@ -19,6 +20,13 @@ from ..transport.endpoints import DEFAULT_FRONTEND, check_destination
 CONNECT_TIMEOUT_S = 5.0
 #: A management answer takes a broker a millisecond; one that needs seconds is not coming.
 QUERY_TIMEOUT_S = 5.0
+#: Submissions of one request, all faults together. With the pauses between them they outlast a restart of everything;
+#: and a request that kills whoever runs it kills no more workers than this.
+MAX_ATTEMPTS = 16
+#: From the moment that a worker has the request: a long prompt on a slow device, or a resume that replays its tokens.
+FIRST_TOKEN_TIMEOUT_S = 120.0
+#: Between two tokens: longer than any step of a healthy engine, a first one that compiles included.
+INTER_TOKEN_TIMEOUT_S = 60.0
 
 
 def _default_name() -> str:
@@ -30,17 +38,32 @@ def _seconds(name: str, value: float) -> None:
         raise BadRequestError(f"{name}: expected seconds, more than 0, got {value!r}")
 
 
+def _integer(name: str, value: int, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise BadRequestError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
+
+
+#: Nobody counts further, and pauses double only so often.
+_MOST_ATTEMPTS = 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a client behaves.
 
     Attributes:
-        endpoints: the brokers' frontends, tried in this order and then from the first again.
+        endpoints: the brokers' frontends. The client has a session with each of them; requests go to the first in
+            this order that is there.
         connect_timeout_s: how long a request waits for an open session before it fails with NoBrokerError.
         query_timeout_s: how long the broker may take for the answer to a query.
         window_tokens: tokens of one stream that may be under way or unread.
         name: how the broker names this client to people; host and process id by default.
         heartbeat_s: the heartbeat interval to ask the broker for; None for the broker's own.
+        resume: whether a request whose attempt has failed is submitted again, with the tokens so far.
+        max_attempts: submissions of one request at most.
+        queue_timeout_s: how long an attempt may wait at the broker for a worker; None for no bound.
+        first_token_timeout_s: how long a worker that has the request may take for its first token; None for ever.
+        inter_token_timeout_s: how long it may be silent after that while the reader wants more; None for ever.
     """
 
     endpoints: tuple[str, ...] = (DEFAULT_FRONTEND,)
@@ -49,6 +72,11 @@ class Settings:
     window_tokens: int = WINDOW_TOKENS
     name: str = field(default_factory=_default_name)
     heartbeat_s: float | None = None
+    resume: bool = True
+    max_attempts: int = MAX_ATTEMPTS
+    queue_timeout_s: float | None = None
+    first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S
+    inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -61,12 +89,17 @@ class Settings:
             raise BadRequestError("endpoints: at least one is needed")
         for endpoint in self.endpoints:
             check_destination(endpoint)
+        if len(set(self.endpoints)) < len(self.endpoints):
+            raise BadRequestError("endpoints: each may stand there once")
         _seconds("connect_timeout_s", self.connect_timeout_s)
         _seconds("query_timeout_s", self.query_timeout_s)
-        if self.heartbeat_s is not None:
-            _seconds("heartbeat_s", self.heartbeat_s)
-        if type(self.window_tokens) is not int or not 1 <= self.window_tokens <= limits.MAX_COUNT:
-            raise BadRequestError(f"window_tokens: expected a positive integer, got {self.window_tokens!r}")
+        for name in ("heartbeat_s", "queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s"):
+            if getattr(self, name) is not None:
+                _seconds(name, getattr(self, name))
+        if not isinstance(self.resume, bool):
+            raise BadRequestError(f"resume: expected true or false, got {self.resume!r}")
+        _integer("window_tokens", self.window_tokens, limits.MAX_NEW_TOKENS)
+        _integer("max_attempts", self.max_attempts, _MOST_ATTEMPTS)
         if not isinstance(self.name, str) or len(self.name) > limits.MAX_NAME_CHARS:
             raise BadRequestError(f"name: expected a string of at most {limits.MAX_NAME_CHARS} characters")
         try:
@@ -80,16 +113,8 @@ class Settings:
         return Hello(client=self.name, software=SOFTWARE, heartbeat_s=heartbeat_s)
 
 
-def settings_from(
-    endpoints: str | Sequence[str] | None,
-    *,
-    connect_timeout_s: float,
-    query_timeout_s: float,
-    window_tokens: int,
-    name: str | None,
-    heartbeat_s: float | None,
-) -> Settings:
-    """Return the settings that the arguments of a client stand for; None means the default.
+def settings_from(endpoints: str | Sequence[str] | None, *, name: str | None, **settings: Any) -> Settings:
+    """Return the settings that the arguments of a client stand for; None for endpoints and name means the default.
 
     Raises:
         BadRequestError: a value is not valid; the message names it.
@@ -99,9 +124,6 @@ def settings_from(
         endpoints = DEFAULT_FRONTEND
     return Settings(
         endpoints=(endpoints,) if isinstance(endpoints, str) else tuple(endpoints),
-        connect_timeout_s=connect_timeout_s,
-        query_timeout_s=query_timeout_s,
-        window_tokens=window_tokens,
         name=_default_name() if name is None else name,
-        heartbeat_s=heartbeat_s,
+        **settings,
     )

@@ -7,7 +7,7 @@ from typing import TypeVar
 from ..protocol.errors import TokenmqError
 from ..protocol.messages import Chunk, FinishReason, Timings, Usage
 from .connection import Connection
-from .events import CancelStream, Ending, Grant
+from .events import Attempt, CancelStream, Ending, Grant
 from .mailbox import Mailbox
 
 StreamT_co = TypeVar("StreamT_co", bound="BaseStream", covariant=True)
@@ -79,8 +79,12 @@ class BaseStream:
         return (outcome.worker or None) if isinstance(outcome, Ending) else None
 
     @property
-    def attempts(self) -> int:
-        """How often the request has been submitted."""
+    def attempts(self) -> tuple[Attempt, ...]:
+        """What has happened to the request: one entry for each time that it was submitted.
+
+        An entry has `number`, `broker` (endpoint), `worker` (name), `first_token` (position where it began) and
+        `error`: what ended it, None for the present or last one if that went well.
+        """
         return self._mailbox.attempts
 
     def cancel(self) -> None:

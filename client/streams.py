@@ -1,12 +1,17 @@
-"""One open stream as the core sees it: what was asked for, what has come, and whether a chunk fits behind it."""
+"""One open stream as the core sees it: what was asked for, what has come, and how its attempts went."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
 
+from ..protocol import limits
 from ..protocol.errors import ErrorCode, ProtocolError, TokenmqError, exception_for
 from ..protocol.messages import Cancel, Chunk, Credit, Envelope, Error, Finish, FinishReason, Request
-from .events import Ending, Submit
+from ..protocol.payload import Prior, resumed
+from .events import Attempt, Ending, Submit
+from .settings import Settings
 
 #: Chunks without tokens are not bounded by credit. An engine sends one, for the text that it held back at the end;
 #: more than a few are a fault, which must not fill the memory.
@@ -14,7 +19,7 @@ MAX_TAILS = 16
 
 
 class StreamFaultError(Exception):
-    """What came for a stream cannot be right; `error` is what its reader gets."""
+    """What came for a stream cannot be right; `error` is what its reader gets, unless a new attempt repairs it."""
 
     def __init__(self, error: TokenmqError) -> None:
         """Carry the error."""
@@ -22,23 +27,59 @@ class StreamFaultError(Exception):
         self.error = error
 
 
-@dataclass(slots=True)
+class Place(Enum):
+    """Where a request is."""
+
+    #: Here: no broker takes it at the moment.
+    WAITING = "waiting"
+    #: Here: its last attempt has failed, and the next one comes after a pause.
+    RESTING = "resting"
+    #: At a broker or a worker.
+    SENT = "sent"
+
+
+@dataclass(slots=True, eq=False)
 class OpenStream:
     """A stream that has not ended.
 
     Attributes:
         order: what the application asked for.
         submitted_at: when.
-        attempt: the submission that chunks must carry to count.
-        sent: whether this attempt has left in the present session.
-        tails: chunks without tokens so far.
+        place: where the request is.
+        attempt: the present submission, which chunks must carry to count.
+        endpoint: the broker that has it; "" unless SENT.
+        worker: the worker that has it; "" before it is known.
+        first_token: how many tokens there were when the attempt began.
+        granted: the credit that the worker knows of.
+        heard_at: when the worker was last heard of this stream, or last had reason to be silent; None before STARTED.
+        tails: chunks without tokens in this attempt.
+        tokens: the tokens so far, of all attempts.
+        text_chars: characters of their text so far.
+        past: the attempts that have failed.
+        barren: how many of them, since the last token, brought none.
+        avoid: names of workers that failed it, the latest last.
     """
 
     order: Submit
     submitted_at: float
+    place: Place = Place.WAITING
     attempt: int = 1
-    sent: bool = False
+    endpoint: str = ""
+    worker: str = ""
+    first_token: int = 0
+    granted: int = 0
+    heard_at: float | None = None
     tails: int = 0
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    text_chars: int = 0
+    past: list[Attempt] = field(default_factory=list)
+    barren: int = 0
+    avoid: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> bytes:
+        """The request's id."""
+        return self.order.id
 
     @property
     def deadline(self) -> float | None:
@@ -46,26 +87,91 @@ class OpenStream:
         seconds = self.order.deadline_s
         return None if seconds is None else self.submitted_at + seconds
 
-    def request(self, now: float) -> Request:
-        """Return the REQUEST of the present attempt."""
-        order, deadline = self.order, self.deadline
+    @property
+    def barren_attempts(self) -> int:
+        """Attempts since the last token, if the present one has failed now."""
+        return 0 if len(self.tokens) > self.first_token else self.barren + 1
+
+    def attempts(self, error: TokenmqError | None = None) -> tuple[Attempt, ...]:
+        """Return all attempts; the present one with the error that ends it, if any."""
+        return (*self.past, Attempt(self.attempt, self.endpoint, self.worker, self.first_token, error))
+
+    # The way of an attempt
+
+    def leave(self, endpoint: str, settings: Settings, now: float) -> Request:
+        """Return the REQUEST of the present attempt, which leaves for this broker.
+
+        Raises:
+            BadRequestError: with the tokens so far the request is too large.
+        """
+        order, deadline, tokens = self.order, self.deadline, tuple(self.tokens)
+        payload = resumed(order.payload, Prior(tokens, self.text_chars)) if tokens else order.payload
+        self.place, self.endpoint = Place.SENT, endpoint
+        self.granted = order.window.limit
         envelope = Envelope(
             model=order.model,
             attempt=self.attempt,
-            credit=order.window.limit,
+            credit=self.granted,
             deadline_s=None if deadline is None else max(0.0, deadline - now),
+            prior_tokens=len(tokens),
+            avoid=tuple(self.avoid),
+            queue_s=settings.queue_timeout_s,
         )
-        return Request(order.id, envelope, order.payload, order.attachments)
+        return Request(order.id, envelope, payload, order.attachments)
 
-    def credit(self, limit: int) -> Credit:
+    def started(self, worker: str, now: float) -> None:
+        """Note that a worker has the request."""
+        self.worker = worker
+        self.heard_at = now
+
+    def fail(self, error: TokenmqError) -> None:
+        """Close the present attempt and begin the next one, here."""
+        self.past.append(self.attempts(error)[-1])
+        if self.worker:
+            self.avoid = [name for name in self.avoid if name != self.worker] + [self.worker]
+            del self.avoid[: -limits.MAX_AVOIDED]
+        self.barren = self.barren_attempts
+        self.attempt += 1
+        self.first_token = len(self.tokens)
+        self.place, self.endpoint, self.worker = Place.WAITING, "", ""
+        self.heard_at = None
+        self.tails = 0
+
+    def silent_at(self, settings: Settings) -> float | None:
+        """Return when the worker has been silent for too long; None where it is not its turn, or has all time."""
+        if self.heard_at is None or self.order.window.received >= self.granted:
+            return None
+        seconds = self._patience_s(settings)
+        return None if seconds is None else self.heard_at + seconds
+
+    def silence(self, settings: Settings) -> TokenmqError:
+        """Return the error for a worker that has been silent for too long."""
+        code = ErrorCode.INTER_TOKEN_TIMEOUT if self._has_news else ErrorCode.FIRST_TOKEN_TIMEOUT
+        which = "token" if self._has_news else "first token"
+        message = f"worker {self.worker} brought no {which} for {self._patience_s(settings):g} s"
+        return self.error(code, message, retryable=True)
+
+    def _patience_s(self, settings: Settings) -> float | None:
+        return settings.inter_token_timeout_s if self._has_news else settings.first_token_timeout_s
+
+    @property
+    def _has_news(self) -> bool:
+        return len(self.tokens) > self.first_token
+
+    def grant(self, limit: int, now: float) -> Credit:
         """Return the CREDIT that opens the window up to `limit`."""
+        if self.heard_at is not None and self.order.window.received >= self.granted:
+            self.heard_at = now  # the worker had nothing to say until now
+        self.granted = max(self.granted, limit)
         return Credit(self.order.id, self.attempt, limit)
 
     def cancel(self) -> Cancel:
         """Return the CANCEL of the present attempt."""
         return Cancel(self.order.id, self.attempt)
 
-    def accept(self, chunk: Chunk) -> bool:
+    # What comes
+
+    def accept(self, chunk: Chunk, now: float) -> bool:
         """Account for a chunk of the present attempt; tell whether it is new.
 
         Raises:
@@ -89,6 +195,9 @@ class OpenStream:
             window.receive(tokens)
         except ProtocolError as error:
             raise self._fault(ErrorCode.PROTOCOL, error.message) from error
+        self.tokens.extend(chunk.token_ids)
+        self.text_chars += len(chunk.text)
+        self.heard_at = now
         return True
 
     def finish(self, message: Finish) -> Ending:

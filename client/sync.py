@@ -92,6 +92,23 @@ class Client(BaseClient[Stream]):
         """Return the broker's own figures; raises as `models`."""
         return self.query("status")  # type: ignore[no-any-return]
 
+    def drain(self, worker: str, *, grace_s: float | None = None) -> dict[str, Any]:
+        """Have a worker finish what it holds and stop; what is left after the grace time goes on at other workers.
+
+        Args:
+            worker: its name, one of `workers()`.
+            grace_s: seconds; None for the worker's own.
+
+        Returns:
+            `worker`, and `in_flight`: requests that this broker has there.
+
+        Raises:
+            BadRequestError: there is no such worker.
+            TokenmqError: as `models`.
+        """
+        arguments = {} if grace_s is None else {"grace_s": grace_s}
+        return self.query("drain", worker=worker, **arguments)  # type: ignore[no-any-return]
+
     def query(self, method: str, **arguments: Any) -> Any:
         """Ask any management question; return plain data. Raises as `models`, and BadRequestError."""
         return self._ask(method, arguments).result()

@@ -14,7 +14,7 @@ import zmq
 #: Frames that one message can have at most, so that a peer cannot make one receive go on for ever.
 _MAX_FRAMES = 256
 #: No wait is longer: a lost wake-up costs a second and never a hang.
-_MAX_WAIT_S = 1.0
+MAX_WAIT_S = 1.0
 
 # pyzmq's own methods under the wrappers of zmq.Socket: without enum flags and multipart helpers a message costs a
 # third (measured, ROUTER to ROUTER, three small frames: 4.8 us against 15.1).
@@ -135,7 +135,7 @@ class Pump:
         Returns:
             The sockets that are ready, with zmq.POLLIN and zmq.POLLOUT flags. The waker is cleared and left out.
         """
-        limit = _MAX_WAIT_S if seconds is None else min(max(seconds, 0.0), _MAX_WAIT_S)
+        limit = MAX_WAIT_S if seconds is None else min(max(seconds, 0.0), MAX_WAIT_S)
         # Rounded up: a wait that ends just before its deadline would spin.
         ready = dict(self._poller.poll(math.ceil(limit * 1000)))
         if ready.pop(self.waker.fileno(), 0):
