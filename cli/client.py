@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from ..client import Client, Stream
-from ..client.settings import CONNECT_TIMEOUT_S
+from ..client.settings import CONNECT_TIMEOUT_S, FIRST_TOKEN_TIMEOUT_S, INTER_TOKEN_TIMEOUT_S, MAX_ATTEMPTS
 from ..protocol.errors import TokenmqError
 from ..protocol.payload import Sampling
 from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
@@ -21,22 +22,55 @@ from .tables import table
 
 _DEFAULTS = Sampling()
 _EXIT_INTERRUPTED = 130
+#: How often `drain --wait` looks whether the worker has left.
+_LOOK_S = 0.1
 
 
 @click.group(context_settings=settings("TOKENMQ_CLIENT"))
 @option(
     "--broker", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
-    help="The broker's frontend; repeatable, the next one is tried when one is gone.",
+    help="The broker's frontend. Repeatable: requests go to the first that is there, and over to the next.",
 )  # fmt: skip
 @option(
     "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=CONNECT_TIMEOUT_S, metavar="S",
     help="Seconds to wait for a broker to answer.",
 )  # fmt: skip
+@option(
+    "--queue-timeout", type=click.FloatRange(min=0, min_open=True), show_default="none", metavar="S",
+    help="Seconds to wait at the broker for a worker.",
+)  # fmt: skip
+@option(
+    "--first-token-timeout", type=click.FloatRange(min=0, min_open=True), default=FIRST_TOKEN_TIMEOUT_S, metavar="S",
+    help="Seconds that a worker may take for the first token; then another one is asked.",
+)  # fmt: skip
+@option(
+    "--inter-token-timeout", type=click.FloatRange(min=0, min_open=True), default=INTER_TOKEN_TIMEOUT_S, metavar="S",
+    help="The same for each further token.",
+)  # fmt: skip
+@option(
+    "--max-attempts", type=click.IntRange(min=1), default=MAX_ATTEMPTS, metavar="N",
+    help="Submissions of one request at most, when workers or brokers fail.",
+)  # fmt: skip
 @version_option
 @click.pass_context
-def main(context: click.Context, broker: tuple[str, ...], connect_timeout: float) -> None:
+def main(
+    context: click.Context,
+    broker: tuple[str, ...],
+    connect_timeout: float,
+    queue_timeout: float | None,
+    first_token_timeout: float,
+    inter_token_timeout: float,
+    max_attempts: int,
+) -> None:
     """Ask the models behind a broker, or the broker itself."""
-    context.obj = {"endpoints": list(broker), "connect_timeout_s": connect_timeout}
+    context.obj = {
+        "endpoints": list(broker),
+        "connect_timeout_s": connect_timeout,
+        "queue_timeout_s": queue_timeout,
+        "first_token_timeout_s": first_token_timeout,
+        "inter_token_timeout_s": inter_token_timeout,
+        "max_attempts": max_attempts,
+    }
 
 
 def _broker_option(command: Any) -> Any:
@@ -70,6 +104,7 @@ _SAMPLING: list[Callable[[Any], Any]] = [
         "--deadline", type=float, show_default="never", metavar="S",
         help="Give the request up after so many seconds.",
     ),
+    option("--no-resume", is_flag=True, help="Fail when a worker or broker does, instead of going on elsewhere."),
 ]  # fmt: skip
 
 
@@ -82,7 +117,8 @@ def _sampling_options(command: Any) -> Any:
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     arguments = {name: values[name] for name in names}
-    return {**arguments, "stop": list(values["stop"]), "deadline_s": values["deadline"]}
+    more = {"deadline_s": values["deadline"], "resume": not values["no_resume"]}
+    return {**arguments, **more, "stop": list(values["stop"])}
 
 
 @contextmanager
@@ -139,6 +175,15 @@ def _summary(stream: Stream) -> dict[str, Any]:
         "worker": stream.worker,
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "completion_tokens": usage.completion_tokens if usage else 0,
+        "attempts": [
+            {
+                "broker": attempt.broker,
+                "worker": attempt.worker,
+                "first_token": attempt.first_token,
+                "error": attempt.error.code if attempt.error else None,
+            }
+            for attempt in stream.attempts
+        ],
     }
 
 
@@ -224,6 +269,41 @@ def status(as_json: bool, broker: tuple[str, ...]) -> None:
         else:
             for name, value in values.items():
                 click.echo(f"{name:<10} {_status_text(value)}")
+
+
+@main.command()
+@click.argument("worker")
+@option(
+    "--grace", type=click.FloatRange(min=0), show_default="the worker's own", metavar="S",
+    help="Seconds that its running requests get; what is left then goes on at other workers.",
+)  # fmt: skip
+@option(
+    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="S",
+    help="Wait so many seconds at most until it has left; exit with 1 if it has not.",
+)  # fmt: skip
+@_broker_option
+def drain(worker: str, grace: float | None, wait: float, broker: tuple[str, ...]) -> None:
+    """Have WORKER (a name that `workers` lists) finish what it holds and exit; no request fails by it."""
+    with _client(broker) as client:
+        before = _worker_row(client, worker)
+        held = client.drain(worker, grace_s=grace)["in_flight"]
+        click.echo(f"{worker} drains; requests in flight: {held}")
+        until = time.monotonic() + wait
+        while wait:
+            row = _worker_row(client, worker)
+            if row is None or before is None or row["incarnation"] != before["incarnation"]:
+                click.echo(f"{worker} has left")
+                return
+            if row["in_flight"] != held:
+                held = row["in_flight"]
+                click.echo(f"{worker}: requests in flight: {held}", err=True)
+            if time.monotonic() > until:
+                fail(f"{worker} has not left within {wait:g} s; requests in flight: {held}")
+            time.sleep(_LOOK_S)
+
+
+def _worker_row(client: Client, name: str) -> dict[str, Any] | None:
+    return next((row for row in client.workers() if row["name"] == name), None)
 
 
 def _status_text(value: Any) -> str:
