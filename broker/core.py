@@ -28,6 +28,7 @@ from ..protocol.messages import (
     Credit,
     Disconnect,
     DisconnectCode,
+    Drain,
     Draining,
     Error,
     Finish,
@@ -44,7 +45,6 @@ from ..protocol.messages import (
 )
 from ..protocol.packing import pack
 from . import management
-from .dispatch import POLICIES
 from .events import (
     Action,
     BadClient,
@@ -58,7 +58,7 @@ from .events import (
     WorkerGone,
 )
 from .exchange import Exchange
-from .metrics import Counters
+from .metrics import Counters, Pending
 from .outbox import Outbox, clip
 from .probe import CLIENT_DELAYS_S, WORKER_DELAYS_S, Probe
 from .registry import ClientSession, Registry, Session, WorkerSession
@@ -80,6 +80,7 @@ class BrokerCore:
         registry: the workers.
         exchange: the requests.
         counters: what has happened so far.
+        pending: what peers have not taken at present, as the server writes it down.
         stopped: everything is said; the loop may end.
     """
 
@@ -89,6 +90,7 @@ class BrokerCore:
         self.software = software
         self.started_at = now
         self.counters = Counters()
+        self.pending = Pending()
         self.clients: dict[bytes, ClientSession] = {}
         self.registry = Registry()
         self.stopped = False
@@ -97,9 +99,9 @@ class BrokerCore:
             self.registry,
             self._outbox,
             self.counters,
-            POLICIES[settings.policy],
+            settings,
             random or Random(),  # noqa: S311 (dispatch, not secrets)
-            settings.max_waiting,
+            now,
         )
         self._tick_s = settings.heartbeat_s / _TICKS_PER_HEARTBEAT
         self._next_tick = now + self._tick_s
@@ -197,9 +199,16 @@ class BrokerCore:
             self.exchange.draining = True
             tally = self.exchange.tally()
             self._outbox.log("broker_draining", grace_s=grace_s, waiting=tally["waiting"], running=tally["running"])
+            for client in self.clients.values():
+                self._outbox.to_client(client, Draining())
         self._drain_until = now + grace_s
         self._advance_drain(now)
         return self._outbox.take()
+
+    def drain_worker(self, worker: WorkerSession, grace_s: float | None) -> None:
+        """Ask a worker to leave; call it from within `handle`. It says DRAINING when it does."""
+        self._outbox.to_worker(worker, Drain(grace_s))
+        self._outbox.log("worker_told_to_drain", worker=worker.name, in_flight=len(worker.in_flight))
 
     def validate(self) -> None:
         """Check every invariant.
@@ -209,12 +218,12 @@ class BrokerCore:
         """
         self.registry.validate()
         self.exchange.validate()
-        mine = {id: record for client in self.clients.values() for id, record in client.requests.items()}
-        attended = {id: record for id, record in self.exchange.records.items() if record.client is not None}
+        mine = {record.key: record for client in self.clients.values() for record in client.requests.values()}
+        attended = {key: record for key, record in self.exchange.records.items() if record.client is not None}
         assert mine == attended, "a client's list of requests is wrong"
         for peer, client in self.clients.items():
             assert client.peer == peer
-            assert all(record.client is client for record in client.requests.values())
+            assert all(record.client is client and record.id == id for id, record in client.requests.items())
         for record in attended.values():
             assert record.client is not None
             assert self.clients.get(record.client.peer) is record.client, "a request of a client that is gone"
@@ -261,6 +270,8 @@ class BrokerCore:
             )
             self.clients[peer] = client
             self._outbox.to_client(client, Welcome(self.settings.name, self.software, heartbeat_s, expiry_s))
+            if self.exchange.draining:
+                self._outbox.to_client(client, Draining())
             self._outbox.log("client_connected", level=logging.DEBUG, client=client.name)
         elif not isinstance(message, Goodbye):
             self._refuse(ToClient(peer, _unknown(message, "HELLO")))
@@ -281,7 +292,10 @@ class BrokerCore:
         client = self.clients.get(event.peer)
         if client is not None:
             self.counters.clients_lost += 1
-            self._drop_client(client, event.why)
+            if event.stalled:
+                self.counters.peers_stalled += 1
+                self._refuse(ToClient(client.peer, Disconnect(DisconnectCode.EXPIRED, clip(event.why))))
+            self._drop_client(client, event.why, level=logging.WARNING if event.stalled else logging.INFO)
 
     def _bad_client(self, event: BadClient, now: float) -> None:
         self._malformed("client", event.error, now)
@@ -329,11 +343,12 @@ class BrokerCore:
         elif isinstance(message, Draining):
             worker.draining = True
             self._outbox.log("worker_draining", worker=worker.name, in_flight=len(worker.in_flight))
+            self._worker_differs(worker, now)
         elif isinstance(message, Goodbye):
-            self._drop_worker(worker, "it said goodbye")
+            self._drop_worker(worker, "it said goodbye", now)
         else:
             why = f"{message.command.name} is not allowed from a worker in a session"
-            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why)
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why, now)
 
     def _from_new_worker(self, peer: bytes, message: Message, now: float) -> None:
         if isinstance(message, Ready):
@@ -363,36 +378,35 @@ class BrokerCore:
         self.registry.add(worker)
         models = [info.name for info in ready.models]
         self.exchange.models_served(models)
-        if known is not None:
-            # After the new one is known: what waits for a model that both serve goes on waiting.
-            self._worker_left(known, "it has registered anew")
         self._outbox.to_worker(worker, Accepted(self.settings.name, self.software, heartbeat_s, expiry_s))
         self._outbox.log(
             "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],
             slots=ready.slots, speed=ready.speed, state=worker.state.value,
         )  # fmt: skip
-        self.exchange.dispatch_for(worker, now)
+        if known is not None:
+            # After the new one is known: what waits for a model that both serve goes on waiting.
+            self._worker_left(known, "it has registered anew", now)
+        self._worker_differs(worker, now)
 
     def _worker_changed(self, worker: WorkerSession, ready: Ready, now: float) -> None:
         if (ready.worker, ready.incarnation) != (worker.name, worker.incarnation):
             why = "READY with another name or incarnation within a session"
-            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why)
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why, now)
             return
-        before = {info.name for info in worker.ready.models}
-        after = {info.name for info in ready.models}
+        before = [info.name for info in worker.ready.models]
+        after = [info.name for info in ready.models]
         self.registry.update(worker, ready)
         self.exchange.models_served(after)
         self._take_load(worker, ready.load)
-        self.exchange.models_lost(sorted(before - after))
-        self.exchange.dispatch_for(worker, now)
+        self.exchange.workers_changed([*before, *after], now)
 
     def _worker_heartbeat(self, worker: WorkerSession, beat: Heartbeat, now: float) -> None:
         if beat.sent != worker.received - 1:
-            self._disconnect_worker(worker, DisconnectCode.LOST_MESSAGES, _lost(beat, worker))
+            self._disconnect_worker(worker, DisconnectCode.LOST_MESSAGES, _lost(beat, worker), now)
             return
         if beat.load is not None:
             self._take_load(worker, beat.load)
-            self.exchange.dispatch_for(worker, now)
+            self._worker_differs(worker, now)
 
     def _take_load(self, worker: WorkerSession, load: Any) -> None:
         before = worker.state
@@ -400,11 +414,14 @@ class BrokerCore:
         if worker.state is not before:
             self._outbox.log("worker_state", worker=worker.name, state=worker.state.value, before=before.value)
 
-    def _worker_gone(self, event: WorkerGone, _now: float) -> None:
+    def _worker_gone(self, event: WorkerGone, now: float) -> None:
         worker = self.registry.by_peer.get(event.peer)
         if worker is not None:
             self.counters.workers_lost += 1
-            self._drop_worker(worker, event.why)
+            if event.stalled:
+                self.counters.peers_stalled += 1
+                self._refuse(ToWorker(worker.peer, Disconnect(DisconnectCode.EXPIRED, clip(event.why))))
+            self._drop_worker(worker, event.why, now, level=logging.WARNING if event.stalled else logging.INFO)
 
     def _bad_worker(self, event: BadWorker, now: float) -> None:
         self._malformed("worker", event.error, now)
@@ -412,20 +429,23 @@ class BrokerCore:
         if worker is None:
             self._refuse(ToWorker(event.peer, _protocol(event.error)))
         else:
-            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, event.error.message)
+            self._disconnect_worker(worker, DisconnectCode.PROTOCOL, event.error.message, now)
 
-    def _disconnect_worker(self, worker: WorkerSession, code: DisconnectCode, why: str) -> None:
+    def _disconnect_worker(self, worker: WorkerSession, code: DisconnectCode, why: str, now: float) -> None:
         self._refuse(ToWorker(worker.peer, Disconnect(code, clip(why))))
         self.counters.workers_lost += 1
-        self._drop_worker(worker, f"{code.value}: {why}", level=logging.WARNING)
+        self._drop_worker(worker, f"{code.value}: {why}", now, level=logging.WARNING)
 
-    def _drop_worker(self, worker: WorkerSession, why: str, *, level: int = logging.INFO) -> None:
+    def _drop_worker(self, worker: WorkerSession, why: str, now: float, *, level: int = logging.INFO) -> None:
         self.registry.remove(worker)
-        self._worker_left(worker, why, level=level)
+        self._worker_left(worker, why, now, level=level)
 
-    def _worker_left(self, worker: WorkerSession, why: str, *, level: int = logging.INFO) -> None:
+    def _worker_left(self, worker: WorkerSession, why: str, now: float, *, level: int = logging.INFO) -> None:
         self._outbox.log("worker_left", level=level, worker=worker.name, why=why, in_flight=len(worker.in_flight))
-        self.exchange.worker_lost(worker, why)
+        self.exchange.worker_lost(worker, why, now)
+
+    def _worker_differs(self, worker: WorkerSession, now: float) -> None:
+        self.exchange.workers_changed([info.name for info in worker.ready.models], now)
 
     # Both.
 
@@ -471,7 +491,7 @@ class BrokerCore:
         for worker in self.registry:
             if worker.liveness.expired(now):
                 why = f"silent for {now - worker.liveness.heard_at:.3f} s"
-                self._disconnect_worker(worker, DisconnectCode.EXPIRED, why)
+                self._disconnect_worker(worker, DisconnectCode.EXPIRED, why, now)
             elif worker.liveness.due(now):
                 self._outbox.heartbeat_worker(worker)
 

@@ -44,18 +44,20 @@ class BadWorker:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """A message to a client could not be sent: its connection is gone, or it has stopped reading."""
+    """A message to a client could not be sent: its connection is gone, or it is there and has stopped reading."""
 
     peer: bytes
     why: str
+    stalled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGone:
-    """A message to a worker could not be sent: its connection is gone, or it has stopped reading."""
+    """A message to a worker could not be sent: its connection is gone, or it is there and has stopped reading."""
 
     peer: bytes
     why: str
+    stalled: bool = False
 
 
 Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone

@@ -3,6 +3,9 @@
 Everything that charges or frees a slot is here. Each request ends once: with the worker's FINISH or ERROR, with the
 worker's death, or, while it waits, with an answer of the broker's own. A request that nobody waits for any more keeps
 its slot charged until then, because the worker still computes.
+
+What is called a request here is one submission of it, known by id and attempt: the next attempt may come while the
+former still runs at a worker that nobody believes in any more.
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ from dataclasses import replace
 from random import Random
 
 from ..protocol.errors import ErrorCode
-from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Parked, Request, Timings, Usage
+from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Parked, Request, Started, Timings, Usage
 from ..protocol.timers import Timers
-from .dispatch import Candidate, Policy
+from .dispatch import POLICIES
+from .eligible import candidates, first_served
 from .metrics import Counters
 from .outbox import Outbox, clip
 from .queue import WaitingRoom
 from .registry import ClientSession, Registry, WorkerSession
-from .requests import RequestRecord
+from .requests import RequestRecord, key_of
+from .settings import BrokerSettings
 
 #: Models that nobody serves any more are remembered up to this number: workers choose their names.
 _MAX_SEEN_MODELS = 16_384
-#: A worker takes about an engine step to let a cancelled request go.
-_CANCELLING_S = 0.1
 
 
 class Exchange:
@@ -37,21 +40,25 @@ class Exchange:
         registry: Registry,
         outbox: Outbox,
         counters: Counters,
-        policy: Policy[Candidate],
+        settings: BrokerSettings,
         random: Random,
-        max_waiting: int,
+        now: float,
     ) -> None:
         """Make an exchange without requests."""
+        #: By `RequestRecord.key`.
         self.records: dict[bytes, RequestRecord] = {}
         self.draining = False
         self._registry = registry
         self._outbox = outbox
         self._counters = counters
-        self._policy = policy
+        self._policy = POLICIES[settings.policy]
         self._random = random
-        self._max_waiting = max_waiting
+        self._max_waiting = settings.max_waiting
+        self._started_at = now
+        #: Until then workers may still be on their way back to a broker that has been started again.
+        self._young_until = now + settings.expiry_s
         self._rooms: dict[str, WaitingRoom] = {}
-        #: Deadlines of the requests that somebody waits for, by id.
+        #: When the requests that somebody waits for must be ended, by key.
         self._deadlines = Timers()
         self._dispatches = 0
         #: Models that were served once: asking for one is no mistake of the client's. The latest come last.
@@ -61,24 +68,28 @@ class Exchange:
 
     def submit(self, client: ClientSession, request: Request, now: float) -> None:
         """Take a request: dispatch it, let it wait, or refuse it."""
-        known = self.records.get(request.id)
-        if known is not None and known.client is client and known.attempt == request.envelope.attempt:
-            self._counters.refused += 1  # a repeat; the first one is on its way
-            return
         record = RequestRecord.of(request, client, now)
-        refusal = self._refusal(record, known)
+        former = client.requests.get(record.id)
+        if former is not None and former.attempt >= record.attempt:
+            self._counters.refused += 1  # a repeat, or too late: the client has gone on
+            return
+        if former is not None:
+            # Also where the new one is refused: the client waits for no other any more.
+            self._supersede(former)
+            if former.worker is not None:
+                record.avoid |= {former.worker.name}
+        refusal = self._refusal(record)
         if refusal is not None:
             self._counters.refused += 1
             self._outbox.to_client(client, refusal)
             self._outbox.log("request_refused", record.id, model=record.model, code=refusal.code, client=client.name)
             return
         self._counters.requests += 1
-        self.records[record.id] = record
+        self.records[record.key] = record
         client.requests[record.id] = record
-        if record.deadline_at is not None:
-            self._deadlines.set(record.id, record.deadline_at)
+        self._watch(record)
         self._room(record.model).append(record)
-        self._dispatch(record.model, now)
+        self.dispatch((record.model,), now)
 
     def credit(self, client: ClientSession, message: Credit) -> None:
         """Pass a grant on, or keep it with a request that waits."""
@@ -120,8 +131,8 @@ class Exchange:
 
     def answered(self, worker: WorkerSession, answer: Finish | Error, now: float) -> None:
         """Pass the end of a request on and free its slot."""
-        record = worker.in_flight.get(answer.id)
-        if record is None or record.attempt != answer.attempt:
+        record = worker.in_flight.get(key_of(answer.id, answer.attempt))
+        if record is None:
             self._counters.late_answers += 1
             return
         worker.release(record)
@@ -129,18 +140,18 @@ class Exchange:
         if record.client is not None:
             if isinstance(answer, Finish):
                 timings = replace(answer.timings, broker_queue_s=record.dispatched_at - record.arrived_at)
-                answer = replace(answer, timings=timings, worker=worker.name)
-            self._answer(record, answer)
-        self.dispatch_for(worker, now)
+                answer = replace(answer, timings=timings)
+            self._answer(record, replace(answer, worker=worker.name))
+        self._slot_freed(worker, now)
 
     def parked(self, worker: WorkerSession, message: Parked, now: float) -> None:
         """Free the slot of a request whose worker has only to wait for the reader."""
-        record = worker.in_flight.get(message.id)
-        if record is not None and record.attempt == message.attempt:
+        record = worker.in_flight.get(key_of(message.id, message.attempt))
+        if record is not None:
             worker.park(record)
-            self.dispatch_for(worker, now)
+            self._slot_freed(worker, now)
 
-    def worker_lost(self, worker: WorkerSession, why: str) -> None:
+    def worker_lost(self, worker: WorkerSession, why: str, now: float) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
         message = f"worker {worker.name} was lost: {why}"
         for record in list(worker.in_flight.values()):
@@ -148,7 +159,7 @@ class Exchange:
             self._forget(record)
             if record.client is not None:
                 self._answer(record, self._error(record, ErrorCode.WORKER_LOST, message, retryable=True))
-        self.models_lost(info.name for info in worker.ready.models)
+        self.workers_changed((info.name for info in worker.ready.models), now)
 
     def models_served(self, models: Iterable[str]) -> None:
         """Note that a worker has registered for these models."""
@@ -158,40 +169,44 @@ class Exchange:
         while len(self._seen_models) > _MAX_SEEN_MODELS:
             self._seen_models.popitem(last=False)
 
-    def models_lost(self, models: Iterable[str]) -> None:
-        """Fail what waits for those of the models that nobody serves any more."""
-        for model in models:
-            room = self._rooms.get(model)
-            if room is None or self._registry.serves(model):
-                continue
-            for record in list(room):
-                message = f"the last worker for {model!r} has left"
-                self._end_waiting(record, self._error(record, ErrorCode.NO_WORKER, message, retryable=True))
-            del self._rooms[model]
+    def workers_changed(self, models: Iterable[str], now: float) -> None:
+        """Look at what waits for these models after workers of theirs have come, gone or changed.
 
-    def dispatch_for(self, worker: WorkerSession, now: float) -> None:
-        """Fill the free slots of a worker from the rooms of its models, longest wait first."""
-        while worker.free:
-            waiting = [room for info in worker.ready.models if (room := self._rooms.get(info.name))]
-            if not waiting:
+        What nobody can serve any more fails. The rest may have got a worker, also because another one has gone: who
+        is avoided is no longer avoided when nobody else is left.
+        """
+        here = list(dict.fromkeys(model for model in models if model in self._rooms))
+        for model in here:
+            self._fail_unservable(model, self._rooms[model])
+        self.dispatch(here, now)
+
+    def dispatch(self, models: Iterable[str], now: float) -> None:
+        """Give out the free slots for these models: resumed requests first, then by the longest wait."""
+        rooms = [room for model in models if (room := self._rooms.get(model)) and self._anyone_free(model)]
+        while rooms:
+            found = [(room, *first) for room in rooms if (first := first_served(self._registry, room))]
+            if not found:
                 return
-            self._dispatch_first(min(waiting, key=lambda room: room.first().arrived_at), now)
+            rooms = [room for room, *_ in found]
+            room, record, workers = min(found, key=lambda each: (not each[1].resumed, each[1].arrived_at))
+            room.serve(record, now)
+            worker = self._policy(workers, self._random)
+            assert isinstance(worker, WorkerSession)
+            self._assign(record, worker, now)
 
     # What time does.
 
     def expire(self, now: float) -> None:
-        """End the requests whose deadline has passed."""
-        for record in [self.records[id] for id in self._deadlines.due(now)]:
+        """End the requests whose deadline has passed, or whose time in the waiting room."""
+        for record in [self.records[key] for key in self._deadlines.due(now)]:
             waited = now - record.arrived_at
+            if record.waits_too_long_first:
+                message = f"no worker was free for it in the {waited:.3f} s that it waited for {record.model!r}"
+                self._end_waiting(record, self._error(record, ErrorCode.QUEUE_TIMEOUT, message, retryable=False))
+                continue
             where = f"worker {record.worker.name}" if record.worker else "the waiting room"
-            error = self._error(
-                record, ErrorCode.DEADLINE, f"the deadline passed after {waited:.3f} s, at {where}", retryable=False
-            )
-            if record.worker is None:
-                self._end_waiting(record, error)
-            else:
-                self._answer(record, error)
-                self._orphan(record)
+            message = f"the deadline passed after {waited:.3f} s, at {where}"
+            self._end(record, self._error(record, ErrorCode.DEADLINE, message, retryable=False))
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
@@ -202,12 +217,7 @@ class Exchange:
         for record in list(self.records.values()):
             if record.client is None:
                 continue
-            error = self._error(record, ErrorCode.DRAINING, why, retryable=True)
-            if record.worker is None:
-                self._end_waiting(record, error)
-            else:
-                self._answer(record, error)
-                self._orphan(record)
+            self._end(record, self._error(record, ErrorCode.DRAINING, why, retryable=True))
 
     # What management asks.
 
@@ -227,18 +237,22 @@ class Exchange:
         Raises:
             AssertionError: one does not hold.
         """
-        waiting = {record.id: record for room in self._rooms.values() for record in room}
-        timed = [id for id, record in self.records.items() if record.client and record.deadline_at is not None]
-        assert all(id in self._deadlines for id in timed), "a deadline is not watched"
+        waiting = {record.key: record for room in self._rooms.values() for record in room}
+        timed = [key for key, record in self.records.items() if record.client and record.due_at is not None]
+        assert all(key in self._deadlines for key in timed), "a deadline is not watched"
         assert len(self._deadlines) == len(timed), "a deadline of a request that has ended"
-        running = {id: record for worker in self._registry for id, record in worker.in_flight.items()}
+        running = {key: record for worker in self._registry for key, record in worker.in_flight.items()}
         assert not waiting.keys() & running.keys(), "a request waits and runs"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
         for model, room in self._rooms.items():
-            assert len(room) <= self._max_waiting
+            resumed = room.resumed()
+            assert len(resumed) <= self._max_waiting
+            assert len(room) - len(resumed) <= self._max_waiting
             assert room.bytes == sum(record.size_bytes for record in room)
-            assert not room or not any(worker.free for worker in self._registry.serving(model)), "idle slot"
+            assert all(record.model == model for record in room)
+            assert not resumed or self._registry.resuming(model), "nobody can resume it"
         for record in waiting.values():
+            assert not candidates(self._registry, record), "idle slot"
             assert record.worker is None
             assert record.client is not None
             assert record.message is not None
@@ -253,30 +267,64 @@ class Exchange:
 
     # Inside.
 
-    def _refusal(self, record: RequestRecord, known: RequestRecord | None) -> Error | None:
+    def _refusal(self, record: RequestRecord) -> Error | None:
         model = record.model
-        if known is not None and known.client in (None, record.client):
-            message = f"attempt {known.attempt} of this request has not ended yet"
-            return replace(self._error(record, ErrorCode.BUSY, message, retryable=True), retry_after_s=_CANCELLING_S)
-        if known is not None:
+        if record.key in self.records:
             return self._error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
         if self.draining:
             return self._error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
         if not self._registry.serves(model):
-            here = ", ".join(self._registry.models()) or "none"
-            if model in self._seen_models:
-                message = f"no worker serves {model!r} at the moment; models here: {here}"
-                return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
-            message = f"no worker serves {model!r}; models here: {here}"
-            return self._error(record, ErrorCode.MODEL_NOT_FOUND, message, retryable=False)
+            return self._unserved(record)
+        if record.resumed and not self._registry.resuming(model):
+            return self._cannot_resume(record)
         if record.deadline_at is not None and record.deadline_at <= record.arrived_at:
             return self._error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
         room = self._room(model)
-        if not room.has_place_for(record) and (room or not self._candidates(model)):
+        if not room.has_place_for(record) and not candidates(self._registry, record):
             message = f"{len(room)} requests wait for {model!r} already"
             refusal = self._error(record, ErrorCode.BUSY, message, retryable=True)
             return replace(refusal, retry_after_s=room.retry_after_s())
         return None
+
+    def _unserved(self, record: RequestRecord) -> Error:
+        model, here = record.model, ", ".join(self._registry.models()) or "none"
+        if model in self._seen_models:
+            message = f"no worker serves {model!r} at the moment; models here: {here}"
+            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
+        if record.arrived_at < self._young_until:
+            age_s = record.arrived_at - self._started_at
+            message = f"no worker serves {model!r} yet; this broker started {age_s:.1f} s ago; models here: {here}"
+            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
+        message = f"no worker serves {model!r}; models here: {here}"
+        return self._error(record, ErrorCode.MODEL_NOT_FOUND, message, retryable=False)
+
+    def _cannot_resume(self, record: RequestRecord) -> Error:
+        message = (
+            f"the stream broke after {record.prior_tokens} tokens, and no worker of {record.model!r} can go on with "
+            "what another one has begun"
+        )
+        return self._error(record, ErrorCode.CANNOT_RESUME, message, retryable=False)
+
+    def _fail_unservable(self, model: str, room: WaitingRoom) -> None:
+        if not self._registry.serves(model):
+            for record in list(room):
+                message = f"the last worker for {model!r} has left"
+                self._end_waiting(record, self._error(record, ErrorCode.NO_WORKER, message, retryable=True))
+            del self._rooms[model]
+        elif not self._registry.resuming(model):
+            for record in room.resumed():
+                self._end_waiting(record, self._cannot_resume(record))
+
+    def _supersede(self, former: RequestRecord) -> None:
+        """End a submission without a word, since its client has made another one."""
+        self._counters.superseded += 1
+        client = former.client
+        assert client is not None
+        del client.requests[former.id]
+        if former.worker is None:
+            self._forget_waiting(former)
+        else:
+            self._orphan(former)
 
     def _room(self, model: str) -> WaitingRoom:
         room = self._rooms.get(model)
@@ -284,34 +332,34 @@ class Exchange:
             room = self._rooms[model] = WaitingRoom(self._max_waiting)
         return room
 
-    def _candidates(self, model: str) -> list[WorkerSession]:
-        return [worker for worker in self._registry.serving(model) if worker.free]
+    def _anyone_free(self, model: str) -> bool:
+        return any(worker.free for worker in self._registry.serving(model))
 
-    def _dispatch(self, model: str, now: float) -> None:
-        room = self._room(model)
-        while room and self._dispatch_first(room, now):
-            pass
+    def _slot_freed(self, worker: WorkerSession, now: float) -> None:
+        if worker.free:
+            self.dispatch((info.name for info in worker.ready.models), now)
 
-    def _dispatch_first(self, room: WaitingRoom, now: float) -> bool:
-        candidates = self._candidates(room.first().model)
-        if not candidates:
-            return False
-        record = room.pop(now)
-        worker = self._policy(candidates, self._random)
-        assert isinstance(worker, WorkerSession)
-        self._assign(record, worker, now)
-        return True
+    def _watch(self, record: RequestRecord) -> None:
+        """See to it that the request ends when it is due, now that it waits or runs."""
+        if record.due_at is None:
+            self._deadlines.drop(record.key)
+        else:
+            self._deadlines.set(record.key, record.due_at)
 
     def _assign(self, record: RequestRecord, worker: WorkerSession, now: float) -> None:
         message, record.message = record.message, None
         assert message is not None
         left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
-        envelope = replace(message.envelope, route=record.route, deadline_s=left)
+        envelope = replace(message.envelope, route=record.route, deadline_s=left, avoid=(), queue_s=None)
         record.worker, record.dispatched_at = worker, now
+        if record.queue_until is not None:
+            self._watch(record)
         self._dispatches += 1
         worker.last_used = self._dispatches
         worker.charge(record)
         self._outbox.to_worker(worker, replace(message, envelope=envelope))
+        assert record.client is not None
+        self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name))
         self._outbox.log(
             "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
             waited_s=now - record.arrived_at,
@@ -334,17 +382,25 @@ class Exchange:
     def _orphan(self, record: RequestRecord) -> None:
         """Let nobody wait for a running request any more; its slot stays charged."""
         record.client = None
-        self._deadlines.drop(record.id)
+        self._deadlines.drop(record.key)
         self._cancel_at_worker(record)
 
     def _forget(self, record: RequestRecord) -> None:
-        del self.records[record.id]
-        self._deadlines.drop(record.id)
+        del self.records[record.key]
+        self._deadlines.drop(record.key)
 
     def _forget_waiting(self, record: RequestRecord) -> None:
         self._rooms[record.model].remove(record)
         self._forget(record)
         record.message = None  # it goes to no worker any more
+
+    def _end(self, record: RequestRecord, answer: Error) -> None:
+        """Answer a request before its worker does; what runs keeps its slot until then."""
+        if record.worker is None:
+            self._end_waiting(record, answer)
+        else:
+            self._answer(record, answer)
+            self._orphan(record)
 
     def _end_waiting(self, record: RequestRecord, answer: Finish | Error) -> None:
         self._forget_waiting(record)
@@ -376,4 +432,5 @@ class Exchange:
     @staticmethod
     def _error(record: RequestRecord, code: ErrorCode, message: str, *, retryable: bool) -> Error:
         # Names in it are a peer's choice; a longer message would be malformed, and end the client's session.
-        return Error(record.id, record.attempt, code.value, clip(message), retryable)
+        worker = record.worker.name if record.worker else ""
+        return Error(record.id, record.attempt, code.value, clip(message), retryable, worker=worker)

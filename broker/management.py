@@ -1,14 +1,19 @@
-"""The answers to management queries: plain data, made from the registry and the exchange."""
+"""The answers to management queries: plain data, made from the registry and the exchange.
+
+One query does something, too: `drain` asks a worker to leave.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..protocol.errors import BadRequestError
+from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import ModelInfo, WorkerState
+from ..protocol.schema import Check, seconds, text
 
 if TYPE_CHECKING:
     from .core import BrokerCore
@@ -23,9 +28,21 @@ def answer(core: BrokerCore, method: str, arguments: Mapping[str, Any], now: flo
     found = _METHODS.get(method)
     if found is None:
         raise BadRequestError(f"unknown query {method!r}; known are {', '.join(sorted(_METHODS))}")
-    if arguments:
-        raise BadRequestError(f"query {method!r} takes no arguments, got {', '.join(sorted(arguments))[:256]}")
-    return found(core, now)
+    return found.answer(core, now, **_checked(method, found, arguments))
+
+
+def _checked(method: str, found: _Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    known = {**found.required, **found.optional}
+    if unknown := sorted(arguments.keys() - known.keys()):
+        takes = f"only {', '.join(known)}" if known else "no arguments"
+        raise BadRequestError(f"query {method!r} takes {takes}, got {', '.join(unknown)[:256]}")
+    if missing := [name for name in found.required if arguments.get(name) is None]:
+        raise BadRequestError(f"query {method!r} needs {', '.join(missing)}")
+    try:
+        # As everywhere on the wire, nil means that an optional one was left out.
+        return {name: known[name](value, name) for name, value in arguments.items() if value is not None}
+    except ProtocolError as error:
+        raise BadRequestError(f"query {method!r}: {error.message}") from error
 
 
 def _models(core: BrokerCore, _now: float) -> list[dict[str, Any]]:
@@ -89,9 +106,33 @@ def _status(core: BrokerCore, now: float) -> dict[str, Any]:
         "workers": len(core.registry),
         "models": core.registry.models(),
         "slots": sum(worker.ready.slots for worker in core.registry),
+        "pending": dataclasses.asdict(core.pending),
         "requests": core.exchange.tally(),
         "counters": dataclasses.asdict(core.counters),
     }
 
 
-_METHODS = {"models": _models, "workers": _workers, "status": _status}
+def _drain(core: BrokerCore, _now: float, worker: str, grace_s: float | None = None) -> dict[str, Any]:
+    session = core.registry.by_name.get(worker)
+    if session is None:
+        here = ", ".join(sorted(core.registry.by_name)) or "none"
+        raise BadRequestError(f"no worker {worker!r} here; workers: {here}")
+    core.drain_worker(session, grace_s)
+    return {"worker": worker, "in_flight": len(session.in_flight)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """How to answer a query, and the checks of the arguments that it takes."""
+
+    answer: Callable[..., Any]
+    required: Mapping[str, Check] = field(default_factory=dict)
+    optional: Mapping[str, Check] = field(default_factory=dict)
+
+
+_METHODS = {
+    "models": _Method(_models),
+    "workers": _Method(_workers),
+    "status": _Method(_status),
+    "drain": _Method(_drain, {"worker": text(empty=False)}, {"grace_s": seconds}),
+}

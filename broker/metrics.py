@@ -1,4 +1,4 @@
-"""Counters: plain integers that the core raises and management answers show."""
+"""Counters and gauges: plain integers that management answers show."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Counters:
         failed: ERROR messages that ended a request.
         refused: requests that were never accepted (bad, unknown model, busy, draining).
         cancelled: requests that a client cancelled, or left behind when it went.
+        superseded: submissions whose place a later attempt of the same request took.
         chunk_messages: CHUNKS messages forwarded.
         chunk_messages_dropped: CHUNKS messages for a client that the worker has no request of.
         late_answers: FINISH and ERROR messages for requests that the worker does not hold.
@@ -22,6 +23,7 @@ class Counters:
         disconnected: sessions that the broker ended with DISCONNECT.
         workers_lost: workers that died, fell silent or were cut off.
         clients_lost: clients that died, fell silent or were cut off.
+        peers_stalled: those of both that were cut off because they had stopped reading.
     """
 
     requests: int = 0
@@ -29,6 +31,7 @@ class Counters:
     failed: int = 0
     refused: int = 0
     cancelled: int = 0
+    superseded: int = 0
     chunk_messages: int = 0
     chunk_messages_dropped: int = 0
     late_answers: int = 0
@@ -36,3 +39,17 @@ class Counters:
     disconnected: int = 0
     workers_lost: int = 0
     clients_lost: int = 0
+    peers_stalled: int = 0
+
+
+@dataclass(slots=True)
+class Pending:
+    """What peers have not taken at present; whoever keeps it writes it here.
+
+    Attributes:
+        peers: how many there are that have not taken everything.
+        bytes: what is kept for them.
+    """
+
+    peers: int = 0
+    bytes: int = 0

@@ -34,7 +34,7 @@ class ClientSession(Session):
     Attributes:
         name: what it calls itself, for people.
         route: what workers put into the header of CHUNKS for it.
-        requests: its requests that have no answer yet.
+        requests: its requests that have no answer yet, by id: of each only the latest attempt is alive.
     """
 
     name: str
@@ -63,7 +63,7 @@ class WorkerSession(Session):
         ready: its last READY: models, slots, speed.
         reported: its last load report.
         draining: it wants no more requests.
-        in_flight: requests of this broker that it holds, by id; each charges a slot unless it is parked.
+        in_flight: submissions of this broker that it holds, by their key; each charges a slot unless it is parked.
         parked: how many of them are parked.
         routes: clients that it may send to, by their route.
         last_used: number of the last dispatch to it.
@@ -99,6 +99,10 @@ class WorkerSession(Session):
         """What the worker can do."""
         return WorkerState.DRAINING if self.draining else self.reported.state
 
+    def resumes(self, model: str) -> bool:
+        """Tell whether the worker can continue what another one has begun with the model."""
+        return any(info.resumes for info in self.ready.models if info.name == model)
+
     @property
     def free(self) -> int:
         """Slots that the broker may fill now."""
@@ -108,7 +112,7 @@ class WorkerSession(Session):
 
     def charge(self, record: RequestRecord) -> None:
         """Give the worker the request: take a slot and open the way back to the client."""
-        self.in_flight[record.id] = record
+        self.in_flight[record.key] = record
         hold = self.routes.setdefault(record.route, RouteHold(record.client))
         hold.count += 1
 
@@ -126,7 +130,7 @@ class WorkerSession(Session):
 
     def release(self, record: RequestRecord) -> None:
         """Free the slot; close the way back to the client when this was its last request here."""
-        del self.in_flight[record.id]
+        del self.in_flight[record.key]
         self.parked -= record.parked
         hold = self.routes[record.route]
         hold.count -= 1
@@ -181,6 +185,10 @@ class Registry:
     def serving(self, model: str) -> Iterable[WorkerSession]:
         """Return the workers of a model."""
         return self._by_model.get(model, {}).values()
+
+    def resuming(self, model: str) -> list[WorkerSession]:
+        """Return the workers of a model that can continue what another one has begun."""
+        return [worker for worker in self.serving(model) if worker.resumes(model)]
 
     def validate(self) -> None:
         """Check that the three views agree.

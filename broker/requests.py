@@ -10,22 +10,32 @@ from ..protocol.messages import Request
 if TYPE_CHECKING:
     from .registry import ClientSession, WorkerSession
 
+_ATTEMPT_BYTES = 8
+
+
+def key_of(id: bytes, attempt: int) -> bytes:
+    """Return what tells a submission from all others: a request's earlier attempt may still run elsewhere."""
+    return id + attempt.to_bytes(_ATTEMPT_BYTES, "big")
+
 
 @dataclass(slots=True, eq=False)
 class RequestRecord:
-    """One request.
+    """One submission of a request.
 
     Attributes:
-        id: the client's id for it.
+        id: the client's id for the request.
         model: the model it asks for.
         attempt: which submission of it.
-        client: who waits for the answer; None once nobody does (cancelled by the loss of the client, or past its
-            deadline): then the record only keeps the slot charged until the worker answers.
+        client: who waits for the answer; None once nobody does (the client is gone, has submitted it anew, or the
+            deadline has passed): then the record only keeps the slot charged until the worker answers.
         route: the client's return route; it outlives the client.
         message: what has to go to the worker; dropped when it went, since the client owns the request.
         size_bytes: bytes of payload and attachments.
         arrived_at: when it came.
         deadline_at: when its answer has lost its worth; None for never.
+        queue_until: when it has waited for too long; None for never.
+        prior_tokens: tokens of earlier attempts: more than 0 needs a worker that resumes.
+        avoid: names of workers that failed it: they get it only where no other can.
         worker: who runs it; None while it waits.
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.
@@ -40,24 +50,52 @@ class RequestRecord:
     message: Request | None
     size_bytes: int
     arrived_at: float
-    deadline_at: float | None
+    deadline_at: float | None = None
+    queue_until: float | None = None
+    prior_tokens: int = 0
+    avoid: frozenset[str] = frozenset()
     worker: WorkerSession | None = None
     dispatched_at: float = 0.0
     cancelled: bool = False
     parked: bool = False
 
+    @property
+    def key(self) -> bytes:
+        """What it is filed under."""
+        return key_of(self.id, self.attempt)
+
+    @property
+    def resumed(self) -> bool:
+        """It goes on where an earlier attempt stopped."""
+        return self.prior_tokens > 0
+
+    @property
+    def waits_too_long_first(self) -> bool:
+        """It waits, and may not wait until its deadline."""
+        if self.worker is not None or self.queue_until is None:
+            return False
+        return self.deadline_at is None or self.queue_until < self.deadline_at
+
+    @property
+    def due_at(self) -> float | None:
+        """When the broker must end it as things stand; None for never."""
+        return self.queue_until if self.waits_too_long_first else self.deadline_at
+
     @classmethod
     def of(cls, message: Request, client: ClientSession, now: float) -> RequestRecord:
         """Make the record of a request that has just arrived."""
-        deadline_s = message.envelope.deadline_s
+        envelope = message.envelope
         return cls(
             id=message.id,
-            model=message.envelope.model,
-            attempt=message.envelope.attempt,
+            model=envelope.model,
+            attempt=envelope.attempt,
             client=client,
             route=client.route,
             message=message,
             size_bytes=len(message.payload) + sum(map(len, message.attachments)),
             arrived_at=now,
-            deadline_at=None if deadline_s is None else now + deadline_s,
+            deadline_at=None if envelope.deadline_s is None else now + envelope.deadline_s,
+            queue_until=None if envelope.queue_s is None else now + envelope.queue_s,
+            prior_tokens=envelope.prior_tokens,
+            avoid=frozenset(envelope.avoid),
         )

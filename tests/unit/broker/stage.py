@@ -38,6 +38,7 @@ from tokenmq.protocol.messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
@@ -79,9 +80,10 @@ class ClientPeer(Peer):
 
     def asks(
         self, number: int, model: str = "m", *, attempt: int = 1, credit: int = 8, deadline_s: float | None = None,
-        payload: bytes = b"p", attachments: tuple[bytes, ...] = (),
+        payload: bytes = b"p", attachments: tuple[bytes, ...] = (), prior_tokens: int = 0,
+        avoid: tuple[str, ...] = (), queue_s: float | None = None,
     ) -> list[Said]:  # fmt: skip
-        envelope = Envelope(model, attempt, credit, deadline_s)
+        envelope = Envelope(model, attempt, credit, deadline_s, None, prior_tokens, avoid, queue_s)
         return self.says(Request(request_id(number), envelope, payload, attachments))
 
     def cancels(self, number: int, attempt: int = 1) -> list[Said]:
@@ -122,8 +124,8 @@ class WorkerPeer(Peer):
     def finishes(self, number: int, attempt: int = 1, reason: FinishReason = FinishReason.STOP) -> list[Said]:
         return self.says(finish(number, attempt, reason))
 
-    def fails(self, number: int, code: str = "engine_failed") -> list[Said]:
-        return self.says(Error(request_id(number), 1, code, "it broke"))
+    def fails(self, number: int, code: str = "engine_failed", attempt: int = 1) -> list[Said]:
+        return self.says(Error(request_id(number), attempt, code, "it broke"))
 
 
 def finish(
@@ -160,6 +162,7 @@ class Stage:
             else:
                 assert isinstance(action, (ToClient, ToWorker))
                 said.append((self._names.get(action.peer, "?"), action.message))
+        check_started(said)
         return said
 
     def logged(self, event: str) -> list[dict[str, Any]]:
@@ -226,10 +229,22 @@ def ready_of(name: str, *models: str, **fields: Any) -> Ready:
     return Ready(worker=name, models=fields.pop("infos", infos), **{**values, **fields})
 
 
+def check_started(said: list[Said]) -> None:
+    """Check that whoever waits for a request is told when it goes to a worker, and of nothing that did not go."""
+    requests = [(message.id, message.envelope.attempt, to) for to, message in said if isinstance(message, Request)]
+    started = [(message.id, message.attempt, message.worker) for _, message in said if isinstance(message, Started)]
+    assert started == requests
+
+
 def kinds(said: list[Said]) -> list[tuple[str, str]]:
-    """Reduce what was said to receivers and commands: `("ann", "ERROR busy")`."""
+    """Reduce what was said to receivers and commands: `("ann", "ERROR busy")`.
+
+    STARTED is left out: it goes with every REQUEST, as the stage checks.
+    """
     found = []
     for to, message in said:
+        if isinstance(message, Started):
+            continue
         code = getattr(message, "code", None) or getattr(message, "reason", None)
         text = message.command.name + (f" {getattr(code, 'value', code)}" if code is not None else "")
         found.append((to, text))
