@@ -12,7 +12,7 @@ from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
 from ..worker.server import WorkerServer
-from ..worker.settings import GRACE_S, SLOTS, SPEED, STALL_AFTER_S, WorkerSettings, default_name
+from ..worker.settings import GRACE_S, READER_TIMEOUT_S, SLOTS, SPEED, STALL_AFTER_S, WorkerSettings, default_name
 from . import logs
 from .lifecycle import fail, leave, on_signals
 from .options import logging_options, option, settings
@@ -54,6 +54,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="For converted GGUF files.",
 )  # fmt: skip
 @option(
+    "--resume", type=click.Choice(["auto", "prefill", "replay"]), default="auto",
+    help="How to go on behind another worker's tokens: prefill is quick, replay exact; see docs/numerics.md.",
+)  # fmt: skip
+@option(
     "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
     help="Pace of each stream of the synthetic engine; 0: as fast as it goes.",
 )  # fmt: skip
@@ -66,8 +70,12 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="Seconds after which an engine step that does not end keeps new requests away.",
 )  # fmt: skip
 @option(
+    "--reader-timeout", type=float, default=READER_TIMEOUT_S, metavar="S",
+    help="Seconds that tokens wait for a reader that takes none before its request is given up.",
+)  # fmt: skip
+@option(
     "--grace", type=click.FloatRange(min=0), default=GRACE_S, metavar="S",
-    help="Seconds that running requests get after SIGINT or SIGTERM.",
+    help="Seconds that running requests get after SIGINT or SIGTERM, or when a broker asks the worker to leave.",
 )  # fmt: skip
 @logging_options
 def main(
@@ -82,9 +90,11 @@ def main(
     dtype: str,
     max_context: int | None,
     cache_dir: str | None,
+    resume: str,
     tokens_per_second: float,
     heartbeat_interval: float | None,
     stall_after: float,
+    reader_timeout: float,
     grace: float,
     log_format: str,
     log_level: str,
@@ -104,6 +114,7 @@ def main(
             "dtype": dtype,
             "max_context": max_context,
             "cache_dir": cache_dir,
+            "resume": resume,
         },
         "synthetic": {"tokens_per_second": tokens_per_second},
     }
@@ -117,6 +128,7 @@ def main(
             heartbeat_s=heartbeat_interval,
             grace_s=grace,
             stall_after_s=stall_after,
+            reader_timeout_s=reader_timeout,
         )
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         server = WorkerServer(make_engine(engine, **options), worker_settings)

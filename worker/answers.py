@@ -28,7 +28,8 @@ def finish(stream: Stream, reason: FinishReason, done: Done | None, worker: str)
     if done is None:
         usage, timings = Usage(0, stream.tokens), Timings()
     else:
-        usage = Usage(max(0, done.prompt_tokens), max(0, done.completion_tokens))
+        # Not less than what it has brought: an engine that does not answer a cancel is answered for with zeros.
+        usage = Usage(max(0, done.prompt_tokens), max(stream.tokens, done.completion_tokens))
         timings = Timings(
             worker_queue_s=_seconds(done.queue_s),
             prefill_s=_seconds(done.prefill_s),

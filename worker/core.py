@@ -36,6 +36,7 @@ from ..protocol.messages import (
     Request,
     WorkerState,
 )
+from ..protocol.messages import Drain as DrainMessage
 from ..protocol.version import SOFTWARE
 from .desk import Desk
 from .engines.base import EngineStats
@@ -108,6 +109,7 @@ class WorkerCore:
             Credit: self._on_credit,
             Cancel: self._on_cancel,
             Heartbeat: self._on_heartbeat,
+            DrainMessage: self._on_drain_message,
             Disconnect: self._on_disconnect,
             Goodbye: self._on_goodbye,
         }
@@ -142,6 +144,7 @@ class WorkerCore:
             self._announce(now)  # first: it may save the heartbeats that are due
             for session in self._sessions.values():
                 self._tend(session, now)
+            self._desk.tick(now)
             if self._drain_until is not None and now >= self._drain_until:
                 self._desk.give_back(ErrorCode.DRAINING, "the worker stopped before the request ended", now)
         return self._done(now)
@@ -151,6 +154,7 @@ class WorkerCore:
         if self._stopped:
             return math.inf
         deadlines = [session.next_deadline() for session in self._sessions.values()]
+        deadlines.append(self._desk.next_deadline())
         if self._progress.step_started is not None and not self._stalled:
             deadlines.append(self._progress.step_started + self._settings.stall_after_s)
         if self._drain_until is not None:
@@ -301,6 +305,9 @@ class WorkerCore:
         if message.sent != session.received:
             self._end(session, f"messages lost: {message.sent} sent, {session.received} received", now)
 
+    def _on_drain_message(self, session: Session, message: DrainMessage, now: float) -> None:
+        self._drain(message.grace_s, now, broker=session.broker)
+
     def _on_goodbye(self, session: Session, message: Goodbye, now: float) -> None:
         self._end(session, "the broker said goodbye", now)
 
@@ -361,12 +368,17 @@ class WorkerCore:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _on_drain(self, event: Drain, now: float) -> None:
-        grace_s = self._settings.grace_s if event.grace_s is None else event.grace_s
+        self._drain(event.grace_s, now)
+
+    def _drain(self, grace_s: float | None, now: float, **asked_by: str) -> None:
+        """Begin to leave; a second time can only shorten the grace time."""
+        if grace_s is None:
+            grace_s = self._settings.grace_s
         until = now + grace_s
-        if self._drain_until is None:
-            self._drain_until = until
-            self._orders.log("draining", held=len(self._streams), grace_s=grace_s)
-        self._drain_until = min(self._drain_until, until)
+        if self._drain_until is not None and until >= self._drain_until:
+            return
+        self._drain_until = until
+        self._orders.log("draining", held=len(self._streams), grace_s=grace_s, **asked_by)
         for session in self._sessions.values():
             if session.has_socket and not session.registered:
                 self._orders.add(Shut(session.broker))

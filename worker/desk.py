@@ -3,12 +3,13 @@
 The rules: a request held is answered with exactly one FINISH or ERROR, unless its session ends. FINISH waits until
 all tokens have left; ERROR, and FINISH after a CANCEL, drop what is unsent. What one engine step brought for the
 streams of one client leaves as one CHUNKS message. A stream that has only its reader to wait for is PARKED: its slot
-is free.
+is free. A reader that grants nothing for too long is given up.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from itertools import count
 
@@ -19,7 +20,7 @@ from .answers import error, finish
 from .engines.base import Done, Failed, Job, Output, Tokens
 from .events import CancelJob, Submit
 from .orders import Orders
-from .settings import MOST_PARKED, WorkerSettings
+from .settings import MOST_PARKED, MOST_PARKED_TOKENS, WorkerSettings
 from .streams import Stream, Streams, batches
 
 
@@ -59,7 +60,7 @@ class Desk:
         refusal = self._refusal(message, models, closed)
         if refusal is None:
             try:
-                self._admit(broker, message, unpack_generation(message.payload), now)
+                self._admit(broker, message, _generation(message), now)
                 return
             except BadRequestError as bad:
                 refusal = error(message, ErrorCode.BAD_REQUEST, bad.message)
@@ -73,10 +74,15 @@ class Desk:
             return error(message, ErrorCode.BAD_REQUEST, "the request has no return route")
         if closed is not None:
             return error(message, *closed, retryable=True)
-        names = [model.name for model in models]
-        if message.envelope.model not in names:
-            text = f"this worker does not serve {message.envelope.model!r}; models here: {', '.join(names)}"
+        wanted = message.envelope.model
+        model = next((model for model in models if model.name == wanted), None)
+        if model is None:
+            names = ", ".join(model.name for model in models)
+            text = f"this worker does not serve {wanted!r}; models here: {names}"
             return error(message, ErrorCode.MODEL_NOT_FOUND, text)
+        if message.envelope.prior_tokens and not model.resumes:
+            text = f"{wanted!r} cannot go on with another worker's {message.envelope.prior_tokens} tokens here"
+            return error(message, ErrorCode.CANNOT_RESUME, text)
         if len(self.streams) - self.streams.parked >= self._settings.most_held:
             text = f"the worker holds {len(self.streams)} requests already"
             return error(message, ErrorCode.BUSY, text, retryable=True)
@@ -85,7 +91,16 @@ class Desk:
     def _admit(self, broker: str, message: Request, generation: Generation, now: float) -> None:
         envelope = message.envelope
         route = envelope.route or b""  # never empty here: `_refusal` has looked
-        stream = Stream(next(self._tickets), broker, message.id, envelope.attempt, route, envelope.credit, now)
+        stream = Stream(
+            next(self._tickets),
+            broker,
+            message.id,
+            envelope.attempt,
+            route,
+            envelope.credit,
+            envelope.prior_tokens,
+            now,
+        )
         self.streams.add(stream)
         self._orders.add(Submit(Job(stream.ticket, envelope.model, generation, message.attachments)))
         self._orders.log(
@@ -96,6 +111,7 @@ class Desk:
             model=envelope.model,
             attempt=envelope.attempt,
             max_tokens=generation.sampling.max_tokens,
+            prior_tokens=envelope.prior_tokens,
         )
 
     def credit(self, broker: str, message: Credit, now: float) -> None:
@@ -110,7 +126,7 @@ class Desk:
         stream = self.streams.by_key(broker, message.id, message.attempt)
         if stream is None or stream.cancelled:
             return
-        stream.cancel()
+        self.streams.cancel(stream)
         if stream.end is None:
             # The engine's Done brings FINISH, and not we at once: only then is the place free.
             self._orders.add(CancelJob(stream.ticket))
@@ -122,8 +138,7 @@ class Desk:
         streams = self.streams.of_broker(broker)
         for stream in streams:
             self.streams.remove(stream)
-            if stream.end is None:
-                self._orders.add(CancelJob(stream.ticket))
+            self._drop_job(stream)
         return len(streams)
 
     # --- from the engine --------------------------------------------------------------------------------------------
@@ -159,7 +174,7 @@ class Desk:
         while pending:
             clients: dict[tuple[str, bytes], list[Chunk]] = {}
             for stream in pending:
-                chunks = stream.take()
+                chunks = self.streams.take(stream)
                 if chunks:
                     clients.setdefault((stream.broker, stream.route), []).extend(chunks)
             for (broker, route), found in clients.items():
@@ -167,6 +182,8 @@ class Desk:
                     self._orders.send(broker, Chunks(route, batch))
             pending = [stream for stream in pending if stream.ready]  # more than the largest chunk: another round
         for stream in streams:
+            if stream.kept:
+                self.streams.wait(stream, now)
             if stream.end is not None:
                 self._settle(stream, now)
 
@@ -175,24 +192,50 @@ class Desk:
         end = stream.end
         if isinstance(end, Failed) and not stream.cancelled:
             self._answer(stream, error(stream, end.code, end.message, retryable=end.retryable), now)
-        elif not stream.unsent:
+        elif not stream.kept:
             done = end if isinstance(end, Done) else None
             reason = FinishReason.CANCELLED if stream.cancelled or done is None else done.reason
             self._answer(stream, finish(stream, reason, done, self._settings.name), now)
-        elif not stream.parked and self.streams.parked < MOST_PARKED:
+        elif not stream.parked and self._may_park(stream):
             self.streams.park(stream)
             self._orders.send(stream.broker, Parked(stream.request_id, stream.attempt))
+
+    def _may_park(self, stream: Stream) -> bool:
+        streams = self.streams
+        return streams.parked < MOST_PARKED and streams.parked_tokens + stream.kept <= MOST_PARKED_TOKENS
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """Return the next time at which `tick` has something to do; infinity for none."""
+        since = self.streams.waiting_since()
+        return math.inf if since is None else since + self._settings.reader_timeout_s
+
+    def tick(self, now: float) -> None:
+        """Give up the readers that have granted nothing for too long."""
+        while self.next_deadline() <= now:
+            stream = self.streams.waiting_longest()
+            self._drop_job(stream)
+            timeout_s = self._settings.reader_timeout_s
+            text = f"{stream.kept} tokens have waited {timeout_s:g} s for the reader to grant credit"
+            self._answer(stream, error(stream, ErrorCode.READER_TIMEOUT, text), now)
+
+    # --- ends -------------------------------------------------------------------------------------------------------
 
     def give_back(self, code: ErrorCode, message: str, now: float) -> None:
         """End all streams, whatever the engine does with them; another worker may take them."""
         for stream in self.streams:
-            if stream.end is None:
-                self._orders.add(CancelJob(stream.ticket))
+            self._drop_job(stream)
             if stream.cancelled:
                 answer: Error | Finish = finish(stream, FinishReason.CANCELLED, None, self._settings.name)
             else:
                 answer = error(stream, code, message, retryable=True)
             self._answer(stream, answer, now)
+
+    def _drop_job(self, stream: Stream) -> None:
+        """Have the engine end what nobody waits for any more; its place is free before the next job comes to it."""
+        if stream.end is None:
+            self._orders.add(CancelJob(stream.ticket))
 
     def _answer(self, stream: Stream, answer: Error | Finish, now: float) -> None:
         self.streams.remove(stream)
@@ -202,3 +245,13 @@ class Desk:
         self._orders.log(
             "request_finished", stream.request_id, outcome=outcome, tokens=stream.tokens, seconds=seconds
         )
+
+
+def _generation(message: Request) -> Generation:
+    """Return what a request asks for; raises BadRequestError where payload or envelope are wrong."""
+    generation = unpack_generation(message.payload)
+    told = message.envelope.prior_tokens
+    found = 0 if generation.prior is None else len(generation.prior.token_ids)
+    if told != found:
+        raise BadRequestError(f"request.prior: {found} tokens, but prior_tokens in the envelope is {told}")
+    return generation

@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from ..protocol.limits import MAX_MODELS, MAX_NAME_CHARS, MAX_SLOTS
+from ..protocol.limits import MAX_MODELS, MAX_NAME_CHARS, MAX_NEW_TOKENS, MAX_SLOTS
 
 #: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
 SLOTS = 16
@@ -21,9 +21,15 @@ STALL_AFTER_S = 30.0
 #: that are on their way while a slot becomes free. What is beyond would only wait here, where no broker can move it.
 HOLD_FACTOR = 2
 HOLD_SPARE = 8
+#: A reader that grants nothing for so long is not slow but gone, and so are its tokens then. Long enough for somebody
+#: who reads, thinks and reads on.
+READER_TIMEOUT_S = 600.0
 #: Requests of which only the tokens are left, waiting for slow readers. Each takes memory and no slot; with more than
 #: these the worker holds on to their slots, so that what it keeps for readers stays bounded.
 MOST_PARKED = 1024
+#: Tokens that are kept for parked requests, all together; one with its text takes some 200 bytes. It is the length of
+#: the longest completion, so that each one alone can be parked.
+MOST_PARKED_TOKENS = MAX_NEW_TOKENS
 
 
 def default_name() -> str:
@@ -46,6 +52,7 @@ class WorkerSettings:
         heartbeat_s: a wish for a longer heartbeat interval in seconds; None for the broker's own.
         grace_s: seconds that a drain gives to held requests.
         stall_after_s: seconds after which an engine step that has not ended makes the worker `stalled`.
+        reader_timeout_s: seconds that a stream's tokens wait for its reader's credit before it is given up.
 
     Raises:
         ValueError: a value cannot be used; the message says which and why.
@@ -59,6 +66,7 @@ class WorkerSettings:
     heartbeat_s: float | None = None
     grace_s: float = GRACE_S
     stall_after_s: float = STALL_AFTER_S
+    reader_timeout_s: float = READER_TIMEOUT_S
 
     def __post_init__(self) -> None:
         """Refuse what a broker would refuse, before anything is dialled."""
@@ -78,6 +86,8 @@ class WorkerSettings:
             raise ValueError(f"grace_s: expected 0 or more, got {self.grace_s}")
         if not self.stall_after_s > 0:
             raise ValueError(f"stall_after_s: expected more than 0, got {self.stall_after_s}")
+        if not self.reader_timeout_s > 0:
+            raise ValueError(f"reader_timeout_s: expected more than 0, got {self.reader_timeout_s}")
 
     @property
     def most_held(self) -> int:

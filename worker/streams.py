@@ -1,12 +1,12 @@
 """The requests that a worker holds, each with the tokens that it has no credit for yet.
 
 An engine never waits for a reader: what it produces is kept here and leaves as credit allows. What is kept is bounded
-by the request's max_tokens.
+by the request's max_tokens in number, and by the desk in time.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -85,9 +85,11 @@ class Stream:
         attempt: which submission.
         route: names its client in CHUNKS.
         limit: credit: tokens with a position below it may be sent.
+        prior: tokens that earlier attempts have brought; offsets go on behind them.
         accepted_at: when it came.
         lanes: its completions by index.
-        tokens: tokens that the engine has brought.
+        tokens: tokens of the completion so far: those of `prior`, and those that the engine has brought.
+        kept: those of them that wait for credit.
         end: how it ended in the engine; None while the engine has it.
         cancelled: nothing more is sent but FINISH.
         parked: the broker knows that only the reader's credit is missing; it charges no slot for it.
@@ -99,12 +101,18 @@ class Stream:
     attempt: int
     route: bytes
     limit: int
+    prior: int
     accepted_at: float
     lanes: dict[int, Lane] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: int = field(init=False)
+    kept: int = 0
     end: Done | Failed | None = None
     cancelled: bool = False
     parked: bool = False
+
+    def __post_init__(self) -> None:
+        """Begin where the prior ends."""
+        self.tokens = self.prior
 
     def push(self, output: Tokens) -> None:
         """Keep what the engine brought."""
@@ -116,8 +124,9 @@ class Stream:
             text = text.encode("utf-8", "replace").decode()
         lane = self.lanes.get(output.index)
         if lane is None:
-            lane = self.lanes[output.index] = Lane(SendWindow(self.limit))
+            lane = self.lanes[output.index] = Lane(SendWindow(self.limit, self.prior))
         lane.pieces.append((output.token_ids, text))
+        self.kept += len(output.token_ids)
 
     def grant(self, limit: int) -> None:
         """Raise the credit; a lower limit than before changes nothing."""
@@ -132,22 +141,19 @@ class Stream:
             taken = lane.take()
             if taken is not None:
                 chunks.append(Chunk(self.request_id, self.attempt, index, *taken))
+                self.kept -= len(taken[1])
         return chunks
 
     def cancel(self) -> None:
         """Drop what is unsent, and whatever still comes."""
         self.cancelled = True
         self.lanes.clear()
+        self.kept = 0
 
     @property
     def ready(self) -> bool:
         """Whether `take` would bring something."""
         return any(lane.ready() for lane in self.lanes.values())
-
-    @property
-    def unsent(self) -> bool:
-        """Whether something waits, with credit or without."""
-        return any(lane.pieces for lane in self.lanes.values())
 
 
 def batches(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
@@ -166,14 +172,18 @@ class Streams:
 
     Attributes:
         parked: how many of them are parked.
+        parked_tokens: tokens that are kept for these.
     """
 
     def __init__(self) -> None:
         """Hold nothing."""
+        #: Since when tokens of a stream have waited for credit, by ticket: those that have waited longest come first.
+        self._waiting: OrderedDict[int, float] = OrderedDict()
         self._by_ticket: dict[int, Stream] = {}
         self._by_key: dict[tuple[str, bytes, int], Stream] = {}
         self._of_broker: dict[str, dict[int, Stream]] = {}
         self.parked = 0
+        self.parked_tokens = 0
 
     def __len__(self) -> int:
         """Return how many are held."""
@@ -193,10 +203,43 @@ class Streams:
         """Note that the stream is parked."""
         stream.parked = True
         self.parked += 1
+        self.parked_tokens += stream.kept
+
+    def take(self, stream: Stream) -> list[Chunk]:
+        """Take what may leave of a stream now; if something does, its wait for credit is over."""
+        kept = stream.kept
+        chunks = stream.take()
+        if chunks:
+            self._waiting.pop(stream.ticket, None)
+            if stream.parked:
+                self.parked_tokens -= kept - stream.kept
+        return chunks
+
+    def wait(self, stream: Stream, now: float) -> None:
+        """Note that the stream's tokens wait for credit from now on, unless they do so already."""
+        self._waiting.setdefault(stream.ticket, now)
+
+    def waiting_since(self) -> float | None:
+        """Return since when the stream that has waited longest for credit has done so; None where none waits."""
+        return next(iter(self._waiting.values()), None)
+
+    def waiting_longest(self) -> Stream:
+        """Return the stream that has waited longest for credit; one must wait."""
+        return self._by_ticket[next(iter(self._waiting))]
+
+    def cancel(self, stream: Stream) -> None:
+        """Drop what is unsent of a stream, and whatever still comes."""
+        if stream.parked:
+            self.parked_tokens -= stream.kept
+        self._waiting.pop(stream.ticket, None)
+        stream.cancel()
 
     def remove(self, stream: Stream) -> None:
         """Let go of one."""
-        self.parked -= stream.parked
+        if stream.parked:
+            self.parked -= 1
+            self.parked_tokens -= stream.kept
+        self._waiting.pop(stream.ticket, None)
         del self._by_ticket[stream.ticket]
         del self._by_key[stream.broker, stream.request_id, stream.attempt]
         del self._of_broker[stream.broker][stream.ticket]
@@ -225,14 +268,20 @@ class Streams:
     def validate(self) -> None:
         """Check what must hold between two events; raises AssertionError with the stream at fault."""
         assert len(self._by_ticket) == len(self._by_key) == sum(map(len, self._of_broker.values())), "indexes differ"
-        assert self.parked == sum(stream.parked for stream in self._by_ticket.values())
+        parked = [stream for stream in self._by_ticket.values() if stream.parked]
+        assert (self.parked, self.parked_tokens) == (len(parked), sum(stream.kept for stream in parked)), parked
+        assert list(self._waiting.values()) == sorted(self._waiting.values()), self._waiting
+        assert self._waiting.keys() == {ticket for ticket, stream in self._by_ticket.items() if stream.kept}
         for ticket, stream in self._by_ticket.items():
             assert stream.ticket == ticket, stream
             assert stream.end is not None or not stream.parked, stream
             assert self.by_key(stream.broker, stream.request_id, stream.attempt) is stream, stream
             assert self._of_broker[stream.broker].get(ticket) is stream, stream
             assert not stream.ready, stream  # what may leave has left
-            assert stream.end is None or (stream.unsent and isinstance(stream.end, Done)), stream
+            assert stream.end is None or (stream.kept and isinstance(stream.end, Done)), stream
+            found = sum(len(piece[0]) for lane in stream.lanes.values() for piece in lane.pieces)
+            assert stream.kept == found - sum(lane.cut for lane in stream.lanes.values()), stream
             for lane in stream.lanes.values():
-                assert 0 <= lane.window.sent <= lane.window.limit == stream.limit, stream
+                assert lane.window.limit == stream.limit, stream
+                assert stream.prior <= lane.window.sent <= max(stream.prior, stream.limit), stream
                 assert lane.cut == 0 or lane.cut < len(lane.pieces[0][0]), stream

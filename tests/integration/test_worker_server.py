@@ -197,7 +197,7 @@ def test_it_registers_while_it_loads_and_again_when_it_is_ready(broker: Broker, 
     assert (error.code, error.retryable) == ("no_worker", True)
     engine.go.set()
     assert broker.ready() == peer
-    assert broker.heard[peer][-1].models == (Model("toy", 0, True),)  # type: ignore[union-attr]
+    assert broker.heard[peer][-1].models == (Model("toy", 0, True, True),)  # type: ignore[union-attr]
 
 
 def test_a_stream_arrives_to_the_last_character(broker: Broker, start: Any) -> None:

@@ -6,6 +6,20 @@ as long as it must: heartbeats are sent by another thread.
 
 An engine never waits for a reader. It generates at its own pace, and whoever called keeps what the reader has no
 credit for.
+
+An engine may be able to resume: to continue a completion that another worker has begun, as if it had generated those
+tokens itself. It says so by ModelInfo(resumes=True) in what `load` returns; to others no job with a `prior` is given.
+For a job whose `generation.prior` is there,
+
+- the outputs begin behind the prior: the first Tokens carries the token at position len(prior.token_ids);
+- positions, `max_tokens` and Done.completion_tokens count from the begin of the completion, the prior included; what
+  else depends on a position or on the tokens so far (noise, stop strings, a character's first bytes) goes on, too;
+- the reader has `prior.text_chars` characters of the text: the first text that is output begins behind these. It may
+  begin with what the tokens of the prior have completed, since text that was on its way was lost;
+- where the last token of the prior ends the completion (a stop token, a stop string that is complete, max_tokens),
+  `submit` returns what is left of the text, as a Tokens without ids if there is any, and Done;
+- a prior that cannot be the begin of this completion is Failed with bad_request: one that goes on behind its own end,
+  one with tokens that the model does not have, one whose text is shorter than `text_chars`.
 """
 
 from __future__ import annotations
@@ -27,7 +41,7 @@ class Job:
         ticket: the worker's own number for the request; every output carries it.
         model: the served name that was asked for, one of the engine's models.
         generation: prompt and sampling, valid in form; what only the model can judge (prompt length, chat template)
-            the engine checks.
+            the engine checks. With a `prior` the completion has begun elsewhere, see the module.
         attachments: raw bytes, such as images.
     """
 
@@ -62,7 +76,7 @@ class Done:
         ticket: the request's.
         reason: why.
         prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated.
+        completion_tokens: tokens of the completion; those of a prior are among them.
         queue_s: seconds from `submit` until its prefill began.
         prefill_s: seconds from there to the first token.
         decode_s: seconds from the first token to the last.
@@ -124,8 +138,8 @@ class Engine(ABC):
         """Take a job; it runs in coming steps.
 
         Returns:
-            Nothing as a rule; one Failed when the job cannot run (prompt too long, no chat template). Never raises
-            for what a user sent.
+            Nothing as a rule; one Failed when the job cannot run (prompt too long, no chat template); the rest of the
+            text and Done where the prior is complete. Never raises for what a user sent.
         """
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 Its token at a position is a pure function of the request's seed and the position, `token_at`, and its text is
 `text_of` that token, so that a test can check any stream to the last character. Token k of a stream is due at
-start + k / rate: a late step is followed by as many more as it takes, and the pace does not drift.
+start + k / rate: a late step is followed by as many more as it takes, and the pace does not drift. A stream that
+resumes has its first new token at once, and goes on at this pace.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...protocol.errors import ErrorCode
 from ...protocol.limits import MAX_TOKEN_ID
 from ...protocol.messages import FinishReason, ModelInfo
-from ...protocol.payload import Generation
-from .base import Done, Engine, EngineStats, Job, Output, Tokens
+from ...protocol.payload import Generation, Prior
+from .base import Done, Engine, EngineStats, Failed, Job, Output, Tokens
 from .stops import StopMatcher
 
 #: Requests that run at a time.
@@ -53,7 +55,13 @@ def text_of(token: int) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Row:
-    """One job."""
+    """One job.
+
+    Attributes:
+        begin: position of the first token that is generated here; what is before it came as prior.
+        position: of the next token.
+        lag: text of the prior that the reader lacks; it leaves in front of the next text.
+    """
 
     ticket: int
     seed: int
@@ -63,8 +71,25 @@ class _Row:
     stop_token_ids: frozenset[int]
     stop: StopMatcher | None
     started: float = 0.0
+    begin: int = 0
     position: int = 0
+    lag: str = ""
     first_at: float = 0.0
+
+    def take(self, token: int) -> tuple[str, FinishReason | None]:
+        """Take the next token; return the text that it completes and, where it is the last one, why."""
+        self.position += 1
+        text = _TEXTS[token % len(_TEXTS)]
+        reason = FinishReason.LENGTH if self.position >= self.length else None
+        if token in self.stop_token_ids:
+            text, reason = "", FinishReason.STOP
+        if self.stop is not None:
+            text = self.stop.feed(text)
+            if self.stop.stopped:
+                reason = FinishReason.STOP
+            elif reason is not None:
+                text += self.stop.flush()
+        return text, reason
 
 
 class SyntheticEngine(Engine):
@@ -79,6 +104,7 @@ class SyntheticEngine(Engine):
         tokens_per_second: float = 0.0,
         length: int | None = None,
         vocabulary: int = VOCABULARY,
+        resumes: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an engine.
@@ -89,6 +115,7 @@ class SyntheticEngine(Engine):
             tokens_per_second: pace of each stream; 0 for as fast as it goes, one token a stream and step.
             length: most tokens of any completion, whatever its max_tokens; None for no such bound.
             vocabulary: token ids are below it.
+            resumes: it says that it can continue what another worker has begun.
             clock: seconds, for tests.
 
         Raises:
@@ -103,6 +130,7 @@ class SyntheticEngine(Engine):
         self._period_s = 1.0 / tokens_per_second if tokens_per_second else 0.0
         self._length = length
         self._vocabulary = vocabulary
+        self._resumes = resumes
         self._clock = clock
         self._waiting: dict[int, _Row] = {}
         self._running: dict[int, _Row] = {}
@@ -111,12 +139,12 @@ class SyntheticEngine(Engine):
 
     def load(self) -> Sequence[ModelInfo]:
         """Return the one model; there is nothing to load."""
-        return [ModelInfo(self._model, chat=True)]
+        return [ModelInfo(self._model, chat=True, resumes=self._resumes)]
 
     def submit(self, job: Job) -> Sequence[Output]:
-        """Take a job; it never fails."""
+        """Take a job; it fails only with a prior that is none."""
         sampling = job.generation.sampling
-        self._waiting[job.ticket] = _Row(
+        row = _Row(
             ticket=job.ticket,
             seed=_mixed_seed(sampling.seed),
             length=sampling.max_tokens if self._length is None else min(sampling.max_tokens, self._length),
@@ -125,8 +153,11 @@ class SyntheticEngine(Engine):
             stop_token_ids=frozenset(sampling.stop_token_ids),
             stop=StopMatcher(sampling.stop) if sampling.stop else None,
         )
-        self._admit()
-        return []
+        ended = [] if job.generation.prior is None else self._resume(row, job.generation.prior)
+        if not ended:
+            self._waiting[job.ticket] = row
+            self._admit()
+        return ended
 
     def cancel(self, ticket: int) -> Sequence[Output]:
         """End a job at once."""
@@ -170,6 +201,27 @@ class SyntheticEngine(Engine):
         running = len(self._running)
         return EngineStats(running, len(self._waiting), running / self._slots)
 
+    def _resume(self, row: _Row, prior: Prior) -> list[Output]:
+        """Bring a row to where the prior ends; return its end where that is there already."""
+        if max(prior.token_ids) >= self._vocabulary:
+            return _refused(row, f"token ids must be below {self._vocabulary}, got {max(prior.token_ids)}")
+        texts: list[str] = []
+        reason = None
+        for token in prior.token_ids:
+            if reason is not None:
+                return _refused(row, f"it has {len(prior.token_ids)} tokens, and ends after {row.position}")
+            text, reason = row.take(token)
+            texts.append(text)
+        text = "".join(texts)
+        if prior.text_chars > len(text):
+            return _refused(row, f"text_chars is {prior.text_chars}, its tokens have {len(text)} characters")
+        row.begin = row.position
+        row.lag = text[prior.text_chars :]
+        if reason is None:
+            return []
+        done = self._done(row, reason, self._clock())
+        return [Tokens(row.ticket, (), row.lag), done] if row.lag else [done]
+
     def _admit(self) -> None:
         """Start waiting jobs while there are slots; their first token is due at once."""
         while self._waiting and len(self._running) < self._slots:
@@ -186,28 +238,18 @@ class SyntheticEngine(Engine):
             _, ticket = heapq.heappop(self._due)
             row = self._running.get(ticket)
             if row is not None and self._advance(row, now, outputs):
-                later.append((row.started + row.position * self._period_s, ticket))
+                later.append((row.started + (row.position - row.begin) * self._period_s, ticket))
         for entry in later:
             heapq.heappush(self._due, entry)
 
     def _advance(self, row: _Row, now: float, outputs: list[Output]) -> bool:
         """Bring a row's next token; tell whether it goes on."""
-        position = row.position
-        token = (_mixed(row.seed, position) >> 32) % self._vocabulary
-        row.position = position + 1
-        if not position:
+        if row.position == row.begin:
             row.first_at = now
-        text = _TEXTS[token % len(_TEXTS)]
-        last = position + 1 >= row.length
-        reason = FinishReason.LENGTH if last else None
-        if token in row.stop_token_ids:
-            text, reason = "", FinishReason.STOP
-        if row.stop is not None:
-            text = row.stop.feed(text)
-            if row.stop.stopped:
-                reason = FinishReason.STOP
-            elif reason is not None:
-                text += row.stop.flush()
+        token = (_mixed(row.seed, row.position) >> 32) % self._vocabulary
+        text, reason = row.take(token)
+        if row.lag:
+            text, row.lag = row.lag + text, ""
         outputs.append(Tokens(row.ticket, (token,), text))
         if reason is None:
             return True
@@ -217,11 +259,15 @@ class SyntheticEngine(Engine):
 
     @staticmethod
     def _done(row: _Row, reason: FinishReason, now: float) -> Done:
-        if not row.position:
+        if row.position == row.begin:
             waited = (row.started or now) - row.submitted
-            return Done(row.ticket, reason, row.prompt_tokens, 0, waited)
+            return Done(row.ticket, reason, row.prompt_tokens, row.position, waited)
         queue_s, prefill_s = row.started - row.submitted, row.first_at - row.started
         return Done(row.ticket, reason, row.prompt_tokens, row.position, queue_s, prefill_s, now - row.first_at)
+
+
+def _refused(row: _Row, text: str) -> list[Output]:
+    return [Failed(row.ticket, ErrorCode.BAD_REQUEST.value, f"request.prior: {text}")]
 
 
 def _prompt_tokens(generation: Generation) -> int:

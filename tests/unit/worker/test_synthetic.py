@@ -56,7 +56,7 @@ def test_tokens_and_text_are_pure_functions() -> None:
 
 def test_a_stream_is_what_the_functions_say() -> None:
     engine = SyntheticEngine(name="toy", clock=Clock())
-    assert engine.load() == [ModelInfo("toy", chat=True)]
+    assert engine.load() == [ModelInfo("toy", chat=True, resumes=True)]
     assert engine.next_step_in() is None
     engine.submit(job(max_tokens=20))
     outputs = run(engine)
