@@ -6,6 +6,7 @@ from __future__ import annotations
 import tokenmq.worker.engines.transformers  # noqa: F401  # isort: skip
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tokenmq.protocol.payload import Generation, Sampling
+from tokenmq.protocol.payload import Generation, Prior, Sampling
 from tokenmq.worker.engines.base import Done, Failed, Job, Output, Tokens
 from tokenmq.worker.engines.transformers.batch import Batch
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
@@ -115,6 +116,12 @@ def job(ticket: int, prompt: Sequence[int] | str, **sampling: Any) -> Job:
     if isinstance(prompt, str):
         return Job(ticket, "tiny", Generation(prompt=prompt, sampling=wishes))
     return Job(ticket, "tiny", Generation(token_ids=tuple(prompt), sampling=wishes))
+
+
+def resumed(ticket: int, whole: Job, token_ids: Sequence[int], text_chars: int = 0) -> Job:
+    """Return the same job, to be continued behind these tokens."""
+    prior = Prior(tuple(token_ids), text_chars)
+    return replace(whole, ticket=ticket, generation=replace(whole.generation, prior=prior))
 
 
 def batch_of(engine: TransformersEngine) -> Batch:

@@ -326,7 +326,7 @@ def test_what_cannot_run_is_refused_in_words(make_engine: Make, tiny: Callable[[
     assert "no tokens" in refused(engine, Generation(prompt=""))
     assert "text only" in refused(engine, Generation(prompt="hi"), (b"image",))
     plain = TransformersEngine.from_loaded(tiny("llama"), make_tokenizer(chat=False), name="tiny", slots=1)
-    assert plain.load() == [ModelInfo("tiny", CONTEXT, chat=False)]
+    assert plain.load() == [ModelInfo("tiny", CONTEXT, chat=False, resumes=True)]
     messages = ({"role": "user", "content": "hi"},)
     assert "no chat template" in refused(plain, Generation(messages=messages))
 

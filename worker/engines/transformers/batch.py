@@ -84,7 +84,7 @@ class Batch:
 
     def _decode(self) -> torch.Tensor:
         rows = self.scheduler.running
-        token_ids = [row.generated[-1] for row in rows]
+        token_ids = [row.next_input for row in rows]
         lengths = [row.stored for row in rows]
         try:
             logits = self._runner.decode(token_ids, lengths)
@@ -111,13 +111,13 @@ class Batch:
         self._begin([sequence])
         start, end = sequence.stored, sequence.stored + tokens
         try:
-            logits = self._runner.prefill_chunk(len(self.scheduler.running), start, sequence.prompt[start:end])
+            logits = self._runner.prefill_chunk(len(self.scheduler.running), start, sequence.head[start:end])
         except Exception as error:  # noqa: BLE001 (a model may raise anything; the others go on)
             self._move(self.scheduler.remove(sequence))
             outputs.append(self._failure(sequence, error))
             return []
         sequence.stored = end
-        if end < len(sequence.prompt):
+        if end < len(sequence.head):
             return []
         self.scheduler.join(sequence)
         return [logits]
@@ -125,7 +125,7 @@ class Batch:
     def _prefill_group(self, group: list[Sequence], outputs: list[Output]) -> list[torch.Tensor]:
         self._begin(group)
         try:
-            logits = self._runner.prefill(len(self.scheduler.running), [sequence.prompt for sequence in group])
+            logits = self._runner.prefill(len(self.scheduler.running), [sequence.head for sequence in group])
         except Exception as error:  # noqa: BLE001 (as above)
             release_memory(self._device)
             if len(group) == 1:
@@ -134,16 +134,16 @@ class Batch:
             _log.warning("prefill of %d prompts failed (%s): each alone", len(group), first_line(error))
             return [one for sequence in group for one in self._prefill_group([sequence], outputs)]
         for sequence in group:
-            sequence.stored = len(sequence.prompt)
+            sequence.stored = len(sequence.head)
             self.scheduler.join(sequence)
         return [logits]
 
     def _groups(self, sequences: Iterable[Sequence]) -> list[list[Sequence]]:
         """Put prompts of like length together: no row is padded by more than half of its own length."""
         groups: list[list[Sequence]] = []
-        for sequence in sorted(sequences, key=lambda sequence: len(sequence.prompt)):
+        for sequence in sorted(sequences, key=lambda sequence: len(sequence.head)):
             group = groups[-1] if groups else []
-            fits = group and len(group) < MAX_GROUP and len(sequence.prompt) * 2 <= len(group[0].prompt) * 3
+            fits = group and len(group) < MAX_GROUP and len(sequence.head) * 2 <= len(group[0].head) * 3
             if self._grouped and fits:
                 group.append(sequence)
             else:
@@ -151,13 +151,17 @@ class Batch:
         return groups
 
     def _advance(self, logits: torch.Tensor) -> list[Output]:
-        """Choose a token for every running row; end those that are done."""
-        rows = list(self.scheduler.running)
-        tokens = choose(logits, [Draw(row.sampling, row.length) for row in rows])
+        """Choose a token for every running row that has no known one to come; end those that are done."""
+        rows = self.scheduler.running
+        slots = [slot for slot, row in enumerate(rows) if row.complete]
+        if len(slots) < len(rows):
+            logits = logits[torch.tensor(slots, dtype=torch.long, device=logits.device)]
+        chosen = [(slot, rows[slot]) for slot in slots]
+        tokens = choose(logits, [Draw(row.sampling, row.length) for _, row in chosen]) if chosen else []
         now = time.monotonic()
         outputs: list[Output] = []
-        for slot in range(len(rows) - 1, -1, -1):  # from the end, so that moves leave lower slots as they are
-            row, token = rows[slot], tokens[slot]
+        # From the end, so that moves leave lower slots as they are.
+        for (slot, row), token in zip(reversed(chosen), reversed(tokens), strict=True):
             if token == NOT_A_NUMBER:
                 message = "the model gave values that are not numbers (NaN) for this request"
                 _log.error("request %d: %s", row.ticket, message)
@@ -181,7 +185,7 @@ class Batch:
     def _failure(self, sequence: Sequence, error: Exception) -> Failed:
         if is_out_of_memory(error):
             release_memory(self._device)
-            tokens = len(sequence.prompt)
+            tokens = len(sequence.head)
             message = f"the device has no memory left for the prefill of this prompt of {tokens} tokens"
             _log.warning("request %d: %s", sequence.ticket, message)
             return Failed(sequence.ticket, ErrorCode.OUT_OF_MEMORY.value, message, retryable=True)

@@ -19,12 +19,14 @@ from tokenizers import Tokenizer
 
 from ....protocol.errors import BadRequestError, ErrorCode
 from ....protocol.messages import ModelInfo
+from ....protocol.payload import Generation
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
 from .batch import Batch
 from .cache import LayerShape, SlotCache
 from .devices import first_line, is_out_of_memory, release_memory
 from .loading import LoadedModel, load
 from .prompt import PromptReader
+from .resume import AUTO, CHOICES, Resume, choose_way
 from .runner import Runner
 from .selfcheck import TOKENS as MIN_CONTEXT
 from .selfcheck import check, layer_shapes
@@ -54,6 +56,7 @@ class _Serving:
     tokenizer: Tokenizer
     end_ids: frozenset[int]
     context: int
+    way: Resume
 
 
 class TransformersEngine(Engine):
@@ -72,6 +75,7 @@ class TransformersEngine(Engine):
         max_context: int | None = None,
         prefill_tokens: int | None = None,
         cache_dir: str | None = None,
+        resume: str = AUTO,
     ) -> None:
         """Take the settings; `load` reads the model.
 
@@ -86,6 +90,7 @@ class TransformersEngine(Engine):
             prefill_tokens: most tokens to prefill in one step; by default 2048 on cuda and 128 elsewhere.
             cache_dir: folder for converted GGUF files; by default `$TOKENMQ_CACHE/models` or
                 `~/.cache/tokenmq/models`.
+            resume: how to go on behind tokens of another worker: `prefill`, `replay`, or `auto`, see `resume`.
         """
         self.served_name = name or _name_of(model)
         self._model_source = model
@@ -95,6 +100,7 @@ class TransformersEngine(Engine):
         self._max_context = max_context
         self._prefill_tokens = prefill_tokens
         self._cache_dir = cache_dir
+        self._resume = resume
         self._loaded: LoadedModel | None = None
         self._serving: _Serving | None = None
 
@@ -106,7 +112,7 @@ class TransformersEngine(Engine):
             model: a transformers causal language model.
             tokenizer: its fast tokenizer.
             name: the served name.
-            settings: `slots`, `max_context`, `prefill_tokens` as for the constructor.
+            settings: `slots`, `max_context`, `prefill_tokens`, `resume` as for the constructor.
         """
         engine = cls(model=name, name=name, **settings)
         engine._loaded = LoadedModel(model.eval(), tokenizer)
@@ -139,36 +145,34 @@ class TransformersEngine(Engine):
             # decode's do not: prompts that go alone make the whole stream independent of its company.
             grouped=device.type != "cpu" or model.dtype == torch.float32,
         )
+        way = choose_way(self._resume, device, model.dtype)
+        _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
         self._serving = _Serving(
             batch=batch,
             prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context),
             tokenizer=tokenizer.backend_tokenizer,
             end_ids=_end_ids(model, tokenizer),
             context=context,
+            way=way,
         )
-        return [ModelInfo(self.served_name, context_tokens=context, chat=tokenizer.chat_template is not None)]
+        chat = tokenizer.chat_template is not None
+        return [ModelInfo(self.served_name, context_tokens=context, chat=chat, resumes=True)]
 
     def submit(self, job: Job) -> list[Output]:
-        """Queue a job, or answer with one Failed when it cannot run."""
-        serving, sampling = self._ready(), job.generation.sampling
+        """Queue a job, or answer with one Failed when it cannot run, or with the end of a prior that is complete."""
+        serving, generation = self._ready(), job.generation
         try:
             if job.attachments:
                 raise BadRequestError(f"model {self.served_name!r} takes text only, no attachments")
-            prompt = serving.prompts.read(job.generation)
+            sequence = self._sequence(serving, job.ticket, generation)
+            if generation.prior is not None:
+                serving.prompts.known(generation.prior.token_ids)
+                ended = sequence.resume(generation.prior, replay=serving.way is Resume.REPLAY)
+                if ended:
+                    return ended
         except BadRequestError as error:
             return [Failed(job.ticket, ErrorCode.BAD_REQUEST.value, error.message)]
-        own_end = frozenset() if sampling.ignore_eos else serving.end_ids
-        serving.batch.scheduler.add(
-            Sequence(
-                ticket=job.ticket,
-                prompt=prompt,
-                sampling=sampling,
-                end_ids=own_end | frozenset(sampling.stop_token_ids),
-                context=serving.context,
-                text=TextStream(serving.tokenizer, sampling.stop),
-                submitted_at=time.monotonic(),
-            )
-        )
+        serving.batch.scheduler.add(sequence)
         return []
 
     def cancel(self, ticket: int) -> list[Output]:
@@ -216,9 +220,24 @@ class TransformersEngine(Engine):
             raise RuntimeError("the engine is not loaded: call load first")
         return self._serving
 
+    def _sequence(self, serving: _Serving, ticket: int, generation: Generation) -> Sequence:
+        sampling = generation.sampling
+        own_end = frozenset() if sampling.ignore_eos else serving.end_ids
+        return Sequence(
+            ticket=ticket,
+            prompt=serving.prompts.read(generation),
+            sampling=sampling,
+            end_ids=own_end | frozenset(sampling.stop_token_ids),
+            context=serving.context,
+            text=TextStream(serving.tokenizer, sampling.stop),
+            submitted_at=time.monotonic(),
+        )
+
     def _check_settings(self) -> None:
         if self._slots < 1:
             raise EngineLoadError(f"slots must be 1 or more, not {self._slots}")
+        if self._resume not in CHOICES:
+            raise EngineLoadError(f"resume must be one of {', '.join(CHOICES)}, not {self._resume!r}")
         if self._prefill_tokens is not None and self._prefill_tokens < 1:
             raise EngineLoadError(f"prefill_tokens must be 1 or more, not {self._prefill_tokens}")
         if self._max_context is not None and self._max_context < MIN_CONTEXT:

@@ -39,11 +39,11 @@ class PromptReader:
                 empty prompt, or one too long.
         """
         if generation.token_ids is not None:
-            ids = self._known(generation.token_ids)
+            ids = self.known(generation.token_ids)
         elif generation.messages is not None:
-            ids = self._known(self._chat(generation.messages))
+            ids = self.known(self._chat(generation.messages))
         else:
-            ids = self._known(self._tokens(generation.prompt or ""))
+            ids = self.known(self._tokens(generation.prompt or ""))
         if not ids:
             raise BadRequestError(f"the prompt has no tokens for model {self._name!r}")
         if len(ids) >= self._context:
@@ -52,6 +52,20 @@ class PromptReader:
                 "and at least one token of it is needed for the answer"
             )
         return ids
+
+    def known(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the ids, all of which the model knows.
+
+        Raises:
+            BadRequestError: it does not know one.
+        """
+        highest = max(token_ids, default=0)
+        if highest >= self._vocabulary or min(token_ids, default=0) < 0:
+            unknown = next(token for token in token_ids if not 0 <= token < self._vocabulary)
+            raise BadRequestError(
+                f"token id {unknown} is unknown to model {self._name!r}: its ids end at {self._vocabulary - 1}"
+            )
+        return token_ids
 
     def _tokens(self, text: str, **how: Any) -> tuple[int, ...]:
         # A head that has far too many tokens tells enough: all running rows stand still while a text is tokenised,
@@ -71,15 +85,6 @@ class PromptReader:
             raise BadRequestError(
                 f"the tokenizer of model {self._name!r} rejects the prompt: {first_line(error)}"
             ) from error
-
-    def _known(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        highest = max(token_ids, default=0)
-        if highest >= self._vocabulary or min(token_ids, default=0) < 0:
-            unknown = next(token for token in token_ids if not 0 <= token < self._vocabulary)
-            raise BadRequestError(
-                f"token id {unknown} is unknown to model {self._name!r}: its ids end at {self._vocabulary - 1}"
-            )
-        return token_ids
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         if self._tokenizer.chat_template is None:

@@ -45,7 +45,7 @@ class Scheduler:
         slots: most sequences in the cache.
         budget: most tokens to prefill in a step, 1 or more.
         waiting: sequences without a slot, oldest first.
-        running: sequences that have their first token; the index is the slot.
+        running: sequences whose prefill is done; the index is the slot.
         partial: the sequence that is partly prefilled, in slot `len(running)`.
     """
 
@@ -74,17 +74,17 @@ class Scheduler:
         """
         left = self.budget
         free = self.slots - len(self.running)
-        if self.partial is None and self.waiting and free and len(self.waiting[0].prompt) > left:
+        if self.partial is None and self.waiting and free and len(self.waiting[0].head) > left:
             self.partial = self.waiting.popleft()
         tokens = 0
         if self.partial is not None:
-            tokens = min(left, len(self.partial.prompt) - self.partial.stored)
+            tokens = min(left, len(self.partial.head) - self.partial.stored)
             left -= tokens
             free -= 1
         whole = []
-        while self.waiting and free and len(self.waiting[0].prompt) <= left:
+        while self.waiting and free and len(self.waiting[0].head) <= left:
             sequence = self.waiting.popleft()
-            left -= len(sequence.prompt)
+            left -= len(sequence.head)
             free -= 1
             whole.append(sequence)
         return Plan(self.partial, tokens, tuple(whole))
@@ -131,15 +131,16 @@ class Scheduler:
         _demand(len(self.running) + len(partial) <= self.slots, "more rows than slots")
         for row in self.running:
             _demand(bool(row.generated), "a running row has no token")
-            _demand(row.stored == row.length - 1, "the cache holds other than all tokens but the newest")
+            _demand(len(row.head) <= row.stored < row.length, "the cache lacks the prompt, or holds the newest token")
+            _demand(not row.owed or row.first_at is None, "text of a prior is still owed after the first new token")
             _demand(row.length < row.context, "a row has no room for its next token")
             _demand(row.generated[-1] not in row.end_ids and not row.text.stopped, "a finished row still runs")
             _demand(len(row.generated) < row.sampling.max_tokens, "a row runs beyond its max_tokens")
         for sequence in partial:
-            _demand(sequence.stored < len(sequence.prompt), "a prompt that is done is still prefilled")
-            _demand(not sequence.generated, "a prompt that is not done has tokens")
+            _demand(sequence.stored < len(sequence.head), "a prompt that is done is still prefilled")
+            _demand(sequence.first_at is None, "a prompt that is not done has new tokens")
         for sequence in self.waiting:
-            _demand(sequence.stored == 0 and not sequence.generated, "a waiting sequence was begun")
+            _demand(sequence.stored == 0 and sequence.first_at is None, "a waiting sequence was begun")
 
 
 def _demand(condition: bool, message: str) -> None:
