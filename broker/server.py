@@ -1,7 +1,7 @@
 """The broker's only loop: two ROUTERs in front of BrokerCore.
 
 Each round: wait, receive a bounded batch from each socket, let the core act on it, look at the monitors, let the core
-do what is due. Nothing in it waits for a peer.
+do what is due. Nothing in it waits for a peer: what one does not take is kept in a backlog and tried again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.limits import MAX_BODY_BYTES
 from ..protocol.log import Log, write
+from ..protocol.messages import Disconnect
 from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.pump import Outcome, Pump, receive, send
 from ..transport.sockets import router
+from .backlog import Backlog, Loss
 from .core import BrokerCore
 from .events import Action, BadClient, BadWorker, ClientGone, Event, FromClient, FromWorker, ToClient, WorkerGone
 from .settings import BrokerSettings
@@ -31,10 +33,6 @@ _BATCH = 500
 #: Some messages take far longer to read; then heartbeats and the other socket come first after this time, and the
 #: rest of the batch waits for the next round. (Receiving in small parts instead cost a fifth of the rate.)
 _BATCH_S = 0.02
-_WHY = {
-    Outcome.GONE: "its connection is gone",
-    Outcome.FULL: "it has stopped reading: its queue is full",
-}
 
 
 class BrokerServer:
@@ -64,6 +62,8 @@ class BrokerServer:
         except BaseException:
             self._context.destroy(linger=0)
             raise
+        self._client_backlog = self._backlog(self._clients)
+        self._worker_backlog = self._backlog(self._workers)
         self._client_monitor = Monitor(self._clients)
         self._worker_monitor = Monitor(self._workers)
         #: Received messages of a batch that took too long, by socket.
@@ -98,8 +98,14 @@ class BrokerServer:
         self._context.term()
         self._pump.close()
 
+    def _backlog(self, socket: zmq.Socket[bytes]) -> Backlog:
+        settings = self._settings
+        return Backlog(
+            lambda frames: send(socket, frames), settings.pending_bytes, settings.write_timeout_s, self._core.pending
+        )
+
     def _round(self) -> None:
-        ready = self._pump.wait(0.0 if self._left else self._core.next_deadline() - self._clock())
+        ready = self._pump.wait(0.0 if self._left else self._next_deadline() - self._clock())
         now = self._clock()
         # Workers first: what they send frees slots for what clients ask.
         if self._workers in ready or self._workers in self._left:
@@ -115,17 +121,30 @@ class BrokerServer:
             self._perform(self._core.drain(now, grace_s), now)
         now = self._clock()
         self._perform(self._core.tick(now), now)
+        self._retry(now)
+
+    def _next_deadline(self) -> float:
+        backlogs = (self._client_backlog.next_deadline(), self._worker_backlog.next_deadline())
+        return min([self._core.next_deadline(), *(time for time in backlogs if time is not None)])
+
+    def _retry(self, now: float) -> None:
+        for loss in self._worker_backlog.retry(now):
+            self._handle(_worker_gone(loss), now)
+        for loss in self._client_backlog.retry(now):
+            self._handle(_client_gone(loss), now)
 
     def _from_workers(self, now: float) -> None:
+        kept = self._client_backlog.peers
         for frames in self._batch(self._workers):
             header = frames[1] if len(frames) == 3 and len(frames[2]) <= MAX_BODY_BYTES else b""
             if len(header) == HEADER_BYTES and header.startswith(CHUNKS_PREFIX):
                 client = self._core.route_chunks(frames[0], header, now)
                 if client is not None:
                     frames[0] = client
-                    outcome = send(self._clients, frames)
-                    if outcome is not Outcome.SENT:
-                        self._handle(ClientGone(client, _WHY[outcome]), now)
+                    if kept or send(self._clients, frames) is not Outcome.SENT:
+                        loss = self._client_backlog.send(frames, now)
+                        if loss is not None:
+                            self._handle(_client_gone(loss), now)
                     continue
             try:
                 event: Event = FromWorker(frames[0], decode(frames[1:]))
@@ -163,10 +182,23 @@ class BrokerServer:
                 write(logger, action)
                 continue
             is_client = isinstance(action, ToClient)
-            outcome = send(self._clients if is_client else self._workers, [action.peer, *encode(action.message)])
-            if outcome is not Outcome.SENT:
-                gone = ClientGone if is_client else WorkerGone
-                queue.extend(self._core.handle(gone(action.peer, _WHY[outcome]), now))
+            backlog = self._client_backlog if is_client else self._worker_backlog
+            frames = [action.peer, *encode(action.message)]
+            if isinstance(action.message, Disconnect):
+                # There is no session any more. Where it finds no room, the peer hears it when it speaks again.
+                backlog.send_last(frames)
+                continue
+            loss = backlog.send(frames, now)
+            if loss is not None:
+                queue.extend(self._core.handle(_client_gone(loss) if is_client else _worker_gone(loss), now))
+
+
+def _client_gone(loss: Loss) -> ClientGone:
+    return ClientGone(loss.peer, loss.why, loss.stalled)
+
+
+def _worker_gone(loss: Loss) -> WorkerGone:
+    return WorkerGone(loss.peer, loss.why, loss.stalled)
 
 
 def _broken(monitor: Monitor) -> bool:

@@ -13,6 +13,10 @@ from .dispatch import DEFAULT_POLICY, POLICIES
 MAX_WAITING = 1_000
 #: Seconds that a broker waits for running requests when it is told to stop.
 GRACE_S = 10.0
+#: What is kept for a peer that does not take it: two of the longest bodies; ordinary streams are a few kilobytes.
+PENDING_BYTES = 16 * 1024 * 1024
+#: A reader on a bad network pauses for less; one that is dead without a word is noticed by its silence in this time.
+WRITE_TIMEOUT_S = 5.0
 #: Shorter intervals would only keep the loop busy: a broken connection is noticed without heartbeats.
 MIN_HEARTBEAT_S = 0.01
 #: Longer silences than a day are a mistake, and peers with a longer interval of their own would refuse theirs.
@@ -32,6 +36,8 @@ class BrokerSettings:
         expiry_s: seconds of silence after which a peer is given up.
         max_waiting: requests that may wait for one model.
         grace_s: seconds that running requests get when the broker stops.
+        pending_bytes: bytes that are kept for a peer that does not take them; with more it is cut off.
+        write_timeout_s: seconds after which a peer that takes nothing of what is kept for it is cut off.
         insecure: allow endpoints that other machines can reach, without encryption or keys.
     """
 
@@ -43,6 +49,8 @@ class BrokerSettings:
     expiry_s: float = EXPIRY_S
     max_waiting: int = MAX_WAITING
     grace_s: float = GRACE_S
+    pending_bytes: int = PENDING_BYTES
+    write_timeout_s: float = WRITE_TIMEOUT_S
     insecure: bool = False
 
     def __post_init__(self) -> None:
@@ -66,6 +74,10 @@ class BrokerSettings:
             )
         if not (self.max_waiting >= 0 and self.grace_s >= 0):
             raise ValueError("max_waiting and grace_s must not be negative")
+        if not self.pending_bytes >= 0:
+            raise ValueError(f"the pending bytes must not be negative, got {self.pending_bytes}")
+        if not self.write_timeout_s > 0:
+            raise ValueError(f"the write timeout must be more than 0 s, got {self.write_timeout_s}")
         if not self.frontend or not self.backend:
             raise ValueError("a broker needs at least one frontend and one backend endpoint")
         for endpoint in (*self.frontend, *self.backend):

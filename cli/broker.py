@@ -6,7 +6,7 @@ import click
 
 from ..broker.dispatch import DEFAULT_POLICY, POLICIES
 from ..broker.server import BrokerServer
-from ..broker.settings import GRACE_S, MAX_WAITING, BrokerSettings
+from ..broker.settings import GRACE_S, MAX_WAITING, PENDING_BYTES, WRITE_TIMEOUT_S, BrokerSettings
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
@@ -43,6 +43,14 @@ from .options import logging_options, option, settings
     help="Seconds that running requests get after SIGINT or SIGTERM.",
 )  # fmt: skip
 @option(
+    "--pending-bytes", type=click.IntRange(min=0), default=PENDING_BYTES, metavar="BYTES",
+    help="Bytes kept for a peer that does not take what is sent to it; with more it is cut off.",
+)  # fmt: skip
+@option(
+    "--write-timeout", type=click.FloatRange(min=0, min_open=True), default=WRITE_TIMEOUT_S, metavar="S",
+    help="Seconds after which a peer that takes nothing of what is kept for it is cut off.",
+)  # fmt: skip
+@option(
     "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
 )
 @logging_options
@@ -55,6 +63,8 @@ def main(
     expiry: float,
     max_waiting: int,
     grace: float,
+    pending_bytes: int,
+    write_timeout: float,
     insecure: bool,
     log_format: str,
     log_level: str,
@@ -76,6 +86,8 @@ def main(
                 expiry_s=expiry,
                 max_waiting=max_waiting,
                 grace_s=grace,
+                pending_bytes=pending_bytes,
+                write_timeout_s=write_timeout,
                 insecure=insecure,
             ),
             software=SOFTWARE,

@@ -11,9 +11,11 @@ import zmq
 from ..protocol.limits import MAX_FRAME_BYTES
 from .endpoints import EndpointError, check_destination, check_endpoint, is_ipv6
 
-#: Messages that libzmq queues for one peer. Credit keeps what is in flight far below, so a full queue means a peer
-#: that has stopped reading.
+#: Messages that libzmq queues on the side of a client or worker. Credit keeps what is in flight far below.
 PEER_QUEUE_MESSAGES = 10_000
+#: The same on the broker's side, for each of its many peers. Libzmq bounds no bytes, so it is small; what a peer does
+#: not take beyond it, the broker keeps and counts itself.
+ROUTER_QUEUE_MESSAGES = 1_000
 #: Connections that wait for accept: many clients may start at once, or come back after a restart (default 100).
 _BACKLOG = 1024
 #: A peer that connects and does not speak ZMTP holds a file descriptor no longer than this (default 30 s).
@@ -25,12 +27,12 @@ _RECONNECT_MAX_MS = 1_000
 _LINGER_MS = 200
 
 
-def _common(socket: zmq.Socket[bytes]) -> None:
+def _common(socket: zmq.Socket[bytes], queue_messages: int) -> None:
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)  # default: unlimited
     socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-    socket.setsockopt(zmq.SNDHWM, PEER_QUEUE_MESSAGES)
-    socket.setsockopt(zmq.RCVHWM, PEER_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.SNDHWM, queue_messages)
+    socket.setsockopt(zmq.RCVHWM, queue_messages)
 
 
 def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) -> tuple[zmq.Socket[bytes], list[str]]:
@@ -44,7 +46,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) ->
     """
     socket = context.socket(zmq.ROUTER)
     try:
-        _common(socket)
+        _common(socket, ROUTER_QUEUE_MESSAGES)
         # A full or vanished peer is an error to handle; by default ROUTER drops the message and reports success.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
@@ -101,7 +103,7 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket
     check_destination(endpoint)
     socket = context.socket(zmq.DEALER)
     try:
-        _common(socket)
+        _common(socket, PEER_QUEUE_MESSAGES)
         _family(socket, endpoint)
         # ZMQ_IMMEDIATE stays off: with it libzmq drops a pipe in mid-message when its connection breaks, and the next
         # receive aborts the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). What it is for, that nothing

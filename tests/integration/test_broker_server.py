@@ -390,7 +390,7 @@ def test_chunks_beyond_the_limit_cost_the_worker_its_session_and_not_the_client(
 def test_a_client_that_does_not_read_is_cut_off_while_others_are_served(
     brokers: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "PEER_QUEUE_MESSAGES", 20)
+    monkeypatch.setattr(sockets, "ROUTER_QUEUE_MESSAGES", 20)
     broker = brokers()
     # Over ipc, where the kernel keeps little.
     slow, other = broker.client(1, rcvhwm=1, rcvbuf=4096), broker.client(1)
