@@ -1,0 +1,184 @@
+"""What goes wrong in a world: each fault strikes one node or link, and heals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .kinds import FAULTS
+from .net import Link
+
+from .broker import SimBroker
+from .client import SimClient
+from .peer import Peer
+from .worker import SimWorker
+
+if TYPE_CHECKING:
+    from .world import World
+
+
+class Faults:
+    """The faults of one world.
+
+    Attributes:
+        struck: how often each has happened.
+        rolling: a rolling restart is under way.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.struck: Counter[str] = Counter()
+        self.rolling = False
+        self._random = world.random
+        self._clock = world.clock
+
+    def strike(self) -> None:
+        """Let one of the kind's faults happen, somewhere."""
+        name = self._random.choice(FAULTS)
+        self.struck[f"fault {name}"] += 1
+        getattr(self, name)()
+
+    def heal(self) -> None:
+        """End what would last, and lose nothing any more; links that are dead stay so until somebody notices."""
+        self.world.net.loss = 0.0
+        for node in self.world.nodes():
+            node.resume()
+
+    def roll(self) -> None:
+        """Drain every worker and every broker, one after the other: the next one when the last one is back."""
+        self.rolling = True
+        workers = [worker for worker in self.world.workers if worker.alive]
+        nodes: list[SimWorker | SimBroker] = [*workers, *self.world.brokers.values()]
+        self._random.shuffle(nodes)
+        self._roll(nodes)
+
+    def _roll(self, nodes: list[SimWorker | SimBroker]) -> None:
+        self.rolling = bool(nodes)
+        if not nodes:
+            return
+        if self.world.all_found():
+            node, grace_s = nodes.pop(), self._random.choice([0.0, 0.3, 3.0])
+            self.struck["fault rolled"] += 1
+            if isinstance(node, SimWorker):
+                node.drain(grace_s)
+                self._when_gone(node)
+            else:
+                node.drain(grace_s, self._random.uniform(0.05, 0.5))
+        self._clock.after(0.1, self._roll, nodes)
+
+    # On workers.
+
+    def kill_worker(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.die()
+            self._clock.after(self._lasts(), self._replace, worker)
+
+    def drain_worker(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.drain(self._random.choice([0.0, 1.0, 10.0]))
+            self._when_gone(worker)
+
+    def hang_engine(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.hang(self._lasts())
+
+    def fail_engine(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.fail()
+
+    def pause_worker(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.pause(self._lasts())
+
+    # On brokers.
+
+    def kill_broker(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            broker.kill(self._lasts())
+
+    def drain_broker(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            broker.drain(self._random.choice([0.0, 1.0, 3.0]), self._lasts())
+
+    def pause_broker(self) -> None:
+        broker = self._broker()
+        if broker is not None:
+            broker.pause(self._lasts())
+
+    # On clients.
+
+    def kill_client(self) -> None:
+        client = self._client()
+        if client is not None:
+            client.die()
+            self.world.add_client()
+
+    def close_client(self) -> None:
+        client = self._client()
+        if client is not None:
+            client.close()
+            self.world.add_client()
+
+    def pause_client(self) -> None:
+        client = self._client()
+        if client is not None:
+            client.pause(self._lasts())
+
+    # On connections.
+
+    def cut_link(self) -> None:
+        """Break a connection; both sides are told."""
+        link = self._link()
+        if link is not None:
+            self.world.brokers[link.endpoint].cut(link)
+
+    def silence_link(self) -> None:
+        """Lose all that is sent on a connection from now on; nobody is told."""
+        link = self._link()
+        if link is not None:
+            link.silent = True
+
+    def hold_link(self) -> None:
+        """Delay all that is on its way on a connection, for a while."""
+        link = self._link()
+        if link is not None:
+            link.hold(self._lasts())
+
+    # Which, and for how long.
+
+    def _lasts(self) -> float:
+        return self._random.uniform(0.05, 1.0) ** 2 * self.world.kind.heal_s
+
+    def _replace(self, worker: SimWorker) -> None:
+        self.world.add_worker(worker.name, slots=worker.settings.slots)
+
+    def _when_gone(self, worker: SimWorker) -> None:
+        """Start a new process once the old one has ended, as a supervisor does; also where it is killed meanwhile."""
+        if worker.exit_code is not None:
+            self._replace(worker)
+        elif worker.alive:
+            self._clock.after(0.1, self._when_gone, worker)
+
+    def _worker(self) -> SimWorker | None:
+        alive = [worker for worker in self.world.workers if worker.alive]
+        return self._random.choice(alive) if alive else None
+
+    def _client(self) -> SimClient | None:
+        alive = [client for client in self.world.clients if client.alive and not client.core.closed]
+        return self._random.choice(alive) if alive else None
+
+    def _broker(self) -> SimBroker | None:
+        alive = [broker for broker in self.world.brokers.values() if broker.alive]
+        return self._random.choice(alive) if alive else None
+
+    def _link(self) -> Link | None:
+        nodes: list[Peer] = [*self.world.workers, *self.world.clients]
+        links = [link for node in nodes if node.alive for link in node.links.values()]
+        return self._random.choice(links) if links else None

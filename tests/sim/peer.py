@@ -1,0 +1,87 @@
+"""What workers and clients have in common on the fake network: one socket for each of their brokers."""
+
+from __future__ import annotations
+
+from tokenmq.protocol.messages import Message
+
+from .broker import SimBroker
+from .net import Link, Net, Node
+
+_UP, _DOWN = False, True
+
+
+class Peer(Node):
+    """A process with sockets to brokers."""
+
+    is_client = False
+
+    def __init__(self, net: Net, brokers: dict[str, SimBroker]) -> None:
+        super().__init__(net)
+        self.brokers = brokers
+        self.links: dict[str, Link] = {}
+        #: Grows with each socket that is opened, so that a late connect for an old one does nothing.
+        self._sockets: dict[str, int] = {}
+
+    def open(self, endpoint: str) -> None:
+        socket = self._sockets[endpoint] = self._sockets.get(endpoint, 0) + 1
+        self._try_soon(endpoint, socket)
+
+    def _try_soon(self, endpoint: str, socket: int) -> None:
+        self.clock.after(self.random.uniform(0.001, 0.1), self._try, endpoint, socket)
+
+    def _try(self, endpoint: str, socket: int) -> None:
+        if not self.alive or self._sockets.get(endpoint) != socket:
+            return
+        broker = self.brokers[endpoint]
+        if not broker.alive:
+            self._try_soon(endpoint, socket)
+            return
+        link = self.links[endpoint] = broker.connect(self, client=self.is_client)
+        self.do(self._connected, link)
+
+    def shut(self, endpoint: str) -> None:
+        self._sockets[endpoint] = self._sockets.get(endpoint, 0) + 1
+        link = self.links.pop(endpoint, None)
+        if link is not None:
+            link.later(_UP, self.brokers[endpoint].closed_by_peer, link)
+
+    def send(self, endpoint: str, message: Message) -> None:
+        link = self.links.get(endpoint)
+        if link is not None:
+            broker = self.brokers[endpoint]
+            link.carry(_UP, message, broker.from_client if self.is_client else broker.from_worker, link)
+
+    def die(self) -> None:
+        """SIGKILL: the connections break; the brokers' monitors see it."""
+        self.alive = False
+        for endpoint, link in list(self.links.items()):
+            self.brokers[endpoint].cut(link)
+        self.links.clear()
+
+    def received(self, link: Link, message: Message) -> None:
+        self.do(self._take, link, message)
+
+    def lost(self, link: Link) -> None:
+        self.do(self._lose, link)
+
+    def _connected(self, link: Link) -> None:
+        if self.links.get(link.endpoint) is link:
+            self.connected(link.endpoint)
+
+    def _take(self, link: Link, message: Message) -> None:
+        if self.links.get(link.endpoint) is link:
+            self.took(link.endpoint, message)
+
+    def _lose(self, link: Link) -> None:
+        if self.links.get(link.endpoint) is link:
+            del self.links[link.endpoint]
+            self.disconnected(link.endpoint)
+
+    def connected(self, endpoint: str) -> None:
+        raise NotImplementedError
+
+    def disconnected(self, endpoint: str) -> None:
+        raise NotImplementedError
+
+    def took(self, endpoint: str, message: Message) -> None:
+        raise NotImplementedError

@@ -1,0 +1,79 @@
+"""How a stream may end in a world, and why: whatever is not justified here is a violation.
+
+Tokens and text are checked as they arrive (`client.py`); here it is about the one end of each stream.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tokenmq.client.events import Ending
+from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S
+
+from .client import Reading, SimClient
+
+if TYPE_CHECKING:
+    from .world import World
+
+#: What a further attempt may repair; a stream ends so only where there is to be no further one.
+REPAIRABLE = {
+    "worker_lost",
+    "broker_lost",
+    "draining",
+    "no_worker",
+    "busy",
+    "engine_failed",
+    "first_token_timeout",
+    "inter_token_timeout",
+}
+_MS = 0.001
+
+
+def check_ends(world: World) -> None:
+    """Check that each stream of a client that lives has ended, and had good reason to end as it did.
+
+    Raises:
+        AssertionError: one has not; the message tells which.
+    """
+    for client in world.clients:
+        for key, reading in client.readings.items():
+            if reading.outcome is not None:
+                assert _justified(world, client, reading), (key.hex(), reading.outcome, reading.attempts)
+                _check_in_time(client, reading)
+
+
+def _check_in_time(client: SimClient, reading: Reading) -> None:
+    deadline_s = reading.wish.deadline_s
+    if deadline_s is not None and not client.was_paused:
+        late_s = reading.ended_at - reading.submitted_at - deadline_s
+        assert late_s <= DEADLINE_SLACK_S + _MS, f"ended {late_s:.3f} s after its deadline"
+
+
+def _justified(world: World, client: SimClient, reading: Reading) -> bool:
+    outcome, wish, settings = reading.outcome, reading.wish, client.settings
+    if outcome is None or isinstance(outcome, Ending):
+        return True  # whole, or cancelled by its reader: checked when it ended
+    code = outcome.code
+    lasted_s = reading.ended_at - reading.submitted_at
+    left_s = math.inf if wish.deadline_s is None else wish.deadline_s - lasted_s
+    if code == "client_closed":
+        return reading.closed
+    if code == "deadline":
+        return left_s <= _MS
+    if code == "model_not_found":
+        # A broker older than its expiry, that has seen no worker, cannot know that there will be one.
+        return any(broker.was_blind for broker in world.brokers.values())
+    if code == "no_broker":
+        return reading.lonely_s >= settings.connect_timeout_s - _MS
+    if code == "draining" and reading.lonely_s >= settings.connect_timeout_s - _MS:
+        return True  # there is a broker, which takes nothing more
+    if code == "queue_timeout":
+        return settings.queue_timeout_s is not None and lasted_s >= settings.queue_timeout_s - _MS
+    if code == "cannot_resume":
+        return reading.tokens > 0 and not all(worker.resumes for worker in world.workers)
+    if code in REPAIRABLE:
+        # The next attempt would come after a pause; one behind the deadline is none.
+        pause_s = max(MAX_PAUSE_S, 1.25 * (outcome.retry_after_s or 0.0))
+        return not wish.resume or len(reading.attempts) >= settings.max_attempts or left_s <= pause_s
+    return False

@@ -1,0 +1,163 @@
+"""A worker process on the fake network: the real core, with its sockets and an engine thread simulated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import count
+
+from tokenmq.protocol.messages import FinishReason, Message, ModelInfo
+from tokenmq.worker import events
+from tokenmq.worker.core import WorkerCore
+from tokenmq.worker.engines.base import Done, EngineStats, Output
+from tokenmq.worker.settings import WorkerSettings
+
+from .broker import SimBroker
+from .engine import MODEL, Run
+from .net import Net
+from .peer import Peer
+
+
+class SimWorker(Peer):
+    """A worker process.
+
+    Attributes:
+        name: its name; one that takes its place has the same.
+        resumes: whether its model continues what another one has begun.
+        runs: the engine's jobs by ticket, oldest first.
+        exit_code: how it ended by itself; None while it runs, and when it was killed.
+    """
+
+    _incarnations = count(1)
+
+    def __init__(
+        self,
+        net: Net,
+        brokers: dict[str, SimBroker],
+        settings: WorkerSettings,
+        *,
+        resumes: bool,
+        step_s: float,
+        load_s: float,
+    ) -> None:
+        super().__init__(net, brokers)
+        self.settings = settings
+        self.name = settings.name
+        self.resumes = resumes
+        self.runs: dict[int, Run] = {}
+        self.exit_code: int | None = None
+        self.core = WorkerCore(settings, "sim", next(self._incarnations))
+        self._step_s = step_s
+        self._steps = 0
+        self._stepping = False
+        self._started: float | None = None
+        self._hangs_until = -math.inf
+        self._fails = False
+        self._stats = EngineStats()
+        self.do(self._start)
+        self.clock.after(load_s, self.do, self._loaded)
+
+    def drain(self, grace_s: float) -> None:
+        """SIGTERM."""
+        self.do(self._handle, events.Drain(grace_s))
+
+    def hang(self, seconds: float) -> None:
+        """The engine's present step, or the next one, lasts for so long; heartbeats go on."""
+        self._hangs_until = self.clock.now + seconds
+
+    def fail(self) -> None:
+        """The engine's next step raises."""
+        self._fails = True
+
+    def woken(self, lag_s: float) -> None:
+        self.core.forgive(lag_s)
+
+    def tick(self) -> None:
+        self._perform(self.core.tick(self.clock.now))
+
+    def connected(self, endpoint: str) -> None:
+        self._handle(events.Connected(endpoint))
+
+    def disconnected(self, endpoint: str) -> None:
+        self._handle(events.Lost(endpoint))
+
+    def took(self, endpoint: str, message: Message) -> None:
+        self._handle(events.Received(endpoint, message))
+
+    # The engine thread.
+
+    def _start(self) -> None:
+        self._perform(self.core.start(self.clock.now))
+
+    def _loaded(self) -> None:
+        self._handle(events.EngineLoaded((ModelInfo(MODEL, resumes=self.resumes),)))
+
+    def _begin_step(self) -> None:
+        """Let a step take its time, when there is work and none is under way."""
+        self._stepping = bool(self.runs)
+        self._started = self.clock.now if self._stepping else None
+        if self._stepping:
+            self.clock.after(self.random.uniform(0.5, 1.5) * self._step_s, self._step_ends)
+
+    def _step_ends(self) -> None:
+        if self.clock.now < self._hangs_until:
+            self.clock.at(self._hangs_until, self._step_ends)
+        else:
+            self.do(self._step)
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._fails:
+            self._fails = False
+            lost = frozenset(self.runs)
+            self.runs.clear()
+            self._stats = EngineStats()
+            self._handle(events.EngineFailed("simulated", lost))
+        else:
+            outputs: list[Output] = []
+            for ticket, run in list(self.runs.items())[: self.settings.slots]:
+                outputs += run.step()
+                if run.done:
+                    del self.runs[ticket]
+            running = min(len(self.runs), self.settings.slots)
+            self._stats = EngineStats(running, len(self.runs) - running, 0.0)
+            self._handle(events.EngineOutputs(outputs, self._stats))
+        self._begin_step()
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        self._handle(events.EngineProgress(self._steps, self._started))
+
+    def _cancel(self, ticket: int) -> None:
+        if self.clock.now < self._hangs_until:
+            self.clock.at(self._hangs_until, self.do, self._cancel, ticket)  # the engine's thread is in its step
+            return
+        run = self.runs.pop(ticket, None)
+        if run is not None:
+            done = Done(ticket, FinishReason.CANCELLED, 1, run.position)
+            self._handle(events.EngineOutputs([done], self._stats))
+
+    # Actions.
+
+    def _handle(self, event: events.Event) -> None:
+        self._perform(self.core.handle(event, self.clock.now))
+
+    def _perform(self, actions: Sequence[events.Action]) -> None:
+        for action in actions:
+            if isinstance(action, events.Send):
+                self.send(action.broker, action.message)
+            elif isinstance(action, events.Submit):
+                assert self.resumes or action.job.generation.prior is None, "it cannot resume"
+                self.runs[action.job.ticket] = Run(action.job, self.random)
+                if not self._stepping:
+                    self._begin_step()
+                    self.clock.after(0.0, self.do, self._tell_progress)
+            elif isinstance(action, events.CancelJob):
+                self.clock.after(self.random.uniform(0.001, self._step_s), self.do, self._cancel, action.ticket)
+            elif isinstance(action, events.Open):
+                self.open(action.broker)
+            elif isinstance(action, events.Shut):
+                self.shut(action.broker)
+            elif isinstance(action, events.Stop):
+                self.exit_code = action.exit_code
+                self.alive = False
