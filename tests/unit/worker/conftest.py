@@ -10,7 +10,7 @@ import pytest
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import Accepted, Chunk, Chunks, Credit, Envelope, FinishReason, Message, Request
 from tokenmq.protocol.messages import ModelInfo as Model
-from tokenmq.protocol.payload import Generation, Sampling, pack_generation
+from tokenmq.protocol.payload import Generation, Prior, Sampling, pack_generation
 from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, EngineStats, Job, Output, Tokens
 from tokenmq.worker.events import (
@@ -37,8 +37,19 @@ def request_id(number: int) -> bytes:
 
 
 def request(number: int = 1, *, attempt: int = 1, credit: int = 256, **values: Any) -> Request:
-    envelope = Envelope(values.get("model", "toy"), attempt, credit, route=values.get("route", ROUTE))
-    generation = Generation(prompt="hello", sampling=Sampling(max_tokens=values.get("max_tokens", 16)))
+    prior = values.get("prior", ())
+    envelope = Envelope(
+        values.get("model", "toy"),
+        attempt,
+        credit,
+        route=values.get("route", ROUTE),
+        prior_tokens=values.get("prior_tokens", len(prior)),
+    )
+    generation = Generation(
+        prompt="hello",
+        sampling=Sampling(max_tokens=values.get("max_tokens", 16)),
+        prior=Prior(prior, values.get("text_chars", 0)) if prior else None,
+    )
     payload = values.get("payload", pack_generation(generation))
     return Request(request_id(number), envelope, payload)
 
@@ -151,4 +162,15 @@ def ready() -> Story:
     story.start()
     story.join()
     story.loaded()
+    return story
+
+
+@pytest.fixture
+def resuming() -> Story:
+    """The same, with a model that resumes, beside one that does not."""
+    story = Story()
+    story.start()
+    story.join()
+    models = Model("toy", 2048, True, True), Model("plain", 2048, True, False)
+    story.tell(EngineLoaded(models, 1.5))
     return story

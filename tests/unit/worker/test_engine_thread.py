@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tokenmq.protocol.messages import FinishReason, ModelInfo
-from tokenmq.protocol.payload import Generation
+from tokenmq.protocol.payload import Generation, Prior, Sampling
 from tokenmq.worker.engine_thread import EngineThread
 from tokenmq.worker.engines.base import (
     Done,
@@ -22,6 +22,7 @@ from tokenmq.worker.engines.base import (
     Output,
     Tokens,
 )
+from tokenmq.worker.engines.synthetic import SyntheticEngine, text_of
 from tokenmq.worker.events import CancelJob, EngineDied, EngineFailed, EngineLoaded, EngineOutputs, Submit
 
 WAIT_S = 10.0
@@ -199,6 +200,53 @@ def test_cancel_reaches_a_job_even_if_the_engine_forgets_to_answer(rig: Any) -> 
     one.submit(3)
     one.thread.post(CancelJob(3))
     assert one.next().outputs == [Done(3, FinishReason.CANCELLED, 0, 0)]
+
+
+class Slowly(SyntheticEngine):
+    """Takes a step when the test says so, and tells when one has begun."""
+
+    def __init__(self) -> None:
+        super().__init__(name="toy", slots=1, clock=lambda: 5.0)
+        self.entered: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.go = threading.Semaphore(0)
+
+    def step(self) -> Sequence[Output]:
+        self.entered.put(None)
+        assert self.go.acquire(timeout=WAIT_S)
+        return super().step()
+
+
+def test_cancel_frees_the_place_before_the_next_step_wherever_the_job_is(rig: Any) -> None:
+    engine = Slowly()
+    one = rig(engine)
+    one.next()
+    one.submit(1)
+    engine.entered.get(timeout=WAIT_S)
+    one.submit(2)
+    one.submit(3)
+    one.thread.post(CancelJob(1))  # it has the only place, in the middle of a step
+    one.thread.post(CancelJob(3))  # it waits behind the second one
+    engine.go.release()
+    assert [type(output) for output in one.next().outputs] == [Tokens]
+    assert one.next() == EngineOutputs(
+        [Done(1, FinishReason.CANCELLED, 1, 1), Done(3, FinishReason.CANCELLED, 1, 0)], EngineStats(1, 0, 1.0)
+    )
+    engine.entered.get(timeout=WAIT_S)
+    assert one.thread.progress().steps == 1
+    one.thread.post(CancelJob(2))
+    engine.go.release()
+    assert [(type(output), output.ticket) for output in one.next().outputs] == [(Tokens, 2)]
+    assert one.next().stats == EngineStats()
+
+
+def test_a_prior_that_is_complete_ends_the_job_without_a_step(rig: Any) -> None:
+    one = rig(SyntheticEngine(name="toy", clock=lambda: 5.0))
+    one.next()
+    generation = Generation(prompt="x", sampling=Sampling(max_tokens=1), prior=Prior((5,), 1))
+    one.thread.post(Submit(Job(1, "toy", generation)))
+    assert one.next().outputs == [Tokens(1, (), text_of(5)[1:]), Done(1, FinishReason.LENGTH, 1, 1)]
+    assert one.thread.progress().steps == 0
+    assert one.thread._live == set()
 
 
 def test_a_long_step_blocks_neither_progress_nor_stop() -> None:

@@ -24,7 +24,8 @@ from tokenmq.protocol.messages import (
     Ready,
     Request,
 )
-from tokenmq.protocol.payload import Generation, pack_generation
+from tokenmq.protocol.messages import Drain as DrainMessage
+from tokenmq.protocol.payload import Generation, Prior, pack_generation
 from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output, Tokens
 from tokenmq.worker.events import (
@@ -46,15 +47,17 @@ from tokenmq.worker.events import (
 from tokenmq.worker.settings import WorkerSettings
 
 BROKERS = ("tcp://a:1", "tcp://b:1")
-PAYLOAD = pack_generation(Generation(prompt="x"))
+READER_TIMEOUT_S = 2.0
 Key = tuple[str, bytes, int]
 
 
 class Reader:
     """A request as the broker and the client see it."""
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, prior: int) -> None:
         self.credit = credit
+        self.prior = prior
+        self.waits_since: float | None = None
         self.tokens: list[int] = []
         self.text = ""
         self.end: Finish | Error | None = None
@@ -76,7 +79,8 @@ class WorkerMachine(RuleBasedStateMachine):
     @initialize(at_work=st.sampled_from([True, True, True, False]))
     def begin(self, at_work: bool) -> None:
         self.now = 0.0
-        self.core = WorkerCore(WorkerSettings(brokers=BROKERS, models=("m",), name="w", slots=2), "fake", 1)
+        values: Any = {"models": ("m",), "name": "w", "slots": 2, "reader_timeout_s": READER_TIMEOUT_S}
+        self.core = WorkerCore(WorkerSettings(brokers=BROKERS, **values), "fake", 1)
         self.phase = dict.fromkeys(BROKERS, "none")
         self.sent = dict.fromkeys(BROKERS, 0)
         self.received = dict.fromkeys(BROKERS, 0)
@@ -117,6 +121,15 @@ class WorkerMachine(RuleBasedStateMachine):
             elif isinstance(action, Stop):
                 self.stopped = action
         self.core.validate()
+        for reader in self.readers.values():
+            if self.waits(reader) and reader.waits_since is None:
+                reader.waits_since = self.now
+
+    def waits(self, reader: Reader) -> bool:
+        """Whether tokens of this stream are kept at the worker."""
+        if reader.ticket is None or reader.end is not None or reader.cancelled:
+            return False
+        return len(self.jobs[reader.ticket].tokens) > len(reader.tokens)
 
     def take(self, broker: str, message: Any) -> None:
         assert self.phase[broker] in ("connected", "joined")
@@ -135,10 +148,11 @@ class WorkerMachine(RuleBasedStateMachine):
                 reader = self.readers[broker, chunk.request_id, chunk.attempt]
                 assert reader.end is None
                 assert not reader.cancelled
-                assert chunk.offset == len(reader.tokens)
+                assert chunk.offset == reader.prior + len(reader.tokens)
                 reader.tokens += chunk.token_ids
                 reader.text += chunk.text
-                assert len(reader.tokens) <= reader.credit
+                reader.waits_since = None
+                assert not chunk.token_ids or chunk.offset + len(chunk.token_ids) <= reader.credit
                 assert reader.ticket is not None
                 made = self.jobs[reader.ticket]
                 assert reader.tokens == made.tokens[: len(reader.tokens)]
@@ -150,11 +164,17 @@ class WorkerMachine(RuleBasedStateMachine):
             assert reader.ticket is not None
             made = self.jobs[reader.ticket]
             assert made.over
-            assert len(reader.tokens) == reader.credit, "it waits for credit, and for nothing else"
+            has = reader.prior + len(reader.tokens)
+            assert has == max(reader.prior, reader.credit), "it waits for credit, and for nothing else"
             reader.parked = True
         elif isinstance(message, (Finish, Error)):
             reader = self.readers[broker, message.id, message.attempt]
             assert reader.end is None, "one end for each request"
+            if isinstance(message, Error) and message.code == "reader_timeout":
+                assert reader.waits_since is not None
+                assert self.now - reader.waits_since >= READER_TIMEOUT_S
+                assert reader.ticket is not None
+                assert self.jobs[reader.ticket].over or reader.ticket in self.cancels
             reader.end = message
             if isinstance(message, Finish) and message.reason is not FinishReason.CANCELLED:
                 assert reader.ticket is not None
@@ -179,6 +199,8 @@ class WorkerMachine(RuleBasedStateMachine):
                 self.hear(broker, Heartbeat(self.sent[broker]))
         if self.stopped is None:
             self.perform(self.core.tick(self.now))
+            waits = [reader.waits_since for reader in self.readers.values() if self.waits(reader)]
+            assert all(since is not None and self.now - since < READER_TIMEOUT_S for since in waits)
 
     def accepted(self, broker: str) -> bool:
         return self.sent[broker] > 0
@@ -195,17 +217,29 @@ class WorkerMachine(RuleBasedStateMachine):
     @rule()
     def load(self) -> None:
         self.loaded = True
-        self.tell(EngineLoaded((ModelInfo("m"),)))
+        self.tell(EngineLoaded((ModelInfo("m", resumes=True),)))
 
-    @rule(broker=st.sampled_from(BROKERS), credit=st.integers(0, 6), model=st.sampled_from(["m", "m", "m", "other"]))
-    def submit(self, broker: str, credit: int, model: str) -> None:
+    @rule(
+        broker=st.sampled_from(BROKERS),
+        credit=st.integers(0, 6),
+        model=st.sampled_from(["m", "m", "m", "other"]),
+        prior=st.sampled_from([0, 0, 1, 4]),
+        again=st.booleans(),
+    )
+    def submit(self, broker: str, credit: int, model: str, prior: int, again: bool) -> None:
         if self.phase[broker] != "joined" or not self.accepted(broker) or self.stopped is not None:
             return
-        self.numbers += 1
-        key = (broker, self.numbers.to_bytes(16, "big"), 1)
-        self.readers[key] = Reader(credit)
+        mine = [key for key in self.readers if key[0] == broker]
+        if again and mine:  # the next attempt at the newest request, whatever the last one does
+            key = (broker, mine[-1][1], mine[-1][2] + 1)
+        else:
+            self.numbers += 1
+            key = (broker, self.numbers.to_bytes(16, "big"), 1)
+        self.readers[key] = Reader(credit, prior)
         self.pending = key
-        self.hear(broker, Request(key[1], Envelope(model, 1, credit, route=key[1]), PAYLOAD))
+        envelope = Envelope(model, key[2], credit, route=key[1], prior_tokens=prior)
+        generation = Generation(prompt="x", prior=Prior((7,) * prior) if prior else None)
+        self.hear(broker, Request(key[1], envelope, pack_generation(generation)))
         self.pending = None
         reader = self.readers[key]
         assert (reader.end is None) == (reader.ticket is not None)
@@ -278,10 +312,12 @@ class WorkerMachine(RuleBasedStateMachine):
             self.tell(Lost(broker))
             assert self.phase[broker] == "none"
 
-    @rule(grace=st.sampled_from([0.0, 5.0]), chance=st.integers(0, 29))
-    def drain(self, grace: float, chance: int) -> None:
+    @rule(grace=st.sampled_from([0.0, 5.0]), chance=st.integers(0, 29), broker=st.sampled_from(BROKERS))
+    def drain(self, grace: float, chance: int, broker: str) -> None:
         if chance == 7:
             self.tell(Drain(grace))
+        elif chance == 8 and self.phase[broker] == "joined" and self.accepted(broker):
+            self.hear(broker, DrainMessage(grace))
 
     def teardown(self) -> None:
         """Let everything end: full credit, the engine's last words; then no request is without its answer."""

@@ -21,6 +21,7 @@ from tokenmq.protocol.messages import (
     Usage,
     WorkerState,
 )
+from tokenmq.protocol.messages import Drain as DrainMessage
 from tokenmq.worker.engines.base import Failed, Tokens
 from tokenmq.worker.events import (
     CancelJob,
@@ -293,6 +294,40 @@ def test_a_second_drain_can_only_shorten_the_grace(ready: Any, say: Any) -> None
     assert ready.core.next_deadline() <= ready.now + 5.0
     ready.tell(Drain(0.0))
     assert ready.tick()[-1] == Stop(0, "drained")
+
+
+def test_a_broker_may_ask_the_worker_to_leave_all_brokers(say: Any) -> None:
+    story = say.story(brokers=(say.broker, say.other), grace_s=7.0)
+    story.start()
+    story.join(say.broker)
+    story.join(say.other)
+    story.loaded()
+    job = story.take(say.request(1), say.other)
+    orders = story.hear(DrainMessage(), say.broker)
+    assert [send.broker for send in orders if isinstance(send.message, Draining)] == [say.broker, say.other]
+    [line] = [log for log in story.logs if log.event == "draining"]
+    assert line.fields == {"held": 1, "grace_s": 7.0, "broker": say.broker}
+    error = the_error(story.hear(say.request(2), say.other))
+    assert (error.code, error.retryable) == ("draining", True)
+    orders = story.engine(say.tokens(job, 1), say.done(job, 1))
+    assert len(say.messages(orders, Finish)) == 1
+    assert len(say.messages(orders, Goodbye)) == 2
+    assert orders[-1] == Stop(0, "drained")
+
+
+def test_the_broker_may_say_how_long_and_can_only_shorten_it(ready: Any, say: Any) -> None:
+    job = ready.take(say.request(1))
+    ready.tell(Drain(0.8))
+    ready.hear(DrainMessage(50.0))
+    assert ready.core.next_deadline() == ready.now + 0.8
+    ready.hear(DrainMessage(0.5))
+    assert ready.core.next_deadline() == ready.now + 0.5
+    assert ["broker" in log.fields for log in ready.logs if log.event == "draining"] == [False, True]
+    orders = ready.tick(0.5)
+    assert say.cancelled(orders) == [job.ticket]
+    [error] = say.messages(orders, Error)
+    assert (error.code, error.retryable) == ("draining", True)
+    assert orders[-1] == Stop(0, "drained")
 
 
 def test_an_idle_or_lonely_worker_drains_at_once(fresh: Any, say: Any) -> None:

@@ -14,6 +14,7 @@ from tokenmq.protocol.messages import (
     Disconnect,
     DisconnectCode,
     Draining,
+    Finish,
     Goodbye,
     Heartbeat,
     Hello,
@@ -232,6 +233,26 @@ def test_what_comes_between_two_sessions_is_ignored(ready: Any, say: Any) -> Non
     assert ready.tell(Lost(say.broker)) == []
     assert ready.tell(Connected(say.broker)) == []
     assert ready.tell(Malformed(say.broker, ProtocolError("x"))) == []
+
+
+@pytest.mark.parametrize("end", [Goodbye(), Disconnect(DisconnectCode.EXPIRED, "late"), None])
+def test_nothing_of_an_old_session_leaves_in_the_new_one(ready: Any, say: Any, end: Any) -> None:
+    """Not even for the same attempt at the same request, which the new session has been given again."""
+    working, parked = ready.take(say.request(1)), ready.take(say.request(2, credit=0))
+    ready.engine(say.tokens(working, 1), say.tokens(parked, 1), say.done(parked, 1))
+    ready.tell(Lost(say.broker) if end is None else Received(say.broker, end))
+    ready.tick(0.05)
+    ready.join()
+    assert ready.credit(2, 100) == []
+    again = ready.take(say.request(1))
+    assert again.ticket != working.ticket
+    # The engine was in a step: what it brings for the old job finds nobody, what it brings for the new one leaves.
+    orders = ready.engine(say.tokens(working, 2), say.tokens(again, 3), say.done(working, 2))
+    [chunk] = say.chunks(orders)
+    assert (chunk.offset, chunk.token_ids) == (0, (3,))
+    assert not say.messages(orders, Finish)
+    [end_of_new] = say.messages(ready.engine(say.done(again, 1)), Finish)
+    assert end_of_new.usage.completion_tokens == 1
 
 
 def test_one_lost_broker_leaves_the_other_alone(say: Any) -> None:

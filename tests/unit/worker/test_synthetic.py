@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenmq.protocol.messages import FinishReason, ModelInfo
-from tokenmq.protocol.payload import Generation, Sampling
-from tokenmq.worker.engines.base import Done, EngineStats, Job, Output, Tokens
+from tokenmq.protocol.payload import Generation, Prior, Sampling
+from tokenmq.worker.engines.base import Done, EngineStats, Failed, Job, Output, Tokens
 from tokenmq.worker.engines.synthetic import SyntheticEngine, text_of, token_at
 
 
@@ -22,6 +25,11 @@ class Clock:
 
 def job(ticket: int = 1, *, prompt: str = "one two three", **sampling: Any) -> Job:
     return Job(ticket, "synthetic", Generation(prompt=prompt, sampling=Sampling(**{"seed": 9, **sampling})))
+
+
+def resumed(prior: Sequence[int], text_chars: int = 0, ticket: int = 1, **sampling: Any) -> Job:
+    whole = job(ticket, **sampling)
+    return replace(whole, generation=replace(whole.generation, prior=Prior(tuple(prior), text_chars)))
 
 
 def run(engine: SyntheticEngine, limit: int = 10_000) -> list[Output]:
@@ -194,6 +202,92 @@ def test_a_stop_string_is_cut_and_what_only_looked_like_one_is_kept() -> None:
     assert text(outputs, 2) == whole
     assert isinstance(outputs[-1], Done)
     assert outputs[-1].reason is FinishReason.LENGTH
+
+
+@st.composite
+def samplings(draw: Any) -> dict[str, Any]:
+    """A short stream, with stop strings that are in its text, look as if they were, or are not; and stop tokens."""
+    seed, count = draw(st.integers(0, 2**63 - 1)), draw(st.integers(1, 9))
+    tokens = [token_at(seed, position) for position in range(count)]
+    whole = "".join(map(text_of, tokens))
+    stops = []
+    for _ in range(draw(st.integers(0, 3))):
+        begin = draw(st.integers(0, len(whole) - 1))
+        stops.append(whole[begin : begin + draw(st.integers(1, 14))] + draw(st.sampled_from(["", "", "?"])))
+    stop_tokens = draw(st.lists(st.sampled_from([*tokens, 4095]), max_size=1))
+    return {"seed": seed, "max_tokens": count, "stop": tuple(stops), "stop_token_ids": tuple(stop_tokens)}
+
+
+@given(sampling=samplings(), pace=st.sampled_from([0.0, 50.0]))
+@settings(deadline=None)
+def test_what_is_resumed_is_what_an_undisturbed_stream_would_have_brought(
+    sampling: dict[str, Any], pace: float
+) -> None:
+    """Cut behind every token, with all text that a reader can have then: up to what these tokens had completed."""
+    engine = SyntheticEngine(clock=Clock())
+    engine.submit(job(**sampling))
+    [*pieces, done] = run(engine)
+    whole, whole_text = ids(pieces), text(pieces)
+    for cut in range(1, len(whole) + 1):
+        for chars in range(len(text(pieces[:cut])) + 1):
+            clock = Clock()
+            engine = SyntheticEngine(tokens_per_second=pace, clock=clock)
+            outputs = list(engine.submit(resumed(whole[:cut], chars, **sampling)))
+            while engine.next_step_in() is not None:
+                outputs += engine.step()
+                clock.now += 1.0
+            assert ids(outputs) == whole[cut:]
+            assert text(outputs) == whole_text[chars:]
+            assert isinstance(outputs[-1], Done)
+            assert isinstance(done, Done)
+            assert outputs[-1].reason is done.reason
+            assert (outputs[-1].prompt_tokens, outputs[-1].completion_tokens) == (3, len(whole))
+
+
+def test_a_resumed_stream_has_its_first_token_at_once_and_then_its_pace() -> None:
+    clock = Clock()
+    engine = SyntheticEngine(tokens_per_second=10.0, clock=clock)
+    prior = [token_at(9, position) for position in range(50)]
+    assert engine.submit(resumed(prior, max_tokens=53)) == []
+    assert ids(run(engine)) == [token_at(9, 50)]
+    assert engine.next_step_in() == pytest.approx(0.1)
+    clock.now += 0.2001
+    assert run(engine)[-1] == Done(1, FinishReason.LENGTH, 3, 53, 0.0, 0.0, pytest.approx(0.2001))
+
+
+def test_a_cancelled_stream_counts_what_it_resumed() -> None:
+    engine = SyntheticEngine(slots=1, clock=Clock())
+    for ticket in (1, 2):
+        engine.submit(resumed([token_at(9, 0), token_at(9, 1)], ticket=ticket))
+    engine.step()
+    assert engine.cancel(1) == [Done(1, FinishReason.CANCELLED, 3, 3)]
+    assert engine.cancel(2) == [Done(2, FinishReason.CANCELLED, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("prior", "chars", "sampling", "told"),
+    [
+        ((5, 6, 7), 0, {"stop_token_ids": (6,)}, "3 tokens, and ends after 2"),
+        ((5, 6, 7), 0, {"stop": (text_of(5)[1:],)}, "3 tokens, and ends after 1"),
+        ((5, 6, 7), 0, {"max_tokens": 2}, "3 tokens, and ends after 2"),
+        ((5, 6, 7), 99, {}, "text_chars is 99"),
+        ((5, 4096), 0, {}, "below 4096, got 4096"),
+    ],
+)
+def test_a_prior_that_is_not_the_begin_of_this_completion_is_refused(
+    prior: tuple[int, ...], chars: int, sampling: dict[str, Any], told: str
+) -> None:
+    engine = SyntheticEngine(clock=Clock())
+    outputs = engine.submit(resumed(prior, chars, **sampling))
+    [failed] = outputs
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable) == ("bad_request", False)
+    assert told in failed.message
+    assert engine.stats() == EngineStats()
+
+
+def test_it_can_be_made_unable_to_resume() -> None:
+    assert SyntheticEngine(resumes=False).load() == [ModelInfo("synthetic", chat=True, resumes=False)]
 
 
 def test_reset_drops_everything() -> None:
