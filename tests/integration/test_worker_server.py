@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -16,6 +17,7 @@ from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.messages import (
     Accepted,
     Cancel,
+    Chunk,
     Chunks,
     Credit,
     Disconnect,
@@ -32,8 +34,9 @@ from tokenmq.protocol.messages import (
     Request,
     WorkerState,
 )
+from tokenmq.protocol.messages import Drain as DrainMessage
 from tokenmq.protocol.messages import ModelInfo as Model
-from tokenmq.protocol.payload import Generation, Sampling, pack_generation
+from tokenmq.protocol.payload import Generation, Prior, Sampling, pack_generation
 from tokenmq.transport.endpoints import EndpointError
 from tokenmq.worker import server as server_module
 from tokenmq.worker.engines.base import Engine, EngineLoadError, Output, Tokens
@@ -103,14 +106,39 @@ class Broker:
         """Wait for a worker that takes requests."""
         return self.until(Ready, lambda message: message.load.state is WorkerState.READY)[0]
 
-    def request(self, peer: bytes, number: int = 1, *, credit: int = 10**6, tokens: int = 20, seed: int = 3) -> bytes:
-        payload = pack_generation(Generation(prompt="a b", sampling=Sampling(max_tokens=tokens, seed=seed)))
-        self.send(peer, Request(request_id(number), Envelope("toy", 1, credit, route=ROUTE), payload))
+    def request(
+        self,
+        peer: bytes,
+        number: int = 1,
+        *,
+        credit: int = 10**6,
+        tokens: int = 20,
+        seed: int = 3,
+        stop: tuple[str, ...] = (),
+        attempt: int = 1,
+        prior: Prior | None = None,
+    ) -> bytes:
+        sampling = Sampling(max_tokens=tokens, seed=seed, stop=stop)
+        payload = pack_generation(Generation(prompt="a b", sampling=sampling, prior=prior))
+        known = 0 if prior is None else len(prior.token_ids)
+        envelope = Envelope("toy", attempt, credit, route=ROUTE, prior_tokens=known)
+        self.send(peer, Request(request_id(number), envelope, payload))
         return request_id(number)
 
-    def text(self, subject: bytes) -> str:
+    def chunks(self, subject: bytes, attempt: int = 1) -> list[Chunk]:
         messages = [message for heard in self.heard.values() for message in heard if isinstance(message, Chunks)]
-        return "".join(chunk.text for message in messages for chunk in message.chunks if chunk.request_id == subject)
+        found = [chunk for message in messages for chunk in message.chunks if chunk.request_id == subject]
+        return [chunk for chunk in found if chunk.attempt == attempt]
+
+    def text(self, subject: bytes, attempt: int = 1) -> str:
+        return "".join(chunk.text for chunk in self.chunks(subject, attempt))
+
+    def token_ids(self, subject: bytes, attempt: int = 1) -> list[int]:
+        """Return a stream's tokens so far; its chunks must follow one another."""
+        chunks = self.chunks(subject, attempt)
+        for before, chunk in pairwise(chunks):
+            assert chunk.offset == before.offset + len(before.token_ids)
+        return [token for chunk in chunks for token in chunk.token_ids]
 
     def close(self) -> None:
         self.context.destroy(linger=0)
@@ -377,6 +405,93 @@ def test_drain_gives_back_what_does_not_end_in_time(broker: Broker, start: Any) 
     broker.request(peer, tokens=100_000)
     broker.until(Chunks)
     worker.server.drain(0.05)
+    _, error = broker.until(Error)
+    assert (error.code, error.retryable) == ("draining", True)
+    broker.until(Goodbye)
+    assert worker.exit_code() == 0
+
+
+@pytest.mark.parametrize("completes", [True, False])
+def test_another_worker_goes_on_where_one_stopped(broker: Broker, start: Any, completes: bool) -> None:
+    """Cut inside a stop string, or in what only looks like one: text is held back then, and no character is lost."""
+    words = [text_of(token_at(3, position)) for position in range(12)]
+    stop = (words[5][-2:] + words[6] + (words[7][:2] if completes else "never"),)
+    start(toy(), broker.endpoint, name="first")
+    first = broker.ready()
+    whole = broker.request(first, 1, tokens=12, stop=stop)
+    undisturbed = broker.until(Finish)[1]
+    assert (undisturbed.reason is FinishReason.STOP) is completes
+
+    cut = broker.request(first, 2, tokens=12, stop=stop, credit=7)
+    broker.until(Chunks, lambda message: message.chunks[-1].offset + len(message.chunks[-1].token_ids) == 7)
+    had, text = broker.token_ids(cut), broker.text(cut)
+    assert len(text) < len(expected_text(3, 7)), "it holds text back at the cut"
+
+    start(toy(), broker.endpoint, name="second")
+    second = broker.ready()
+    broker.request(second, 2, tokens=12, stop=stop, attempt=2, prior=Prior(tuple(had), len(text)))
+    end = broker.until(Finish)[1]
+    assert (end.id, end.attempt, end.reason, end.usage) == (cut, 2, undisturbed.reason, undisturbed.usage)
+    assert broker.chunks(cut, 2)[0].offset == 7
+    assert had + broker.token_ids(cut, 2) == broker.token_ids(whole)
+    assert text + broker.text(cut, 2) == broker.text(whole)
+
+
+def test_a_prior_that_is_complete_brings_the_rest_of_the_text_and_the_end(broker: Broker, start: Any) -> None:
+    start(toy(), broker.endpoint)
+    prior = Prior(tuple(token_at(3, position) for position in range(4)), 5)
+    subject = broker.request(broker.ready(), tokens=4, attempt=2, prior=prior, credit=4)
+    end = broker.until(Finish)[1]
+    assert (end.attempt, end.reason, end.usage.completion_tokens) == (2, FinishReason.LENGTH, 4)
+    assert [(chunk.offset, chunk.token_ids) for chunk in broker.chunks(subject, 2)] == [(4, ())]
+    assert broker.text(subject, 2) == expected_text(3, 4)[5:]
+
+
+def test_an_engine_that_does_not_resume_refuses(broker: Broker, start: Any) -> None:
+    start(toy(resumes=False), broker.endpoint)
+    peer = broker.ready()
+    subject = broker.request(peer, attempt=2, prior=Prior((token_at(3, 0),)))
+    _, error = broker.until(Error)
+    assert (error.id, error.attempt, error.code, error.retryable) == (subject, 2, "cannot_resume", False)
+    broker.request(peer, attempt=3)
+    assert broker.until(Finish)[1].attempt == 3
+
+
+def test_a_reader_that_grants_nothing_is_given_up_and_its_place_is_free(broker: Broker, start: Any) -> None:
+    start(toy(tokens_per_second=200.0), broker.endpoint, slots=1, reader_timeout_s=0.2)
+    peer = broker.ready()
+    gone = broker.request(peer, 1, credit=3, tokens=100_000)
+    _, error = broker.until(Error)
+    assert (error.id, error.code, error.retryable) == (gone, "reader_timeout", False)
+    assert len(broker.token_ids(gone)) == 3
+    subject = broker.request(peer, 2, tokens=5)
+    assert broker.until(Finish)[1].id == subject
+
+
+def test_a_broker_asks_the_worker_to_leave(broker: Broker, start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.closing(Broker()) as other, caplog.at_level(logging.INFO, "tokenmq.worker"):
+        worker = start(toy(tokens_per_second=100.0), broker.endpoint, other.endpoint)
+        peer, asking = broker.ready(), other.ready()
+        subject = broker.request(peer, tokens=30)
+        broker.until(Chunks)
+        other.send(asking, DrainMessage(WAIT_S))
+        other.until(Draining)
+        broker.until(Draining)
+        broker.until(Finish)
+        assert broker.text(subject) == expected_text(3, 30)
+        broker.until(Goodbye)
+        other.until(Goodbye)
+        assert worker.exit_code() == 0
+        [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("draining")]
+        assert other.endpoint in line
+
+
+def test_what_does_not_end_in_the_time_that_the_broker_gives_is_given_back(broker: Broker, start: Any) -> None:
+    worker = start(toy(tokens_per_second=10.0), broker.endpoint)
+    peer = broker.ready()
+    broker.request(peer, tokens=100_000)
+    broker.until(Chunks)
+    broker.send(peer, DrainMessage(0.05))
     _, error = broker.until(Error)
     assert (error.code, error.retryable) == ("draining", True)
     broker.until(Goodbye)
