@@ -120,7 +120,7 @@ class Exchange:
         stream = self._current(chunk.request_id, chunk.attempt)
         if stream is None:
             return
-        unwatched = stream.heard_at is None
+        first = not stream.has_news
         try:
             new = stream.accept(chunk, now)
         except StreamFaultError as fault:
@@ -129,8 +129,8 @@ class Exchange:
             return
         if new:
             self._orders.add(Deliver(chunk.request_id, chunk))
-            if unwatched:
-                self._watch(stream)
+            if first:
+                self._watch(stream)  # the next token has another timeout than the first
         else:
             self.dropped["repeat"] += 1
 

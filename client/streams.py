@@ -90,7 +90,7 @@ class OpenStream:
     @property
     def barren_attempts(self) -> int:
         """Attempts since the last token, if the present one has failed now."""
-        return 0 if len(self.tokens) > self.first_token else self.barren + 1
+        return 0 if self.has_news else self.barren + 1
 
     def attempts(self, error: TokenmqError | None = None) -> tuple[Attempt, ...]:
         """Return all attempts; the present one with the error that ends it, if any."""
@@ -146,16 +146,17 @@ class OpenStream:
 
     def silence(self, settings: Settings) -> TokenmqError:
         """Return the error for a worker that has been silent for too long."""
-        code = ErrorCode.INTER_TOKEN_TIMEOUT if self._has_news else ErrorCode.FIRST_TOKEN_TIMEOUT
-        which = "token" if self._has_news else "first token"
+        code = ErrorCode.INTER_TOKEN_TIMEOUT if self.has_news else ErrorCode.FIRST_TOKEN_TIMEOUT
+        which = "token" if self.has_news else "first token"
         message = f"worker {self.worker} brought no {which} for {self._patience_s(settings):g} s"
         return self.error(code, message, retryable=True)
 
     def _patience_s(self, settings: Settings) -> float | None:
-        return settings.inter_token_timeout_s if self._has_news else settings.first_token_timeout_s
+        return settings.inter_token_timeout_s if self.has_news else settings.first_token_timeout_s
 
     @property
-    def _has_news(self) -> bool:
+    def has_news(self) -> bool:
+        """Whether the present attempt has brought tokens."""
         return len(self.tokens) > self.first_token
 
     def grant(self, limit: int, now: float) -> Credit:

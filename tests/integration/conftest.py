@@ -21,10 +21,10 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[..., LocalCluster]]:
     """Start clusters that end with the test."""
     clusters: list[LocalCluster] = []
 
-    def make(*broker_options: str) -> LocalCluster:
+    def make(*broker_options: str, brokers: int = 1) -> LocalCluster:
         folder = tmp_path / f"cluster-{len(clusters)}"
         folder.mkdir()
-        clusters.append(LocalCluster(*broker_options, folder=folder))
+        clusters.append(LocalCluster(*broker_options, brokers=brokers, folder=folder))
         return clusters[-1]
 
     yield make

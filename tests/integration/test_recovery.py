@@ -150,6 +150,8 @@ def test_without_resume_it_is_an_error_at_once(make_cluster: MakeCluster) -> Non
 def test_a_killed_broker_costs_nothing_where_there_is_another(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(brokers=2)
     with two_workers(cluster) as client:
+        # Before both sessions are open, requests go to the one that is.
+        eventually(lambda: _broker_of(client) == cluster.frontends[0], "the client prefers the first broker")
         readers = [read(client, seed) for seed in range(10)]
         for reader in readers:
             reader.wait_for(3)
