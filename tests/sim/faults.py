@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from .kinds import FAULTS
-from .net import Link
-
 from .broker import SimBroker
 from .client import SimClient
+from .kinds import FAULTS
+from .net import Link
 from .peer import Peer
 from .worker import SimWorker
 

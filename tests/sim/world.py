@@ -14,7 +14,7 @@ from .broker import SimBroker
 from .client import Reading, SimClient, Wish
 from .engine import MODEL
 from .faults import Faults
-from .kinds import Kind, kind_of
+from .kinds import kind_of
 from .net import Net, Node
 from .verdict import check_ends
 from .worker import SimWorker
