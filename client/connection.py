@@ -83,6 +83,8 @@ class Connection:
         self._links: dict[str, Link] = {}
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
+        #: The time of everything in the present turn, taken when its wait was over.
+        self._now = time.monotonic()
         #: Mailboxes that got something in this turn, in the order of arrival.
         self._touched: dict[Mailbox, None] = {}
         self._performers: dict[type[Any], Callable[[Any], None]] = {
@@ -154,17 +156,19 @@ class Connection:
             self._stop()
 
     def _turn(self) -> None:
-        now, deadline = time.monotonic(), self._core.next_deadline()
-        wait_s = MAX_WAIT_S if deadline is None else min(max(0.0, deadline - now), MAX_WAIT_S)
+        deadline = self._core.next_deadline()
+        wait_s = MAX_WAIT_S if deadline is None else min(max(0.0, deadline - time.monotonic()), MAX_WAIT_S)
         ready = self._pump.wait(wait_s)
-        late_s = time.monotonic() - now - wait_s
+        # From one time to the next: this thread may be stopped, or kept from the interpreter, anywhere in a turn.
+        before, self._now = self._now, time.monotonic()
+        late_s = self._now - before - wait_s
         if late_s > _LATE_S:
             self._core.forgive(late_s)
         self._take_commands()
         for endpoint, link in list(self._links.items()):
             if ready and link.among(ready):
                 self._serve(endpoint, link, ready)
-        self._perform(self._core.tick(time.monotonic()))
+        self._perform(self._core.tick(self._now))
         self._ring()
 
     def _take_commands(self) -> None:
@@ -196,7 +200,6 @@ class Connection:
 
     def _receive(self, endpoint: str, link: Link) -> int:
         messages = link.receive(_BATCH_MESSAGES)
-        now = time.monotonic()
         for frames in messages:
             if self._links.get(endpoint) is not link:
                 break  # an earlier message has ended the session
@@ -204,11 +207,11 @@ class Connection:
                 event: Event = Received(endpoint, decode(frames))
             except ProtocolError as error:
                 event = Malformed(endpoint, error)
-            self._perform(self._core.handle(event, now))
+            self._tell(event)
         return len(messages)
 
     def _tell(self, event: Event) -> None:
-        self._perform(self._core.handle(event, time.monotonic()))
+        self._perform(self._core.handle(event, self._now))
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
@@ -234,7 +237,7 @@ class Connection:
     def _open(self, action: Open) -> None:
         try:
             self._links[action.endpoint] = Link(self._context, action.endpoint, self._pump)
-        except EndpointError as error:
+        except (EndpointError, zmq.ZMQError) as error:  # out of file descriptors is what may pass, too
             self._tell(Lost(action.endpoint, str(error)))
 
     def _close_socket(self, action: CloseSocket) -> None:

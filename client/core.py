@@ -86,10 +86,13 @@ class ClientCore:
 
     def tick(self, now: float) -> list[Action]:
         """Return the actions that the time calls for."""
+        # All of them first: a request of one must not go on in another that is over as well.
+        silent = [(session, why) for session in self.sessions if (why := session.silence(now)) is not None]
+        for session, why in silent:
+            self.sessions.end(session, why, now, farewell=session.open)
+        for session, why in silent:
+            self._session_ended(session, why, now)
         for session in self.sessions:
-            reason = session.silence(now)
-            if reason is not None:
-                self._end_session(session, reason, now, farewell=session.open)
             heartbeat = session.heartbeat(now)
             if heartbeat is not None:
                 self._orders.add(heartbeat)
@@ -157,13 +160,13 @@ class ClientCore:
             self._end_session(session, over.reason, now, farewell=not over.mutual)
             return
         if about_request:
-            self._take(event.message, now)
+            self._take(event.message, session, now)
         elif session.open and not was_open:
             self._orders.log("session_opened", endpoint=session.endpoint, broker=session.broker)
             self._exchange.session_opened(now)
             self._queries.session_opened(now)
 
-    def _take(self, message: Message, now: float) -> None:
+    def _take(self, message: Message, session: Session, now: float) -> None:
         if isinstance(message, Chunks):
             for chunk in message.chunks:
                 self._exchange.chunk(chunk, now)
@@ -175,12 +178,15 @@ class ClientCore:
             if message.id in self._queries:
                 self._queries.answer(message.id, error=error_from(message))
             else:
-                self._exchange.error(message, now)
+                self._exchange.error(message, session.endpoint, now)
         elif isinstance(message, Reply) and not self._queries.reply(message):
             self._exchange.dropped["unknown"] += 1
 
     def _end_session(self, session: Session, reason: str, now: float, *, farewell: bool) -> None:
         self.sessions.end(session, reason, now, farewell=farewell)
+        self._session_ended(session, reason, now)
+
+    def _session_ended(self, session: Session, reason: str, now: float) -> None:
         message = f"the session with the broker at {session.endpoint} ended: {reason}"
         self._exchange.session_ended(session.endpoint, message, now)
         self._queries.session_ended(session.endpoint, message)

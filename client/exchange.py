@@ -147,12 +147,13 @@ class Exchange:
             stream.worker = message.worker
             self._end(stream, ending)
 
-    def error(self, message: Error, now: float) -> None:
-        """Take the failure of an attempt."""
-        # Attempt 0: the broker could not read the request, and so knows no attempt.
+    def error(self, message: Error, endpoint: str, now: float) -> None:
+        """Take the failure of an attempt that a broker tells of."""
         attempt = message.attempt
-        if not attempt and message.id in self._streams:
-            attempt = self._streams[message.id].attempt
+        present = self._streams.get(message.id)
+        # Attempt 0: the broker could not read the request, and so knows no attempt. It is the one that it was sent.
+        if not attempt and present is not None and present.endpoint == endpoint:
+            attempt = present.attempt
         stream = self._current(message.id, attempt)
         if stream is not None:
             stream.worker = message.worker or stream.worker
@@ -179,7 +180,6 @@ class Exchange:
         """Take the failure of all attempts that had left in it."""
         for stream in list(self._streams.values()):
             if stream.endpoint == endpoint:
-                stream.worker = ""  # it is not to blame, and not to be avoided
                 self._fault(stream, BrokerLostError(why, retryable=True, request_id=stream.id.hex()), now)
 
     # What time brings

@@ -21,6 +21,11 @@ DEFAULTS = Sampling()
 _check_name = text(empty=False)
 
 
+#: Room for header and envelope beside payload and attachments. The longest envelope names a model and the workers to
+#: avoid, four bytes a character.
+_HEADROOM_BYTES = 4 * limits.MAX_NAME_CHARS * (limits.MAX_AVOIDED + 1) + 1024
+
+
 def new_id() -> bytes:
     """Return an id that no other request has, and that nobody can guess."""
     return secrets.token_bytes(ID_BYTES)
@@ -58,10 +63,7 @@ def build_submit(
     generation = check_generation({**source, "sampling": chosen})
     payload = pack_generation(generation)
     frames = _attachments(attachments)
-    size = len(payload) + sum(map(len, frames))
-    # Headroom for header and envelope, which are small but not known here.
-    if size > limits.MAX_MESSAGE_BYTES - limits.MAX_TEXT_CHARS:
-        raise BadRequestError(f"request: {size} bytes, at most {limits.MAX_MESSAGE_BYTES} are allowed")
+    check_size(payload, frames)
     return Submit(
         id=new_id(),
         model=_model(model),
@@ -71,6 +73,18 @@ def build_submit(
         deadline_s=_deadline(deadline_s),
         resume=_resume(resume),
     )
+
+
+def check_size(payload: bytes, attachments: Sequence[bytes]) -> None:
+    """Check that a request fits into one message, whatever its envelope says.
+
+    Raises:
+        BadRequestError: it does not.
+    """
+    size = len(payload) + sum(map(len, attachments))
+    most = limits.MAX_MESSAGE_BYTES - _HEADROOM_BYTES
+    if size > most:
+        raise BadRequestError(f"request: {size} bytes, at most {most} are allowed")
 
 
 def build_ask(method: str, arguments: Mapping[str, Any]) -> Ask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,8 @@ class Settings:
         if not self.endpoints:
             raise BadRequestError("endpoints: at least one is needed")
         for endpoint in self.endpoints:
+            if not isinstance(endpoint, str):
+                raise BadRequestError(f"endpoints: expected strings, got {endpoint!r:.80}")
             check_destination(endpoint)
         if len(set(self.endpoints)) < len(self.endpoints):
             raise BadRequestError("endpoints: each may stand there once")
@@ -122,6 +124,8 @@ def settings_from(endpoints: str | Sequence[str] | None, *, name: str | None, **
     """
     if endpoints is None:
         endpoints = DEFAULT_FRONTEND
+    if not isinstance(endpoints, Iterable):
+        raise BadRequestError(f"endpoints: expected a string or several, got {endpoints!r:.80}")
     return Settings(
         endpoints=(endpoints,) if isinstance(endpoints, str) else tuple(endpoints),
         name=_default_name() if name is None else name,

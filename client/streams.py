@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..protocol import limits
-from ..protocol.errors import ErrorCode, ProtocolError, TokenmqError, exception_for
+from ..protocol.errors import BrokerLostError, ErrorCode, ProtocolError, TokenmqError, exception_for
 from ..protocol.messages import Cancel, Chunk, Credit, Envelope, Error, Finish, FinishReason, Request
 from ..protocol.payload import Prior, resumed
 from .events import Attempt, Ending, Submit
+from .request import check_size
 from .settings import Settings
 
 #: Chunks without tokens are not bounded by credit. An engine sends one, for the text that it held back at the end;
@@ -105,7 +106,10 @@ class OpenStream:
             BadRequestError: with the tokens so far the request is too large.
         """
         order, deadline, tokens = self.order, self.deadline, tuple(self.tokens)
-        payload = resumed(order.payload, Prior(tokens, self.text_chars)) if tokens else order.payload
+        payload = order.payload
+        if tokens:
+            payload = resumed(payload, Prior(tokens, self.text_chars))
+            check_size(payload, order.attachments)
         self.place, self.endpoint = Place.SENT, endpoint
         self.granted = order.window.limit
         envelope = Envelope(
@@ -127,7 +131,8 @@ class OpenStream:
     def fail(self, error: TokenmqError) -> None:
         """Close the present attempt and begin the next one, here."""
         self.past.append(self.attempts(error)[-1])
-        if self.worker:
+        # A broker's end is not its worker's fault; that one may even have the tokens in its cache still.
+        if self.worker and not isinstance(error, BrokerLostError):
             self.avoid = [name for name in self.avoid if name != self.worker] + [self.worker]
             del self.avoid[: -limits.MAX_AVOIDED]
         self.barren = self.barren_attempts

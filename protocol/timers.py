@@ -25,10 +25,14 @@ class Timers:
         """Give the id this deadline, in the place of an earlier one."""
         self._when[key] = when
         heapq.heappush(self._heap, (when, key))
+        self._tidy()
 
     def drop(self, key: bytes) -> None:
         """Take the id's deadline away; none is fine too."""
         self._when.pop(key, None)
+        self._tidy()
+
+    def _tidy(self) -> None:
         # Entries that nobody looks at are thrown away before they outnumber the others.
         if len(self._heap) > 64 + 2 * len(self._when):
             self._heap = [(when, found) for found, when in self._when.items()]

@@ -1,12 +1,12 @@
-"""What a stream may receive, in which order, and how it ends exactly once."""
+"""What a stream may receive, in which order, and how it ends exactly once. What is repaired is in test_recovery.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from tokenmq.client.events import CancelStream, Deliver, Ended, Ending, Grant
+from tokenmq.client.events import Answered, Attempt, CancelStream, Deliver, Ended, Ending, Grant
 from tokenmq.client.streams import MAX_TAILS
-from tokenmq.protocol.errors import BusyError, ErrorCode, TokenmqError, WorkerLostError
+from tokenmq.protocol.errors import BusyError, ErrorCode, WorkerLostError
 from tokenmq.protocol.messages import (
     NO_ID,
     Cancel,
@@ -21,20 +21,14 @@ from tokenmq.protocol.messages import (
     Usage,
 )
 
-from .story import Story, key, make_chunk, sent
+from .story import ONE, Story, failure, key, make_chunk, sent
 
 
 @pytest.fixture
 def story() -> Story:
     story = Story()
-    story.open_session()
+    story.open_sessions()
     return story
-
-
-def failure(actions: list[object]) -> TokenmqError:
-    (end,) = [action for action in actions if isinstance(action, Ended)]
-    assert isinstance(end.outcome, TokenmqError)
-    return end.outcome
 
 
 def test_chunks_are_delivered_then_the_end(story: Story) -> None:
@@ -42,7 +36,7 @@ def test_chunks_are_delivered_then_the_end(story: Story) -> None:
     assert story.chunk(0, 2) == [Deliver(key(1), make_chunk(0, 2))]
     assert story.chunk(2, 3) == [Deliver(key(1), make_chunk(2, 3))]
     end = Ending(FinishReason.STOP, Usage(3, 5), Timings(), "worker-1")
-    assert story.finish(5) == [Ended(key(1), 1, end)]
+    assert story.finish(5) == [Ended(key(1), (Attempt(1, ONE, "worker-1"),), end)]
     assert story.finish(5) == []
 
 
@@ -65,7 +59,9 @@ def test_text_without_tokens_cannot_go_on_for_ever(story: Story) -> None:
     tail = Chunks(NO_ID, (Chunk(key(1), 1, 0, 0, (), "!"),))
     for _ in range(MAX_TAILS):
         story.receive(tail)
-    assert failure(story.receive(tail)).code == ErrorCode.PROTOCOL.value
+    actions = story.receive(tail)
+    assert sent(actions) == [Cancel(key(1), 1)]
+    assert failure(actions).code == ErrorCode.PROTOCOL.value
 
 
 def test_a_repeat_is_dropped(story: Story) -> None:
@@ -78,7 +74,7 @@ def test_a_repeat_is_dropped(story: Story) -> None:
 
 @pytest.mark.parametrize(("offset", "tokens"), [(3, 1), (1, 2), (0, 3)])
 def test_a_gap_or_an_overlap_fails_the_stream_and_tells_the_worker(story: Story, offset: int, tokens: int) -> None:
-    story.submit(1)
+    story.submit(1, resume=False)
     story.chunk(0, 2)
     actions = story.chunk(offset, tokens)
     assert sent(actions) == [Cancel(key(1), 1)]
@@ -90,7 +86,7 @@ def test_a_gap_or_an_overlap_fails_the_stream_and_tells_the_worker(story: Story,
 
 
 def test_an_end_that_counts_more_tokens_than_came_is_a_gap(story: Story) -> None:
-    story.submit(1)
+    story.submit(1, resume=False)
     story.chunk(0, 2)
     assert isinstance(failure(story.finish(3)), WorkerLostError)
 
@@ -148,7 +144,7 @@ def test_cancel_ends_the_stream_at_once(story: Story) -> None:
     story.submit(1)
     cancel, end = story.handle(CancelStream(key(1)))
     assert sent([cancel]) == [Cancel(key(1), 1)]
-    assert end == Ended(key(1), 1, Ending(FinishReason.CANCELLED))
+    assert end == Ended(key(1), (Attempt(1, ONE),), Ending(FinishReason.CANCELLED))
     assert story.chunk(0) == []
     assert story.finish(1) == []
     assert story.handle(CancelStream(key(1))) == []
@@ -158,14 +154,14 @@ def test_a_request_that_has_not_left_is_cancelled_without_a_word() -> None:
     story = Story()
     story.tick()
     story.submit(1)
-    assert story.handle(CancelStream(key(1))) == [Ended(key(1), 1, Ending(FinishReason.CANCELLED))]
+    assert story.handle(CancelStream(key(1))) == [Ended(key(1), (Attempt(1),), Ending(FinishReason.CANCELLED))]
     story.greet()
     assert sent(story.welcome()) == []
 
 
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_an_error_becomes_the_exception_of_its_code(story: Story, attempt: int) -> None:
-    story.submit(1)
+    story.submit(1, resume=False)
     actions = story.receive(Error(key(1), attempt, "busy", "the waiting room is full", True, 2.5))
     error = failure(actions)
     assert isinstance(error, BusyError)
@@ -186,4 +182,5 @@ def test_an_error_of_another_attempt_or_stream_is_dropped(story: Story) -> None:
 def test_an_error_answers_a_query(story: Story) -> None:
     story.ask(9)
     (answer,) = story.receive(Error(key(9), 0, "bad_request", "no such question"))
-    assert answer.error is not None  # type: ignore[union-attr]
+    assert isinstance(answer, Answered)
+    assert answer.error is not None
