@@ -22,7 +22,9 @@ def candidates(registry: Registry, record: RequestRecord) -> list[WorkerSession]
     return [worker for worker in able if worker.free]
 
 
-def first_served(registry: Registry, waiting: Iterable[RequestRecord]) -> tuple[RequestRecord, list[WorkerSession]] | None:
+def first_served(
+    registry: Registry, waiting: Iterable[RequestRecord]
+) -> tuple[RequestRecord, list[WorkerSession]] | None:
     """Return the first of these requests (all of one model) that a worker may take now, with those workers.
 
     Requests with the same wishes have the same candidates, so that many that cannot be served cost a look-up each.

@@ -16,8 +16,16 @@ from tokenmq.protocol.liveness import Liveness
 from .stage import ready_of, request_id
 
 
-def record(number: int, *, size_bytes: int = 1, deadline_at: float | None = None) -> RequestRecord:
-    return RequestRecord(request_id(number), "m", 1, None, b"r" * 16, None, size_bytes, 0.0, deadline_at)
+def record(number: int, *, size_bytes: int = 1, prior_tokens: int = 0) -> RequestRecord:
+    return RequestRecord(
+        request_id(number), "m", 1, None, b"r" * 16, None, size_bytes, 0.0, prior_tokens=prior_tokens
+    )  # fmt: skip
+
+
+def pop(room: WaitingRoom, now: float) -> RequestRecord:
+    first = next(iter(room))
+    room.serve(first, now)
+    return first
 
 
 def worker(name: str, *models: str, peer: bytes = b"") -> WorkerSession:
@@ -36,9 +44,29 @@ class TestWaitingRoom:
             room.append(each)
         room.remove(records[1])
         assert list(room) == [records[0], records[2], records[3]]
-        assert room.first() is records[0]
-        assert [room.pop(1.0) for _ in range(3)] == [records[0], records[2], records[3]]
+        assert [pop(room, 1.0) for _ in range(3)] == [records[0], records[2], records[3]]
         assert (len(room), room.bytes) == (0, 0)
+
+    def test_those_that_resume_come_first_and_have_places_of_their_own(self) -> None:
+        room = WaitingRoom(2)
+        records = [record(number, prior_tokens=number % 2) for number in range(4)]
+        for each in records:
+            assert room.has_place_for(each)
+            room.append(each)
+        assert not room.has_place_for(record(4))
+        assert not room.has_place_for(record(5, prior_tokens=1))
+        assert room.resumed() == [records[1], records[3]]
+        assert [pop(room, 1.0) for _ in range(4)] == [records[1], records[3], records[0], records[2]]
+        assert (len(room), room.bytes) == (0, 0)
+
+    def test_attempts_of_one_request_are_told_apart(self) -> None:
+        room = WaitingRoom(10)
+        first, second = record(1), record(1)
+        second.attempt = 2
+        room.append(first)
+        room.append(second)
+        room.remove(first)
+        assert list(room) == [second]
 
     def test_bounds_in_number_and_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(queue, "MAX_WAITING_BYTES", 10)
@@ -55,7 +83,7 @@ class TestWaitingRoom:
         for number in range(100):
             room.append(record(number))
         for number in range(50):
-            room.pop(0.25 * number)
+            pop(room, 0.25 * number)
         assert room.retry_after_s() == pytest.approx(0.25, rel=0.05)
 
     def test_the_time_to_come_back_is_bounded(self) -> None:
@@ -64,8 +92,8 @@ class TestWaitingRoom:
             fast.append(record(number))
             slow.append(record(number))
         for number in range(50):
-            fast.pop(0.0)
-            slow.pop(1000.0 * number)
+            pop(fast, 0.0)
+            pop(slow, 1000.0 * number)
         assert fast.retry_after_s() == 0.05
         assert slow.retry_after_s() == 30.0
 
@@ -74,14 +102,14 @@ class TestWaitingRoom:
         room = WaitingRoom(10)
         for number in range(2):
             room.append(record(number))
-        room.pop(0.0)
+        pop(room, 0.0)
         if cancelled:
-            room.remove(room.first())
+            room.remove(next(iter(room)))
         else:
-            room.pop(1.0)
+            pop(room, 1.0)
         for number in range(5):  # hours apart, each served at once
             room.append(record(number))
-            room.pop(3600.0 * number)
+            pop(room, 3600.0 * number)
         assert room.retry_after_s() == 1.0
 
 

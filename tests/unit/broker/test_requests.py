@@ -9,6 +9,7 @@ import pytest
 
 from tokenmq.broker import exchange as exchange_module
 from tokenmq.broker import queue as queue_module
+from tokenmq.broker.requests import key_of
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.limits import MAX_TEXT_CHARS
 from tokenmq.protocol.messages import (
@@ -25,6 +26,7 @@ from tokenmq.protocol.messages import (
     ModelInfo,
     Parked,
     Request,
+    Started,
     Timings,
     Usage,
     WorkerState,
@@ -42,7 +44,10 @@ def test_a_request_goes_to_a_free_worker_with_its_return_route(stage: Stage) -> 
     said = client.asks(1, deadline_s=9.0, payload=b"prompt", attachments=(b"image",))
     [route] = worker_session(stage, "w1").routes
     envelope = Envelope("m", 1, 8, 9.0, route)
-    assert said == [("w1", Request(request_id(1), envelope, b"prompt", (b"image",)))]
+    assert said == [
+        ("w1", Request(request_id(1), envelope, b"prompt", (b"image",))),
+        ("ann", Started(request_id(1), 1, "w1")),
+    ]
     stage.now += 1.0
     assert worker.finishes(1) == [("ann", finish(1, worker="w1"))]
     assert stage.core.exchange.tally() == ENDED
@@ -52,7 +57,7 @@ def test_a_request_goes_to_a_free_worker_with_its_return_route(stage: Stage) -> 
 def test_a_route_that_a_client_writes_into_its_request_is_ignored(stage: Stage) -> None:
     stage.worker("w1")
     client = stage.client()
-    [(_, request)] = client.says(Request(request_id(1), Envelope("m", 1, 8, route=b"f" * 16), b""))
+    (_, request), _ = client.says(Request(request_id(1), Envelope("m", 1, 8, route=b"f" * 16), b""))
     assert isinstance(request, Request)
     assert request.envelope.route != b"f" * 16
 
@@ -94,6 +99,7 @@ def test_a_worker_with_several_models_serves_the_longest_wait_first(stage: Stage
 
 
 def test_an_unknown_model_is_refused_with_those_that_are_known(stage: Stage) -> None:
+    stage.passes(5.0)
     stage.worker("w1", "b", "a")
     [(_, error)] = stage.client().asks(1, "c")
     assert error == Error(request_id(1), 1, "model_not_found", "no worker serves 'c'; models here: a, b")
@@ -110,6 +116,7 @@ def test_a_model_that_was_served_before_is_not_unknown(stage: Stage) -> None:
 
 
 def test_an_error_is_never_longer_than_the_wire_allows(stage: Stage) -> None:
+    stage.passes(5.0)
     stage.worker("w0", "gone").says(Goodbye())
     stage.worker("w1", *(f"{number:0256}" for number in range(40)))
     client = stage.client()
@@ -122,6 +129,7 @@ def test_an_error_is_never_longer_than_the_wire_allows(stage: Stage) -> None:
 
 def test_ever_new_model_names_are_not_remembered_for_ever(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_module, "_MAX_SEEN_MODELS", 10)
+    stage.passes(5.0)
     worker = stage.worker("w1", "m0")
     for number in range(1, 30):
         worker.changes(models=(f"m{number}",))
@@ -248,7 +256,7 @@ def test_a_lost_worker_fails_what_it_held_and_what_nobody_else_can_serve(stage: 
     said = worker.vanishes()
     message = "worker w1 was lost: its connection is gone"
     assert said == [
-        ("ann", Error(request_id(1), 1, "worker_lost", message, retryable=True)),
+        ("ann", Error(request_id(1), 1, "worker_lost", message, retryable=True, worker="w1")),
         ("bob", Error(request_id(2), 1, "no_worker", "the last worker for 'a' has left", retryable=True)),
     ]
     assert stage.core.exchange.tally() == {"waiting": 1, "running": 0, "orphaned": 0}
@@ -374,7 +382,7 @@ def test_what_has_ended_does_not_stay_until_its_deadline(stage: Stage) -> None:
     stage.busy_worker("w1", client)
     for number in range(2, 500):
         client.asks(number, deadline_s=3600.0, payload=b"x")
-        record = stage.core.exchange.records[request_id(number)]
+        record = stage.core.exchange.records[key_of(request_id(number), 1)]
         client.cancels(number)
         assert record.message is None
     stage.passes(0.0)
@@ -382,42 +390,6 @@ def test_what_has_ended_does_not_stay_until_its_deadline(stage: Stage) -> None:
     assert deadlines.next() is None
     client.asks(500, deadline_s=3600.0)
     assert deadlines.next() == stage.now + 3600.0
-
-
-def test_a_repeated_request_is_dropped(stage: Stage) -> None:
-    client = stage.client()
-    worker = stage.busy_worker("w1", client)
-    assert client.asks(1) == []
-    assert kinds(worker.finishes(1)) == [("ann", "FINISH stop")]
-    assert kinds(client.asks(1)) == [("w1", "REQUEST")]  # an id is free again when its request has ended
-
-
-def test_every_attempt_is_answered(stage: Stage) -> None:
-    client = stage.client()
-    worker = stage.busy_worker("w1", client)
-    client.cancels(1)
-    [(_, error)] = client.asks(1, attempt=2)
-    message = "attempt 1 of this request has not ended yet"
-    assert error == Error(request_id(1), 2, "busy", message, True, 0.1)
-    assert kinds(worker.finishes(1)) == [("ann", "FINISH stop")]
-    assert kinds(client.asks(1, attempt=3)) == [("w1", "REQUEST")]
-
-
-def test_a_client_that_comes_back_may_try_again_when_its_first_attempt_is_cancelled(stage: Stage) -> None:
-    client = stage.client()
-    worker = stage.busy_worker("w1", client)
-    client.vanishes()
-    again = stage.client()
-    assert kinds(again.asks(1, attempt=2)) == [("ann", "ERROR busy")]
-    worker.finishes(1, reason=FinishReason.CANCELLED)
-    assert kinds(again.asks(1, attempt=3)) == [("w1", "REQUEST")]
-
-
-def test_an_id_that_another_client_uses_is_refused_and_the_first_goes_on(stage: Stage) -> None:
-    ann, bob = stage.client("ann"), stage.client("bob")
-    worker = stage.busy_worker("w1", ann)
-    assert bob.asks(1) == [("bob", Error(request_id(1), 1, "bad_request", "this request id is in use"))]
-    assert kinds(worker.finishes(1)) == [("ann", "FINISH stop")]
 
 
 def test_answers_for_requests_that_a_worker_does_not_hold_are_dropped(stage: Stage) -> None:
@@ -438,13 +410,13 @@ def test_answers_of_an_older_attempt_are_dropped(stage: Stage) -> None:
     assert worker.finishes(1, attempt=2) == []
 
 
-def test_a_workers_error_is_passed_on_as_it_is(stage: Stage) -> None:
+def test_a_workers_error_is_passed_on_with_the_workers_own_name(stage: Stage) -> None:
     client = stage.client()
     worker = stage.busy_worker("w1", client)
     client.asks(2)
     error = Error(request_id(1), 1, "out_of_memory", "no memory", retryable=True, retry_after_s=2.0)
-    assert worker.says(error)[0] == ("ann", error)
-    assert worker_session(stage, "w1").in_flight.keys() == {request_id(2)}
+    assert worker.says(replace(error, worker="somebody else"))[0] == ("ann", replace(error, worker="w1"))
+    assert worker_session(stage, "w1").in_flight.keys() == {key_of(request_id(2), 1)}
 
 
 def test_equal_workers_take_turns_and_the_shorter_queue_comes_first(stage: Stage) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tokenmq.broker.events import ClientGone, WorkerGone
 from tokenmq.protocol.messages import (
     Accepted,
+    Cancel,
     Chunk,
     Chunks,
     Disconnect,
@@ -144,7 +146,7 @@ def test_chunks_count_as_received_whether_or_not_they_are_forwarded(stage: Stage
     assert stage.core.counters.chunk_messages == stage.core.counters.chunk_messages_dropped == 1
     stage.passes(0.9)
     beat = stage.passes(0.2)
-    assert ("ann", Heartbeat(2)) in beat  # WELCOME and the chunks
+    assert ("ann", Heartbeat(3)) in beat  # WELCOME, STARTED and the chunks
     assert ("w1", Heartbeat(2)) in beat  # ACCEPTED and REQUEST
 
 
@@ -158,8 +160,8 @@ def test_the_newer_incarnation_evicts_the_older(stage: Stage) -> None:
     new = stage.stranger_worker("w1")
     assert kinds(stage.registers(new, incarnation=2)) == [
         ("w1", "DISCONNECT superseded"),
-        ("ann", "ERROR worker_lost"),
         ("w1", "ACCEPTED"),
+        ("ann", "ERROR worker_lost"),
     ]
     assert worker_session(stage, "w1").peer == new.peer
     assert kinds(old.beats()) == [("w1", "DISCONNECT unknown_peer")]
@@ -177,7 +179,7 @@ def test_a_worker_that_reconnects_replaces_its_old_session_without_a_word(stage:
     client = stage.client()
     stage.busy_worker("w1", client)
     again = stage.stranger_worker("w1")
-    assert kinds(stage.registers(again)) == [("ann", "ERROR worker_lost"), ("w1", "ACCEPTED")]
+    assert kinds(stage.registers(again)) == [("w1", "ACCEPTED"), ("ann", "ERROR worker_lost")]
 
 
 def test_a_worker_that_comes_back_serves_what_waited_for_it(stage: Stage) -> None:
@@ -186,7 +188,7 @@ def test_a_worker_that_comes_back_serves_what_waited_for_it(stage: Stage) -> Non
     client.asks(2)
     again = stage.stranger_worker("w1")
     said = stage.registers(again, incarnation=2)
-    assert kinds(said)[1:] == [("ann", "ERROR worker_lost"), ("w1", "ACCEPTED"), ("w1", "REQUEST")]
+    assert kinds(said)[1:] == [("w1", "ACCEPTED"), ("ann", "ERROR worker_lost"), ("w1", "REQUEST")]
 
 
 def test_a_clients_goodbye_cancels_what_it_asked_for(stage: Stage) -> None:
@@ -203,7 +205,8 @@ def test_a_workers_goodbye_fails_what_it_held(stage: Stage) -> None:
     client = stage.client()
     worker = stage.busy_worker("w1", client)
     [(_, error)] = worker.says(Goodbye())
-    assert error == Error(request_id(1), 1, "worker_lost", "worker w1 was lost: it said goodbye", retryable=True)
+    message = "worker w1 was lost: it said goodbye"
+    assert error == Error(request_id(1), 1, "worker_lost", message, retryable=True, worker="w1")
 
 
 def test_probes_greet_everybody_on_the_side_where_a_connection_broke(stage: Stage) -> None:
@@ -252,7 +255,7 @@ def test_a_drained_broker_answers_all_and_says_goodbye(stages: Callable[..., Sta
     client = stage.client()
     worker = stage.busy_worker("w1", client)
     client.asks(2)
-    assert stage.tell(stage.core.drain(stage.now, 10.0)) == []
+    assert stage.tell(stage.core.drain(stage.now, 10.0)) == [("ann", Draining())]
     assert kinds(client.asks(3)) == [("ann", "ERROR draining")]
     assert kinds(worker.finishes(1)) == [("ann", "FINISH stop"), ("w1", "REQUEST")]  # what waits is still served
     assert not stage.core.stopped
@@ -280,7 +283,7 @@ def test_a_drain_gives_up_when_its_grace_is_over(stage: Stage) -> None:
 def test_a_drain_without_requests_ends_at_once_and_does_not_wait_for_orphans(stages: Callable[..., Stage]) -> None:
     idle = stages()
     idle.client()
-    assert kinds(idle.tell(idle.core.drain(idle.now, 60.0))) == [("ann", "GOODBYE")]
+    assert kinds(idle.tell(idle.core.drain(idle.now, 60.0))) == [("ann", "DRAINING"), ("ann", "GOODBYE")]
     left = stages()
     client = left.client()
     left.busy_worker("w1", client)
@@ -288,10 +291,38 @@ def test_a_drain_without_requests_ends_at_once_and_does_not_wait_for_orphans(sta
     assert kinds(left.tell(left.core.drain(left.now, 60.0))) == [("w1", "GOODBYE")]
 
 
+def test_who_comes_to_a_broker_that_drains_is_told_at_once(stage: Stage) -> None:
+    stage.busy_worker("w1", stage.client("ann"))
+    stage.core.drain(stage.now, 10.0)
+    late = stage.stranger_client("bob")
+    said = late.says(Hello("bob", "test/1"))
+    assert kinds(said) == [("bob", "WELCOME"), ("bob", "DRAINING")]
+    assert kinds(late.asks(2)) == [("bob", "ERROR draining")]
+
+
+def test_peers_that_stopped_reading_are_cut_off_with_all_that_hangs_on_them(stage: Stage) -> None:
+    ann, bob = stage.client("ann"), stage.client("bob")
+    worker = stage.busy_worker("w1", ann, number=1)
+    other = stage.worker("w2")
+    bob.asks(2)
+    why = "it has stopped reading: 9 bytes wait"
+    assert stage.happens(ClientGone(ann.peer, why, stalled=True)) == [
+        ("ann", Disconnect(DisconnectCode.EXPIRED, why)),
+        ("w1", Cancel(request_id(1), 1)),
+    ]
+    said = stage.happens(WorkerGone(other.peer, why, stalled=True))
+    assert kinds(said) == [("w2", "DISCONNECT expired"), ("bob", "ERROR worker_lost")]
+    assert kinds(ann.beats()) == [("ann", "DISCONNECT unknown_peer")]
+    assert worker.finishes(1) == []
+    assert stage.happens(ClientGone(ann.peer, why, stalled=True)) == []
+    counters = stage.core.counters
+    assert (counters.peers_stalled, counters.clients_lost, counters.workers_lost) == (2, 1, 1)
+
+
 def test_a_second_drain_may_be_more_impatient(stage: Stage) -> None:
     client = stage.client()
     stage.busy_worker("w1", client)
-    assert stage.tell(stage.core.drain(stage.now, 60.0)) == []
+    assert stage.tell(stage.core.drain(stage.now, 60.0)) == [("ann", Draining())]
     said = stage.tell(stage.core.drain(stage.now, 0.0))
     assert kinds(said)[:2] == [("ann", "ERROR draining"), ("w1", "CANCEL")]
     assert len(stage.logged("broker_draining")) == 1
