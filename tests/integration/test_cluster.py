@@ -73,7 +73,7 @@ def test_a_killed_worker_is_an_error_long_before_the_expiry(make_cluster: MakeCl
     for _ in range(2):
         cluster.start_worker(*SYNTHETIC, "--slots", "4", "--tokens-per-second", "20")
     cluster.wait_ready(MODEL, workers=2)
-    with Client(cluster.frontend) as client:
+    with Client(cluster.frontend, resume=False) as client:
         streams = [client.generate(MODEL, prompt="x", max_tokens=200, seed=seed) for seed in range(2)]
         for stream in streams:
             next(stream)  # both run, one on each worker
@@ -127,7 +127,7 @@ def test_a_stopped_worker_is_noticed_and_registers_anew_when_it_goes_on(make_clu
     cluster.start_worker(*SYNTHETIC, "--tokens-per-second", "20")
     cluster.wait_ready(MODEL)
     with Client(cluster.frontend) as client:
-        stream = client.generate(MODEL, prompt="x", max_tokens=1000, seed=1)
+        stream = client.generate(MODEL, prompt="x", max_tokens=1000, seed=1, resume=False)
         next(stream)
         cluster.workers[0].send_signal(signal.SIGSTOP)
         with pytest.raises(WorkerLostError, match="silent"):

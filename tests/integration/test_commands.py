@@ -212,7 +212,7 @@ def test_the_grace_time_ends_what_does_not_finish(make_cluster: Callable[..., Lo
     cluster.start_worker("--engine", "synthetic", "--model", MODEL, "--tokens-per-second", "5", "--grace", "0.5")
     cluster.wait_ready(MODEL)
     with Client(cluster.frontend) as client:
-        stream = client.generate(MODEL, prompt="x", max_tokens=1000, seed=1)
+        stream = client.generate(MODEL, prompt="x", max_tokens=1000, seed=1, resume=False)
         next(stream)
         cluster.workers[0].send_signal(signal.SIGTERM)
         assert cluster.workers[0].wait() == 0

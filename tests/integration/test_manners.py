@@ -38,15 +38,18 @@ def cluster(make_cluster: Callable[..., LocalCluster]) -> LocalCluster:
     return made
 
 
-def test_a_broker_that_dies_in_mid_stream_is_one_line(cluster: LocalCluster) -> None:
-    process = start(cluster, "generate", MODEL, "x", "--max-tokens", "10000")
+@pytest.mark.parametrize(("options", "code"), [((), "no_broker"), (("--no-resume",), "broker_lost")])
+def test_a_broker_that_dies_in_mid_stream_is_one_line(
+    cluster: LocalCluster, options: tuple[str, ...], code: str
+) -> None:
+    process = start(cluster, "generate", MODEL, "x", "--max-tokens", "10000", *options)
     assert process.stdout is not None
     assert process.stdout.read(1)
     cluster.broker.kill()
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert len(errors.splitlines()) == 1, errors
-    assert "broker_lost" in errors
+    assert f"({code})" in errors
 
 
 def test_ctrl_c_leaves_whole_lines_of_json(cluster: LocalCluster) -> None:
