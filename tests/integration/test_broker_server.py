@@ -26,6 +26,8 @@ from tokenmq.protocol.messages import (
     Chunks,
     Disconnect,
     DisconnectCode,
+    Drain,
+    Draining,
     Envelope,
     Error,
     Finish,
@@ -40,6 +42,7 @@ from tokenmq.protocol.messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
@@ -69,17 +72,17 @@ class Peer:
         self.socket.send_multipart(encode(message))
         self.said += 1
 
-    def hear(self, *, beats: bool = False) -> Message:
-        """Return the next message, without heartbeats unless they are asked for."""
+    def hear(self, *, beats: bool = False, started: bool = False) -> Message:
+        """Return the next message, without heartbeats and STARTED unless they are asked for."""
         until = time.monotonic() + PATIENCE_S
         while self.socket.poll(max(0, int(1000 * (until - time.monotonic())))):
             message = decode(self.socket.recv_multipart())
-            if beats or not isinstance(message, Heartbeat):
+            if (beats or not isinstance(message, Heartbeat)) and (started or not isinstance(message, Started)):
                 return message
         raise AssertionError("the broker says nothing")
 
     def expect(self, kind: type[MessageT]) -> MessageT:
-        message = self.hear()
+        message = self.hear(started=kind is Started)
         assert isinstance(message, kind), message
         return message
 
@@ -208,7 +211,7 @@ def test_both_sides_are_told_how_many_messages_went_before_a_heartbeat(broker: R
     worker.say(Chunks(route, chunk(0)))
     for peer, before in ((client, 1), (worker, 2)):
         count = before
-        while not isinstance(message := peer.hear(beats=True), Heartbeat):
+        while not isinstance(message := peer.hear(beats=True, started=True), Heartbeat):
             count += 1
         assert message.sent == count
     for peer in (client, worker):
@@ -447,6 +450,7 @@ def test_drain_lets_a_stream_end_and_says_goodbye(broker: Running) -> None:
     client, worker = broker.client(), broker.worker()
     route = open_stream(client, worker)
     broker.server.drain(PATIENCE_S)
+    client.expect(Draining)
     client.say(request(b"j" * 16))
     assert client.expect(Error).code == "draining"
     worker.say(Chunks(route, chunk(0)))
@@ -462,6 +466,7 @@ def test_drain_without_grace_answers_what_runs(broker: Running) -> None:
     client, worker = broker.client(), broker.worker()
     open_stream(client, worker)
     broker.server.drain(0.0)
+    client.expect(Draining)
     assert client.expect(Error).code == "draining"
     client.expect(Goodbye)
     assert worker.expect(Cancel) == Cancel(ID, 1)

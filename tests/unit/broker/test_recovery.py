@@ -178,7 +178,7 @@ class TestAvoiding:
     def test_a_worker_that_expires_lets_the_avoided_one_have_it(self, stage: Stage) -> None:
         client = stage.client(heartbeat_s=60.0)
         busy(stage, "w2", 1)
-        stage.now += 1.0
+        stage.passes(1.0)
         stage.worker("w1")  # heard later than the other
         client.asks(2, avoid=("w1",))
         assert ("w1", "REQUEST") in kinds(stage.passes(4.3))
