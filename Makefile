@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test lint bench chaos gap coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -26,6 +26,14 @@ lint: $(VENV)/.model
 
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/relay.py
+
+# Kill anything, lose nothing: a minute of faults; CHAOS_ARGS="--seconds 600 --seed 7" for another one, --help tells all.
+chaos: $(VENV)/.base
+	$(BIN)/python benchmarks/chaos.py $(CHAOS_ARGS)
+
+# How long a reader waits for the next token after a worker or a broker was killed.
+gap: $(VENV)/.base
+	$(BIN)/python benchmarks/gap.py $(GAP_ARGS)
 
 # Of what runs in the test process itself: the pure parts should show (almost) no missing line.
 coverage: $(VENV)/.model

@@ -58,8 +58,9 @@ class LocalProcess:
 
     def _start(self) -> None:
         with self.log.open("ab") as sink:
+            # In a session of its own: Ctrl-C is for the program that started it, and that ends it in order.
             self._process = subprocess.Popen(  # noqa: S603 (our own commands, no shell)
-                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
             )
 
     @property
