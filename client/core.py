@@ -160,25 +160,25 @@ class ClientCore:
             self._end_session(session, over.reason, now, farewell=not over.mutual)
             return
         if about_request:
-            self._take(event.message, session, now)
+            self._take(event.message, event.endpoint, now)
         elif session.open and not was_open:
             self._orders.log("session_opened", endpoint=session.endpoint, broker=session.broker)
             self._exchange.session_opened(now)
             self._queries.session_opened(now)
 
-    def _take(self, message: Message, session: Session, now: float) -> None:
+    def _take(self, message: Message, endpoint: str, now: float) -> None:
         if isinstance(message, Chunks):
             for chunk in message.chunks:
-                self._exchange.chunk(chunk, now)
+                self._exchange.chunk(chunk, endpoint, now)
         elif isinstance(message, Finish):
-            self._exchange.finish(message, now)
+            self._exchange.finish(message, endpoint, now)
         elif isinstance(message, Started):
-            self._exchange.started(message, now)
+            self._exchange.started(message, endpoint, now)
         elif isinstance(message, Error):
             if message.id in self._queries:
                 self._queries.answer(message.id, error=error_from(message))
             else:
-                self._exchange.error(message, session.endpoint, now)
+                self._exchange.error(message, endpoint, now)
         elif isinstance(message, Reply) and not self._queries.reply(message):
             self._exchange.dropped["unknown"] += 1
 

@@ -59,7 +59,7 @@ class Exchange:
 
     Attributes:
         dropped: messages that were received for nothing, by reason: `unknown` (a stream that is over, or foreign),
-            `attempt` (an older submission), `repeat`.
+            `attempt` (an older submission, or not the broker that has it), `repeat`.
     """
 
     def __init__(self, settings: Settings, sessions: Sessions, orders: Orders, random: Callable[[], float]) -> None:
@@ -108,16 +108,16 @@ class Exchange:
 
     # What comes from brokers
 
-    def started(self, message: Started, now: float) -> None:
+    def started(self, message: Started, endpoint: str, now: float) -> None:
         """Note which worker has a request."""
-        stream = self._current(message.id, message.attempt)
+        stream = self._current(message.id, message.attempt, endpoint)
         if stream is not None:
             stream.started(message.worker, now)
             self._watch(stream)
 
-    def chunk(self, chunk: Chunk, now: float) -> None:
+    def chunk(self, chunk: Chunk, endpoint: str, now: float) -> None:
         """Deliver a chunk that fits behind what has come."""
-        stream = self._current(chunk.request_id, chunk.attempt)
+        stream = self._current(chunk.request_id, chunk.attempt, endpoint)
         if stream is None:
             return
         first = not stream.has_news
@@ -134,9 +134,9 @@ class Exchange:
         else:
             self.dropped["repeat"] += 1
 
-    def finish(self, message: Finish, now: float) -> None:
+    def finish(self, message: Finish, endpoint: str, now: float) -> None:
         """End a stream, if all that the FINISH counts has come."""
-        stream = self._current(message.id, message.attempt)
+        stream = self._current(message.id, message.attempt, endpoint)
         if stream is None:
             return
         try:
@@ -148,24 +148,23 @@ class Exchange:
             self._end(stream, ending)
 
     def error(self, message: Error, endpoint: str, now: float) -> None:
-        """Take the failure of an attempt that a broker tells of."""
+        """Take the failure of an attempt."""
         attempt = message.attempt
-        present = self._streams.get(message.id)
-        # Attempt 0: the broker could not read the request, and so knows no attempt. It is the one that it was sent.
-        if not attempt and present is not None and present.endpoint == endpoint:
-            attempt = present.attempt
-        stream = self._current(message.id, attempt)
+        # 0: the broker could not read the request, and so knows no attempt.
+        if not attempt and message.id in self._streams:
+            attempt = self._streams[message.id].attempt
+        stream = self._current(message.id, attempt, endpoint)
         if stream is not None:
             stream.worker = message.worker or stream.worker
             self._fault(stream, error_from(message), now)
 
-    def _current(self, key: bytes, attempt: int) -> OpenStream | None:
-        """Return the open stream that a message is for, None (and count it) where it is too late or foreign."""
+    def _current(self, key: bytes, attempt: int, endpoint: str) -> OpenStream | None:
+        """Return the open stream that a broker's message is for, None (and count it) where it is late or foreign."""
         stream = self._streams.get(key)
         if stream is None:
             self.dropped["unknown"] += 1
             return None
-        if attempt != stream.attempt or stream.place is not Place.SENT:
+        if attempt != stream.attempt or endpoint != stream.endpoint:  # of a broker that has it no more, or not yet
             self.dropped["attempt"] += 1
             return None
         return stream

@@ -203,6 +203,7 @@ class Session:
     def close(self) -> None:
         """Be done for good."""
         self.phase = Phase.CLOSED
+        self.draining = False
         self._liveness = None
 
     def next_deadline(self) -> float | None:

@@ -126,7 +126,8 @@ class OpenStream:
     def started(self, worker: str, now: float) -> None:
         """Note that a worker has the request."""
         self.worker = worker
-        self.heard_at = now
+        if self.heard_at is None:  # what is said twice gives no more time
+            self.heard_at = now
 
     def fail(self, error: TokenmqError) -> None:
         """Close the present attempt and begin the next one, here."""

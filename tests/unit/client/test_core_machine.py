@@ -1,8 +1,10 @@
-"""A client against a broker that does anything: whatever comes, each request ends exactly once."""
+"""A client against two brokers that do anything: each request ends exactly once, with its tokens in order."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,11 +28,14 @@ from tokenmq.client.events import (
     Malformed,
     Open,
     Received,
+    Resumed,
     Send,
     Submit,
 )
+from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S
 from tokenmq.client.session import Phase
 from tokenmq.client.settings import Settings
+from tokenmq.protocol import limits
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import (
@@ -38,150 +43,261 @@ from tokenmq.protocol.messages import (
     Cancel,
     Chunk,
     Chunks,
+    Credit,
     Disconnect,
     DisconnectCode,
+    Draining,
     Error,
     Finish,
     FinishReason,
     Goodbye,
     Heartbeat,
+    Hello,
     Message,
+    Query,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
 )
+from tokenmq.protocol.payload import Generation, Prior, pack_generation, unpack_generation
 
+ONE, TWO = "tcp://a:1", "tcp://b:2"
+PAYLOAD = pack_generation(Generation(prompt="x"))
 WINDOW = 6
+EXPIRY_S = 5.0
+RETRY_AFTER_S = 1.0
+SETTINGS = Settings(
+    endpoints=(ONE, TWO),
+    name="machine",
+    connect_timeout_s=4.0,
+    query_timeout_s=3.0,
+    max_attempts=5,
+    first_token_timeout_s=4.0,
+    inter_token_timeout_s=2.0,
+)
+
 pick = st.integers(0, 10_000)
+brokers = st.sampled_from([ONE, TWO])
+workers = st.sampled_from(["v", "w"])
+
+
+@dataclass
+class Socket:
+    """One broker's side of the present connection."""
+
+    from_client: int = 0
+    to_client: int = 0
+    welcomed: bool = False
+    draining: bool = False
+
+
+@dataclass
+class Reader:
+    """What the application has of one stream, and what has been sent for it."""
+
+    window: ReceiveWindow
+    resume: bool
+    tokens: list[int] = field(default_factory=list)
+    text_chars: int = 0
+    #: The attempt that was sent last, and the broker that has it; "" once it has failed.
+    attempt: int = 0
+    at: str = ""
+    credit: int = 0
+    workers: set[str] = field(default_factory=set)
 
 
 class Machine(RuleBasedStateMachine):
-    """The model: what the application has been given, and what the present socket has carried."""
+    """The model: what the application has been given, and what the present sockets have carried."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.core = ClientCore(Settings(endpoints=("tcp://a:1", "tcp://b:2"), name="machine"), random=lambda: 0.5)
+        self.core = ClientCore(SETTINGS, random=random.Random(7).random)
         self.made = 0
         self.ends: Counter[bytes] = Counter()
-        self.open_streams: dict[bytes, ReceiveWindow] = {}
-        self.open_queries: set[bytes] = set()
-        self.delivered: dict[bytes, list[int]] = {}
-        self.has_socket = False
-        self.from_client = 0
-        self.to_client = 0
-        self.requested: set[bytes] = set()
+        self.sockets: dict[str, Socket] = {}
+        self.readers: dict[bytes, Reader] = {}
+        self.over: list[Reader] = []
+        self.questions: dict[bytes, str] = {}
+        #: The broker whose message is being dealt with.
+        self.speaker = ""
 
     # The world around the core
 
     def do(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Open):
-                assert not self.has_socket
-                self.has_socket, self.from_client, self.to_client = True, 0, 0
-                self.requested.clear()
+                assert action.endpoint not in self.sockets
+                self.sockets[action.endpoint] = Socket()
             elif isinstance(action, CloseSocket):
-                assert self.has_socket
-                self.has_socket = False
+                del self.sockets[action.endpoint]
             elif isinstance(action, Send):
-                self.check_send(action.message)
+                self.check_send(action.endpoint, action.message)
+                self.sockets[action.endpoint].from_client += 1
             elif isinstance(action, Deliver):
-                assert self.ends[action.id] == 0
-                self.delivered[action.id].extend(action.chunk.token_ids)
+                self.check_delivery(action)
+            elif isinstance(action, Resumed):
+                reader = self.readers[action.id]
+                assert reader.resume
+                assert reader.attempt == len(action.attempts) - 1
+                assert action.attempts[-2].broker == reader.at
+                assert action.attempts[-1].first_token == len(reader.tokens)
+                reader.at = ""
             elif isinstance(action, Ended):
                 self.ends[action.id] += 1
                 self.check_end(action)
-                self.open_streams.pop(action.id)
+                self.over.append(self.readers.pop(action.id))
             elif isinstance(action, Answered):
                 self.ends[action.id] += 1
-                self.open_queries.remove(action.id)
+                del self.questions[action.id]
 
-    def check_send(self, message: Message) -> None:
-        assert self.has_socket
+    def check_send(self, endpoint: str, message: Message) -> None:
+        socket = self.sockets[endpoint]
+        assert isinstance(message, Goodbye) or socket.welcomed != isinstance(message, Hello)
         if isinstance(message, Heartbeat):
-            assert message.sent == self.from_client
+            assert message.sent == socket.from_client
         elif isinstance(message, Request):
-            assert message.id not in self.requested
-            self.requested.add(message.id)
+            self.check_request(endpoint, message)
+        elif isinstance(message, Credit):
+            reader = self.readers[message.id]
+            assert (message.attempt, endpoint) == (reader.attempt, reader.at)
+            assert message.limit > reader.credit
+            reader.credit = message.limit
         elif isinstance(message, Cancel):
-            assert message.id in self.requested
-        self.from_client += 1
+            reader = self.readers[message.id]
+            assert (message.attempt, endpoint) == (reader.attempt, reader.at)
+        elif isinstance(message, Query):
+            assert not self.questions[message.id]
+            self.questions[message.id] = endpoint
+
+    def check_request(self, endpoint: str, message: Request) -> None:
+        reader, envelope = self.readers[message.id], message.envelope
+        takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
+        assert endpoint == takers[0]
+        assert not reader.at, "two attempts at once"
+        assert envelope.attempt == reader.attempt + 1 <= SETTINGS.max_attempts
+        assert reader.resume or envelope.attempt == 1
+        reader.attempt, reader.at, reader.credit = envelope.attempt, endpoint, envelope.credit
+        assert envelope.credit == reader.window.limit
+        assert envelope.prior_tokens == len(reader.tokens)
+        prior = unpack_generation(message.payload).prior
+        assert prior == (Prior(tuple(reader.tokens), reader.text_chars) if reader.tokens else None)
+        assert len(envelope.avoid) == len(set(envelope.avoid)) <= limits.MAX_AVOIDED
+        assert reader.workers.issuperset(envelope.avoid)
+
+    def takes_requests(self, endpoint: str) -> bool:
+        socket = self.sockets.get(endpoint)
+        return socket is not None and socket.welcomed and not socket.draining
+
+    def check_delivery(self, delivery: Deliver) -> None:
+        reader, chunk = self.readers[delivery.id], delivery.chunk
+        assert (chunk.attempt, self.speaker) == (reader.attempt, reader.at)
+        assert chunk.offset == len(reader.tokens)
+        reader.tokens.extend(chunk.token_ids)
+        reader.text_chars += len(chunk.text)
 
     def check_end(self, end: Ended) -> None:
-        outcome = end.outcome
+        reader, outcome = self.readers[end.id], end.outcome
+        assert len(end.attempts) in (reader.attempt, reader.attempt + 1)
+        assert [attempt.number for attempt in end.attempts] == list(range(1, len(end.attempts) + 1))
+        assert all(attempt.error is not None for attempt in end.attempts[:-1])
+        assert (end.attempts[-1].error is None) == isinstance(outcome, Ending)
         if isinstance(outcome, Ending) and outcome.usage is not None and outcome.reason is FinishReason.STOP:
-            assert outcome.usage.completion_tokens <= len(self.delivered[end.id])
+            assert outcome.usage.completion_tokens <= len(reader.tokens)
 
     def event(self, event: Event) -> None:
         self.do(self.core.handle(event, self.now))
 
-    def broker_says(self, message: Message, *, lost: bool = False) -> None:
-        if not self.has_socket or self.core.session.phase is Phase.CONNECTING:
+    def says(self, endpoint: str, message: Message, *, lost: bool = False) -> None:
+        """A broker says something, unless it has not even heard of this client; it may be lost on its way."""
+        socket = self.sockets.get(endpoint)
+        if socket is None or not socket.from_client:
             return
-        self.to_client += 1
+        if isinstance(message, Welcome):
+            socket.welcomed = True
+        elif isinstance(message, Draining):
+            socket.draining = True
+        socket.to_client += 1
         if not lost:
-            self.event(Received(message))
+            self.speaker = endpoint
+            self.event(Received(endpoint, message))
 
-    def some_id(self, number: int, open_ones: bool) -> bytes:
-        known = sorted(self.open_streams) if open_ones else []
+    def some_id(self, number: int, open_ones: bool = True) -> bytes:
+        known = sorted(self.readers) if open_ones else []
         return known[number % len(known)] if known else number.to_bytes(16, "big")
 
     # What the application does
 
-    @rule(deadline_s=st.one_of(st.none(), st.floats(0.0, 10.0)))
-    def submit(self, deadline_s: float | None) -> None:
+    @rule(deadline_s=st.one_of(st.none(), st.floats(0.0, 10.0)), resume=st.sampled_from([True, True, True, False]))
+    def submit(self, deadline_s: float | None, resume: bool) -> None:
         self.made += 1
         request_id = self.made.to_bytes(16, "big")
-        window = self.open_streams[request_id] = ReceiveWindow(WINDOW)
-        self.delivered[request_id] = []
-        self.event(Submit(request_id, "m", b"", window, (), deadline_s))
+        window = ReceiveWindow(WINDOW)
+        self.readers[request_id] = Reader(window, resume)
+        self.event(Submit(request_id, "m", PAYLOAD, window, (), deadline_s, resume))
 
     @rule()
     def ask(self) -> None:
         self.made += 1
         query_id = self.made.to_bytes(16, "big")
-        self.open_queries.add(query_id)
+        self.questions[query_id] = ""
         self.event(Ask(query_id, "models"))
 
     @rule(number=pick, known=st.booleans())
     def cancel(self, number: int, known: bool) -> None:
         request_id = self.some_id(number, known)
         self.event(CancelStream(request_id))
-        assert request_id not in self.open_streams
+        assert request_id not in self.readers
 
-    @rule(number=pick)
-    def consume(self, number: int) -> None:
-        window = self.open_streams.get(request_id := self.some_id(number, True))
-        if window is not None and window.received > window.consumed:
-            limit = window.consume(1)
-            if limit is not None:
+    @rule(number=pick, tokens=st.integers(1, WINDOW), told=st.booleans())
+    def consume(self, number: int, tokens: int, told: bool) -> None:
+        """The application reads; its grant may come to the I/O thread later than the next event, or never."""
+        request_id = self.some_id(number)
+        if request_id in self.readers:
+            window = self.readers[request_id].window
+            limit = window.consume(min(tokens, window.received - window.consumed))
+            if limit is not None and told:
                 self.event(Grant(request_id, limit))
 
     @precondition(lambda self: self.made > 15)
     @rule()
     def close(self) -> None:
         self.event(Close())
-        assert not self.open_streams
-        assert not self.open_queries
+        assert not self.readers
+        assert not self.questions
+        assert not self.sockets
 
-    # What the network does
+    # What the network and the clock do
 
-    @rule()
-    def connect(self) -> None:
-        if self.has_socket:
-            self.event(Connected())
+    @rule(at=brokers)
+    def connect(self, at: str) -> None:
+        if at in self.sockets:
+            self.event(Connected(at))
 
-    @rule()
-    def disconnect(self) -> None:
-        if self.has_socket:
-            self.event(Lost("disconnected"))
+    @rule(at=brokers)
+    def disconnect(self, at: str) -> None:
+        if at in self.sockets:
+            self.event(Lost(at, "disconnected"))
 
     @rule(seconds=st.floats(0.0, 3.0))
     def tick(self, seconds: float) -> None:
         self.now += seconds
         self.do(self.core.tick(self.now))
+
+    @rule(seconds=st.floats(0.5, 20.0))
+    def stopped(self, seconds: float) -> None:
+        """The client itself did not run: neither brokers nor workers are given up for it."""
+        open_before = [session.endpoint for session in self.core.sessions if session.open]
+        due = self.core.next_deadline()
+        if due is None or due <= self.now:
+            return
+        self.now += seconds
+        self.core.forgive(seconds)
+        self.do(self.core.tick(self.now))
+        assert [session.endpoint for session in self.core.sessions if session.open] == open_before
 
     @rule()
     def sleep(self) -> None:
@@ -192,91 +308,147 @@ class Machine(RuleBasedStateMachine):
             later = self.core.next_deadline()
             assert later is None or later > self.now, "a deadline that its tick does not settle"
 
-    @rule()
-    def up(self) -> None:
+    @rule(at=brokers)
+    def up(self, at: str) -> None:
         """The shortest way to an open session."""
-        self.now += 3.0
-        self.do(self.core.tick(self.now))
-        self.connect()
-        if self.core.session.phase is Phase.GREETING:
-            self.welcome()
+        while at not in self.sockets and not self.core.closed:
+            self.sleep()
+        self.connect(at)
+        if self.core.sessions[at].phase is Phase.GREETING:
+            self.welcome(at)
 
-    # What the broker does
+    # What the brokers do
 
-    @rule()
-    def welcome(self) -> None:
-        self.broker_says(Welcome("b", "s", 1.0, 5.0))
+    @rule(at=brokers)
+    def welcome(self, at: str) -> None:
+        self.says(at, Welcome("b", "s", 1.0, EXPIRY_S))
 
-    @rule(known=st.booleans())
-    def heartbeat(self, known: bool) -> None:
-        self.broker_says(Heartbeat(self.to_client + (not known)))
+    @rule(at=brokers, right=st.sampled_from([True, True, True, False]))
+    def heartbeat(self, at: str, right: bool) -> None:
+        if at in self.sockets:
+            self.says(at, Heartbeat(self.sockets[at].to_client + (not right)))
 
-    @rule(number=pick, tokens=st.integers(0, 3), lost=st.sampled_from([False, False, False, True]))
-    def chunk(self, number: int, tokens: int, lost: bool) -> None:
+    @rule(at=brokers)
+    def draining(self, at: str) -> None:
+        self.says(at, Draining())
+
+    @rule(number=pick, worker=workers)
+    def started(self, number: int, worker: str) -> None:
+        request_id = self.some_id(number)
+        reader = self.readers.get(request_id)
+        if reader is not None and reader.at:
+            reader.workers.add(worker)
+            self.says(reader.at, Started(request_id, reader.attempt, worker))
+
+    @rule(number=pick, tokens=st.integers(0, 3), text=st.text(max_size=2), lost=st.sampled_from([False] * 5 + [True]))
+    def chunk(self, number: int, tokens: int, text: str, lost: bool) -> None:
         """The next chunk of a stream, as an honest worker sends it; sometimes it is lost."""
-        request_id = self.some_id(number, True)
-        window = self.open_streams.get(request_id)
-        offset = 0 if window is None else window.received
-        if window is not None:
-            tokens = min(tokens, window.limit - offset)
-        chunk = Chunk(request_id, 1, 0, offset, tuple(range(offset, offset + tokens)), "x")
-        self.broker_says(Chunks(NO_ID, (chunk,)), lost=lost)
+        request_id = self.some_id(number)
+        reader = self.readers.get(request_id)
+        if reader is not None and reader.at:
+            offset = reader.window.received
+            ids = tuple(range(offset, min(offset + tokens, reader.window.limit)))
+            self.says(reader.at, Chunks(NO_ID, (Chunk(request_id, reader.attempt, 0, offset, ids, text),)), lost=lost)
 
-    @rule(number=pick, offset=st.integers(0, 12), tokens=st.integers(0, 8), attempt=st.integers(1, 2))
-    def wild_chunk(self, number: int, offset: int, tokens: int, attempt: int) -> None:
-        request_id = self.some_id(number, True)
-        tokens_ids = tuple(range(offset, offset + tokens))
-        self.broker_says(Chunks(NO_ID, (Chunk(request_id, attempt, 0, offset, tokens_ids, "x"),)))
+    @rule(number=pick, at=brokers, attempt=st.integers(1, 4), offset=st.integers(0, 12), tokens=st.integers(0, 8))
+    def wild_chunk(self, number: int, at: str, attempt: int, offset: int, tokens: int) -> None:
+        chunk = Chunk(self.some_id(number), attempt, 0, offset, tuple(range(offset, offset + tokens)), "x")
+        self.says(at, Chunks(NO_ID, (chunk,)))
 
-    @rule(number=pick, known=st.booleans(), attempt=st.integers(1, 2), tokens=st.integers(0, 4))
-    def finish(self, number: int, known: bool, attempt: int, tokens: int) -> None:
-        request_id = self.some_id(number, known)
-        self.broker_says(Finish(request_id, attempt, FinishReason.STOP, Usage(1, tokens), Timings(), "w"))
+    @rule(number=pick, missing=st.sampled_from([0, 0, 1]))
+    def finish(self, number: int, missing: int) -> None:
+        request_id = self.some_id(number)
+        reader = self.readers.get(request_id)
+        if reader is not None and reader.at:
+            usage = Usage(1, len(reader.tokens) + missing)
+            self.says(reader.at, Finish(request_id, reader.attempt, FinishReason.STOP, usage, Timings(), "w"))
 
-    @rule(number=pick, known=st.booleans(), attempt=st.integers(0, 2))
-    def error(self, number: int, known: bool, attempt: int) -> None:
-        self.broker_says(Error(self.some_id(number, known), attempt, "busy", "full", True))
+    @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(1, 4), tokens=st.integers(0, 4))
+    def wild_finish(self, number: int, at: str, known: bool, attempt: int, tokens: int) -> None:
+        usage = Usage(1, tokens)
+        self.says(at, Finish(self.some_id(number, known), attempt, FinishReason.STOP, usage, Timings(), "w"))
 
-    @rule(number=st.integers(1, 20))
-    def reply(self, number: int) -> None:
-        self.broker_says(Reply(number.to_bytes(16, "big"), []))
+    @rule(
+        number=pick,
+        known=st.booleans(),
+        after_s=st.sampled_from([None, RETRY_AFTER_S]),
+        worker=st.sampled_from(["", "v", "w"]),
+    )
+    def error(self, number: int, known: bool, after_s: float | None, worker: str) -> None:
+        request_id = self.some_id(number)
+        reader = self.readers.get(request_id)
+        if reader is not None and reader.at:
+            reader.workers.add(worker)
+            self.says(reader.at, Error(request_id, reader.attempt * known, "busy", "full", True, after_s, worker))
 
-    @rule(message=st.sampled_from([Goodbye(), Disconnect(DisconnectCode.UNKNOWN_PEER, "")]))
-    def farewell(self, message: Message) -> None:
-        self.broker_says(message)
+    @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(0, 4), retryable=st.booleans())
+    def wild_error(self, number: int, at: str, known: bool, attempt: int, retryable: bool) -> None:
+        self.says(at, Error(self.some_id(number, known), attempt, "busy", "full", retryable))
 
-    @rule()
-    def garbage(self) -> None:
-        if self.has_socket:
-            self.event(Malformed(ProtocolError("garbage")))
+    @rule(number=st.integers(1, 20), at=brokers)
+    def reply(self, number: int, at: str) -> None:
+        self.says(at, Reply(number.to_bytes(16, "big"), []))
+
+    @rule(at=brokers, message=st.sampled_from([Goodbye(), Disconnect(DisconnectCode.UNKNOWN_PEER, "")]))
+    def farewell(self, at: str, message: Message) -> None:
+        self.says(at, message)
+
+    @rule(at=brokers)
+    def garbage(self, at: str) -> None:
+        if at in self.sockets:
+            self.event(Malformed(at, ProtocolError("garbage")))
 
     # What always holds
 
     @invariant()
     def valid(self) -> None:
         self.core.validate()
-        assert self.core.session.has_socket == self.has_socket
+        for session in self.core.sessions:
+            assert session.has_socket == (session.endpoint in self.sockets)
         for request_id in (number.to_bytes(16, "big") for number in range(1, self.made + 1)):
-            is_open = request_id in self.open_streams or request_id in self.open_queries
+            is_open = request_id in self.readers or request_id in self.questions
             assert self.ends[request_id] == (0 if is_open else 1)
 
     @invariant()
     def tokens_come_in_order(self) -> None:
-        for tokens in self.delivered.values():
-            assert tokens == list(range(len(tokens)))
+        for reader in (*self.readers.values(), *self.over):
+            assert reader.tokens == list(range(len(reader.tokens)))
+
+    # The end
 
     def teardown(self) -> None:
-        """However it went: once the broker is silent for good, everything ends by itself."""
-        for _ in range(200):
-            if not (self.open_streams or self.open_queries):
-                break
-            self.sleep()
-            if self.core.session.open:
-                self.event(Lost("the end"))
-        assert not self.open_streams
-        assert not self.open_queries
+        """However it went: once workers say nothing more, and then brokers neither, everything ends by itself."""
+        self.silent_workers()
+        self.silent_brokers()
+        assert not self.readers
+        assert not self.questions
         self.event(Close())
         self.valid()
+
+    def silent_workers(self) -> None:
+        """Brokers that live give every request to a worker, and readers read: no worker brings anything."""
+        if self.core.sessions.best() is None:
+            return
+        end = self.now + SETTINGS.max_attempts * (4.0 + max(MAX_PAUSE_S, 1.25 * RETRY_AFTER_S)) + DEADLINE_SLACK_S
+        while self.readers or self.questions:
+            for at, socket in list(self.sockets.items()):
+                if socket.welcomed:
+                    self.heartbeat(at, True)
+            for request_id, reader in list(self.readers.items()):
+                reader.window.consume(reader.window.received - reader.window.consumed)
+                self.event(Grant(request_id, reader.window.limit))
+                if reader.at:
+                    reader.workers.add("v")
+                    self.says(reader.at, Started(request_id, reader.attempt, "v"))
+            self.sleep()
+            assert self.now <= end, "a silent worker is never given up"
+
+    def silent_brokers(self) -> None:
+        """Nobody says anything any more."""
+        end = self.now + EXPIRY_S + SETTINGS.connect_timeout_s + max(MAX_PAUSE_S, 1.25 * RETRY_AFTER_S) + 3.0
+        while self.readers or self.questions:
+            self.sleep()
+            assert self.now <= end, "something waits for ever"
 
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

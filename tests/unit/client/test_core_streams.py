@@ -1,4 +1,4 @@
-"""What a stream may receive, in which order, and how it ends exactly once. What is repaired is in test_recovery.py."""
+"""What a stream may receive, in which order, and how it ends exactly once. For repairs see test_recovery.py."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Faults and their repair: which ones lead to another attempt, what it carries, where it goes, and when it is the last."""
+"""Faults and their repair: which lead to another attempt, what it carries, where it goes, and when it is the last."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
-from tokenmq.client.events import Attempt, Close, CloseSocket, Deliver, Ended, Grant, Resumed, Send
+from tokenmq.client.events import Action, Attempt, Close, CloseSocket, Deliver, Ended, Grant, Resumed, Send
 from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S, PAUSE_S, pause_s
 from tokenmq.protocol import limits
 from tokenmq.protocol.errors import (
@@ -75,9 +76,9 @@ def heartbeats(story: Story) -> None:
             story.receive(Heartbeat(sent=session.received), session.endpoint)
 
 
-def patience(story: Story, seconds: float) -> list[object]:
+def patience(story: Story, seconds: float) -> list[Action]:
     """Let time pass in which brokers live and workers say nothing; return what left but heartbeats."""
-    end, actions = story.now + seconds, list[object]()
+    end, actions = story.now + seconds, list[Action]()
     while story.now < end:
         heartbeats(story)
         step = story.tick(min(1.0, end - story.now))
@@ -176,17 +177,17 @@ def test_every_attempt_may_wait_in_the_queue_for_the_queue_timeout() -> None:
 # Kinds of faults
 
 
-def gap(story: Story) -> list[object]:
-    return [*story.chunk(5)]
+def gap(story: Story) -> list[Action]:
+    return story.chunk(5)
 
 
-def overlap(story: Story) -> list[object]:
-    return [*story.chunk(1, 3)]
+def overlap(story: Story) -> list[Action]:
+    return story.chunk(1, 3)
 
 
 @pytest.mark.parametrize("fault", [gap, overlap])
 def test_a_gap_or_an_overlap_is_told_to_the_worker_and_repaired(
-    story: Story, fault: Callable[[Story], list[object]]
+    story: Story, fault: Callable[[Story], list[Action]]
 ) -> None:
     story.submit(1)
     story.started("w1")
@@ -287,9 +288,9 @@ def test_a_worker_without_a_first_token_is_left(limit_s: float) -> None:
     story.started("w1")
     assert patience(story, limit_s - 0.1) == []
     actions = patience(story, 0.2)
-    assert [type(message) for message in sent(actions)] == [Cancel, Request]  # type: ignore[arg-type]
-    assert request(actions).envelope.avoid == ("w1",)  # type: ignore[arg-type]
-    error = history(actions)[0].error  # type: ignore[arg-type]
+    assert [type(message) for message in sent(actions)] == [Cancel, Request]
+    assert request(actions).envelope.avoid == ("w1",)
+    error = history(actions)[0].error
     assert isinstance(error, FirstTokenTimeoutError)
     assert error.message == f"worker w1 brought no first token for {limit_s:g} s"
 
@@ -304,8 +305,8 @@ def test_a_worker_that_stops_between_tokens_is_left() -> None:
         story.chunk(offset)
         assert patience(story, 9.9) == []
     actions = patience(story, 0.2)
-    assert prior(request(actions)) == Prior((0, 1, 2), 3)  # type: ignore[arg-type]
-    error = history(actions)[0].error  # type: ignore[arg-type]
+    assert prior(request(actions)) == Prior((0, 1, 2), 3)
+    error = history(actions)[0].error
     assert isinstance(error, InterTokenTimeoutError)
     assert error.message == "worker w1 brought no token for 10 s"
 
@@ -318,7 +319,7 @@ def test_the_first_token_of_the_next_attempt_has_the_time_of_a_first_token() -> 
     story.error()
     story.started("w2", attempt=2)
     assert patience(story, 19.5) == []
-    assert [type(message) for message in sent(patience(story, 1.0))] == [Cancel, Request]  # type: ignore[arg-type]
+    assert [type(message) for message in sent(patience(story, 1.0))] == [Cancel, Request]
 
 
 def test_a_chunk_without_started_is_a_sign_of_the_worker_too() -> None:
@@ -327,7 +328,18 @@ def test_a_chunk_without_started_is_a_sign_of_the_worker_too() -> None:
     story.submit(1)
     story.chunk(0)
     assert patience(story, 4.5) == []
-    assert request(patience(story, 1.0)).envelope.attempt == 2  # type: ignore[arg-type]
+    assert request(patience(story, 1.0)).envelope.attempt == 2
+
+
+def test_started_that_is_said_again_gives_no_more_time() -> None:
+    story = Story(first_token_timeout_s=5.0)
+    story.open_sessions()
+    story.submit(1)
+    actions: list[Action] = []
+    for _ in range(6):
+        story.started("w1")
+        actions += patience(story, 1.0)
+    assert request(actions).envelope.attempt == 2
 
 
 def test_repeats_are_no_tokens() -> None:
@@ -335,11 +347,11 @@ def test_repeats_are_no_tokens() -> None:
     story.open_sessions()
     story.submit(1)
     story.chunk(0)
-    actions: list[object] = []
+    actions: list[Action] = []
     for _ in range(6):
         actions += patience(story, 1.0)
         story.chunk(0)
-    assert request(actions).envelope.attempt == 2  # type: ignore[arg-type]
+    assert request(actions).envelope.attempt == 2
 
 
 def test_a_used_up_window_gives_the_worker_nothing_to_say_until_the_grant() -> None:
@@ -352,8 +364,8 @@ def test_a_used_up_window_gives_the_worker_nothing_to_say_until_the_grant() -> N
     assert grants(story.consume(2)) == [Credit(key(1), 1, 6)]
     assert patience(story, 4.9) == []
     actions = patience(story, 0.2)
-    assert isinstance(history(actions)[0].error, InterTokenTimeoutError)  # type: ignore[arg-type]
-    assert request(actions).envelope.credit == 6  # type: ignore[arg-type]
+    assert isinstance(history(actions)[0].error, InterTokenTimeoutError)
+    assert request(actions).envelope.credit == 6
 
 
 def test_a_grant_while_the_window_is_open_gives_the_worker_no_more_time() -> None:
@@ -363,7 +375,7 @@ def test_a_grant_while_the_window_is_open_gives_the_worker_no_more_time() -> Non
     story.chunk(0, 3)
     patience(story, 4.0)
     assert grants(story.consume(2)) == [Credit(key(1), 1, 6)]
-    assert request(patience(story, 1.1)).envelope.attempt == 2  # type: ignore[arg-type]
+    assert request(patience(story, 1.1)).envelope.attempt == 2
 
 
 def test_grants_leave_no_trace_in_the_timers() -> None:
@@ -396,7 +408,7 @@ def test_a_client_that_was_stopped_itself_gives_nobody_up(story: Story) -> None:
     assert CloseSocket(ONE) not in (actions := story.tick())
     assert requests(actions) == []
     assert patience(story, 59.0) == []
-    assert len(requests(patience(story, 2.0))) == 1  # type: ignore[arg-type]
+    assert len(requests(patience(story, 2.0))) == 1
 
 
 # Pauses
@@ -434,7 +446,7 @@ def test_attempts_without_a_token_are_repaired_ever_more_slowly(story: Story) ->
             heartbeats(story)
             actions = story.sleep()
         left.append(story.now)
-    gaps = [later - earlier for earlier, later in zip(left, left[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(left)]
     assert gaps == pytest.approx([0.0, 0.05, 0.1, 0.2, 0.4])
 
 
@@ -452,7 +464,7 @@ def test_the_sender_of_the_error_may_ask_for_a_pause(story: Story) -> None:
     (resumed,) = story.error("busy", retry_after_s=2.0)
     assert isinstance(resumed, Resumed)
     assert patience(story, 2.4) == []
-    assert request(patience(story, 0.2)).envelope.attempt == 2  # type: ignore[arg-type]
+    assert request(patience(story, 0.2)).envelope.attempt == 2
 
 
 def test_nothing_counts_while_a_request_rests(story: Story) -> None:
@@ -523,7 +535,7 @@ def test_when_all_brokers_drain_requests_wait_for_the_connect_timeout(story: Sto
     story.receive(Draining(), TWO)
     assert story.submit(1) == []
     patience(story, 4.9)
-    error = failure(patience(story, 0.2))  # type: ignore[arg-type]
+    error = failure(patience(story, 0.2))
     assert isinstance(error, DrainingError)
     assert error.retryable
     assert ONE in error.message
@@ -568,8 +580,8 @@ def test_the_last_silence_is_told_by_its_own_code() -> None:
     story.submit(1)
     story.started()
     actions = patience(story, 2.1)
-    assert sent(actions) == [Cancel(key(1), 1)]  # type: ignore[arg-type]
-    assert isinstance(failure(actions), FirstTokenTimeoutError)  # type: ignore[arg-type]
+    assert sent(actions) == [Cancel(key(1), 1)]
+    assert isinstance(failure(actions), FirstTokenTimeoutError)
 
 
 def test_the_deadline_ends_a_request_that_waits(story: Story) -> None:
@@ -587,7 +599,7 @@ def test_the_deadline_ends_a_request_that_rests(story: Story) -> None:
     story.submit(1, deadline_s=3.0)
     story.error("busy", retry_after_s=2.0)
     actions = story.tick(3.5)
-    assert sent([a for a in actions if isinstance(a, Send) and isinstance(a.message, Request)]) == []
+    assert requests(actions) == []
     error = failure(actions)
     assert isinstance(error, DeadlineError)
     assert "it was busy" in error.message
@@ -598,8 +610,8 @@ def test_the_deadline_ends_a_request_that_has_been_sent_and_the_broker_says_noth
     story.error()
     assert patience(story, 3.0 + DEADLINE_SLACK_S / 2) == []
     actions = patience(story, DEADLINE_SLACK_S)
-    assert sent(actions) == [Cancel(key(1), 2)]  # type: ignore[arg-type]
-    error = failure(actions)  # type: ignore[arg-type]
+    assert sent(actions) == [Cancel(key(1), 2)]
+    error = failure(actions)
     assert isinstance(error, DeadlineError)
     assert "the broker did not say so" in error.message
 
@@ -629,8 +641,8 @@ def test_without_repair_a_silent_worker_is_still_told_of(story: Story) -> None:
     story.submit(1, resume=False)
     story.started("w1")
     actions = patience(story, 121.0)
-    assert sent(actions) == [Cancel(key(1), 1)]  # type: ignore[arg-type]
-    assert isinstance(failure(actions), FirstTokenTimeoutError)  # type: ignore[arg-type]
+    assert sent(actions) == [Cancel(key(1), 1)]
+    assert isinstance(failure(actions), FirstTokenTimeoutError)
 
 
 @pytest.mark.parametrize("retryable", [False, True])
@@ -761,6 +773,16 @@ def test_what_comes_of_an_older_attempt_is_dropped(story: Story) -> None:
     assert story.finish(2) == []
     assert story.core.dropped == {"attempt": 4}
     assert story.chunk(2, attempt=2) != []
+
+
+def test_only_the_broker_that_has_a_stream_speaks_for_it(story: Story) -> None:
+    story.submit(1)
+    assert story.chunk(0, at=TWO) == []
+    assert story.started(at=TWO) == []
+    assert story.error(at=TWO) == []
+    assert story.finish(0, at=TWO) == []
+    assert story.core.dropped == {"attempt": 4}
+    assert story.chunk(0, at=ONE) != []
 
 
 def test_an_old_brokers_word_on_an_unread_request_is_not_about_the_attempt_elsewhere(story: Story) -> None:
