@@ -370,7 +370,7 @@ class WorkerCore:
     def _on_drain(self, event: Drain, now: float) -> None:
         self._drain(event.grace_s, now)
 
-    def _drain(self, grace_s: float | None, now: float, **asked_by: str) -> None:
+    def _drain(self, grace_s: float | None, now: float, **asked_by: Any) -> None:
         """Begin to leave; a second time can only shorten the grace time."""
         if grace_s is None:
             grace_s = self._settings.grace_s
