@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from chaos_figures import table
 
-from tokenmq.client import Client, Stream
+from tokenmq.client import Client, Stream, TokenmqError
 from tokenmq.client.local import LocalCluster
 
 MODEL = "toy"
@@ -26,6 +26,7 @@ MAX_TOKENS = 100_000
 #: Every stream is well under way when its process is killed.
 TOKENS_BEFORE = 20
 PATIENCE_S = 30.0
+_PROGRESS_KILLS = 10
 
 
 class Reader:
@@ -34,18 +35,26 @@ class Reader:
     Attributes:
         runs: it has had TOKENS_BEFORE tokens.
         resumed_at: when it had the first token of another attempt than the first; None before.
+        error: what the stream failed with, if it did.
     """
 
     def __init__(self, client: Client, seed: int, resumed: threading.Semaphore) -> None:
         """Begin to read; `resumed` is released once, when the stream goes on after a fault."""
         self.runs = threading.Event()
         self.resumed_at: float | None = None
+        self.error: TokenmqError | None = None
         self._stream: Stream = client.generate(MODEL, prompt="x", max_tokens=MAX_TOKENS, seed=seed)
         self._resumed = resumed
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
+        try:
+            self._follow()
+        except TokenmqError as error:
+            self.error = error
+
+    def _follow(self) -> None:
         for chunk in self._stream:
             now = time.monotonic()
             if chunk.offset >= TOKENS_BEFORE:
@@ -65,10 +74,11 @@ def measure(cluster: LocalCluster, streams: int, seed: int, kind: str) -> list[f
     """Kill one process under so many streams; return the gaps of those that ran through it, in seconds."""
     resumed = threading.Semaphore(0)
     with Client(cluster.frontends, connect_timeout_s=READY_S) as client:
+        _wait_for_first_broker(client)
         readers = [Reader(client, seed * streams + number, resumed) for number in range(streams)]
         if not all(reader.runs.wait(PATIENCE_S) for reader in readers):
             raise SystemExit("error: the streams do not begin")
-        victim, hit = cluster.broker, streams  # clients prefer the first broker
+        victim, hit = cluster.broker, streams
         if kind == WORKER:
             busiest = max(client.workers(), key=lambda row: row["in_flight"])
             victim = next(worker for worker in cluster.workers if worker.name == busiest["name"])
@@ -76,12 +86,22 @@ def measure(cluster: LocalCluster, streams: int, seed: int, kind: str) -> list[f
         began = time.monotonic()
         victim.kill()
         if not all(resumed.acquire(timeout=PATIENCE_S) for _ in range(hit)):
-            raise SystemExit(f"error: after the end of {victim.name} a stream does not go on")
+            errors = [str(reader.error) for reader in readers if reader.error]
+            raise SystemExit(f"error: after the end of {victim.name} a stream does not go on; errors: {errors}")
         for reader in readers:
             reader.end()
     victim.restart()
     cluster.wait_ready(MODEL, len(cluster.workers), READY_S)
     return [reader.resumed_at - began for reader in readers if reader.resumed_at is not None]
+
+
+def _wait_for_first_broker(client: Client) -> None:
+    """Wait for the session with the broker that the client prefers: requests go there from then on."""
+    end = time.monotonic() + READY_S
+    while client.status()["broker"] != "broker-1":
+        if time.monotonic() > end:
+            raise SystemExit("error: the client finds no way to the first broker")
+        time.sleep(0.01)
 
 
 def parse() -> argparse.Namespace:
@@ -106,9 +126,10 @@ def main() -> None:
         for number in range(options.kills):
             for kind, found in gaps.items():
                 found += measure(cluster, options.streams, number, kind)
-            print(f"{number + 1} of {options.kills} kills of each kind", end="\r", flush=True)
+            if (number + 1) % _PROGRESS_KILLS == 0:
+                print(f"{number + 1} of {options.kills} kills of each kind", flush=True)
     print(f"from SIGKILL to the next token at the reader; {1000 / options.rate:g} ms between tokens otherwise")
-    for line in table(gaps, {}):
+    for line in table(gaps, {"SIGKILL": list(gaps)}):
         print(line)
 
 
