@@ -100,7 +100,12 @@ class WorkerSession(Session):
         return WorkerState.DRAINING if self.draining else self.reported.state
 
     def resumes(self, model: str) -> bool:
-        """Tell whether the worker can continue what another one has begun with the model."""
+        """Tell whether the worker can continue what another one has begun with the model, as far as it is known.
+
+        A worker that is loading has told no more than names: what waits for it is not to fail before it says more.
+        """
+        if self.reported.state is WorkerState.LOADING:
+            return any(info.name == model for info in self.ready.models)
         return any(info.resumes for info in self.ready.models if info.name == model)
 
     @property

@@ -102,6 +102,18 @@ class TestResuming:
         assert client.asks(1, prior_tokens=5) == []
         assert kinds(worker.beats(load=Load())) == [("w2", "REQUEST")]
 
+    def test_a_worker_that_loads_has_not_told_yet_whether_it_resumes(self, stage: Stage) -> None:
+        client = stage.client()
+        worker = stage.worker("w1", load=Load(WorkerState.LOADING))  # names only, as a worker says at first
+        assert client.asks(1, prior_tokens=5) == []
+        assert client.asks(2, prior_tokens=5) == []
+        worker.ready = stage_ready(worker, RESUMES)
+        assert kinds(worker.changes(load=Load()))[0] == ("w1", "REQUEST")
+        other = Stage()
+        client, worker = other.client(), other.worker("w1", load=Load(WorkerState.LOADING))
+        assert client.asks(1, prior_tokens=5) == []
+        assert ("ann", Error(request_id(1), 1, "cannot_resume", CANNOT)) in worker.changes(load=Load())
+
     def test_a_worker_that_learns_to_resume_serves_who_waits(self, stage: Stage) -> None:
         client = stage.client()
         busy(stage, "w1", 1, infos=RESUMES)
