@@ -12,6 +12,7 @@ from tokenmq.broker import events
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol.codec import header
+from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import Chunks, Command, Message
 
@@ -66,6 +67,10 @@ class SimBroker(Node):
         self.peers[link.routing_id] = (link, peer, client)
         return link
 
+    def links(self) -> list[Link]:
+        """Return all its connections."""
+        return [link for link, _, _ in self.peers.values()]
+
     def cut(self, link: Link) -> None:
         """Break one connection: both ends notice, the broker through its monitor."""
         entry = self.peers.pop(link.routing_id, None)
@@ -80,14 +85,20 @@ class SimBroker(Node):
         if entry is not None:
             self._monitor(entry[2])
 
-    def from_client(self, link: Link, message: Message) -> None:
-        if link.routing_id in self.peers:  # else it was sent to a process that is no more
+    def from_client(self, link: Link, message: Message | ProtocolError) -> None:
+        if link.routing_id not in self.peers:
+            return  # it was sent to a process that is no more
+        if isinstance(message, ProtocolError):
+            self.do(self._handle, events.BadClient(link.routing_id, message))
+        else:
             self.do(self._handle, events.FromClient(link.routing_id, message))
 
-    def from_worker(self, link: Link, message: Message) -> None:
+    def from_worker(self, link: Link, message: Message | ProtocolError) -> None:
         if link.routing_id not in self.peers:
             return
-        if isinstance(message, Chunks):
+        if isinstance(message, ProtocolError):
+            self.do(self._handle, events.BadWorker(link.routing_id, message))
+        elif isinstance(message, Chunks):
             self.do(self._route, link.routing_id, message)
         else:
             self.do(self._handle, events.FromWorker(link.routing_id, message))
@@ -151,9 +162,9 @@ class SimBroker(Node):
 
     def _send(self, action: events.ToClient | events.ToWorker) -> events.Event | None:
         entry = self.peers.get(action.peer)
-        if entry is None:
+        if entry is None or entry[0].full:
             gone = events.ClientGone if isinstance(action, events.ToClient) else events.WorkerGone
-            return gone(action.peer, "its connection is gone")
+            return gone(action.peer, "its connection is gone, or it has stopped reading")
         link, peer, _ = entry
         link.carry(True, action.message, peer.received, link)
         return None

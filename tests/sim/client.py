@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenmq.client import events
 from tokenmq.client.core import ClientCore
 from tokenmq.client.settings import Settings
 from tokenmq.protocol.credit import ReceiveWindow
-from tokenmq.protocol.errors import TokenmqError
+from tokenmq.protocol.errors import ProtocolError, TokenmqError
 from tokenmq.protocol.messages import Chunk, FinishReason, Message
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 
@@ -109,6 +110,8 @@ class SimClient(Peer):
         open_readings: those of them that have not ended.
         resumes: how often an attempt was followed by another one.
         was_paused: it has not listened for a while.
+        asked: its questions to brokers without an answer, and when they were asked.
+        answers: what came for the others: the error's code, "" for a good answer.
     """
 
     is_client = True
@@ -121,6 +124,8 @@ class SimClient(Peer):
         self.open_readings: dict[bytes, Reading] = {}
         self.resumes = 0
         self.was_paused = False
+        self.asked: dict[bytes, float] = {}
+        self.answers: list[str] = []
         #: Since when there has been no broker that takes requests; infinity while there is one.
         self._lonely_since = self.clock.now
         self.do(self.tick)
@@ -148,8 +153,9 @@ class SimClient(Peer):
     def disconnected(self, endpoint: str) -> None:
         self._handle(events.Lost(endpoint, "the connection broke"))
 
-    def took(self, endpoint: str, message: Message) -> None:
-        self._handle(events.Received(endpoint, message))
+    def took(self, endpoint: str, message: Message | ProtocolError) -> None:
+        kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
+        self._handle(kind(endpoint, message))
 
     def submit(self, wish: Wish) -> None:
         """Ask for a stream, and read it."""
@@ -158,6 +164,10 @@ class SimClient(Peer):
     def cancel(self, request_id: bytes) -> None:
         """Lose interest in a stream."""
         self.do(self._cancel, request_id)
+
+    def ask(self, method: str, **arguments: Any) -> None:
+        """Ask a broker something."""
+        self.do(self._ask, method, arguments)
 
     def close(self) -> None:
         """Close the client, as the application does."""
@@ -177,6 +187,11 @@ class SimClient(Peer):
             reading.cancelled = True
             self._handle(events.CancelStream(key))
 
+    def _ask(self, method: str, arguments: dict[str, Any]) -> None:
+        key = self.random.randbytes(16)
+        self.asked[key] = self.clock.now
+        self._handle(events.Ask(key, method, arguments))
+
     def _close(self) -> None:
         for reading in self.open_readings.values():
             reading.closed = True
@@ -195,6 +210,9 @@ class SimClient(Peer):
                 self._ended(self.open_readings.pop(action.id), action)
             elif isinstance(action, events.Resumed):
                 self.resumes += 1
+            elif isinstance(action, events.Answered):
+                del self.asked[action.id]  # fails for a second answer
+                self.answers.append("" if action.error is None else action.error.code)
             elif isinstance(action, events.Open):
                 self.open(action.endpoint)
             elif isinstance(action, events.CloseSocket):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .broker import SimBroker
 from .client import SimClient
 from .kinds import FAULTS
-from .net import Link
+from .net import Link, Node
 from .peer import Peer
 from .worker import SimWorker
 
@@ -60,7 +60,6 @@ class Faults:
             self.struck["fault rolled"] += 1
             if isinstance(node, SimWorker):
                 node.drain(grace_s)
-                self._when_gone(node)
             else:
                 node.drain(grace_s, self._random.uniform(0.05, 0.5))
         self._clock.after(0.1, self._roll, nodes)
@@ -71,13 +70,25 @@ class Faults:
         worker = self._worker()
         if worker is not None:
             worker.die()
-            self._clock.after(self._lasts(), self._replace, worker)
+            self._clock.after(self._lasts(), self.world.replace, worker)
 
     def drain_worker(self) -> None:
         worker = self._worker()
         if worker is not None:
             worker.drain(self._random.choice([0.0, 1.0, 10.0]))
-            self._when_gone(worker)
+
+    def order_drain(self) -> None:
+        """Have a client ask its broker to drain a worker."""
+        worker, client = self._worker(), self._client()
+        if worker is not None and client is not None:
+            client.ask("drain", worker=worker.name, grace_s=self._random.choice([0.0, 1.0, 3.0]))
+
+    def replace_worker(self) -> None:
+        """Give a worker's name to a new process while the old one only sleeps, or cannot be reached."""
+        worker = self._worker()
+        if worker is not None:
+            self._random.choice([worker.pause, lambda seconds: self._isolate(worker, seconds)])(self._lasts())
+            self.world.replace(worker)
 
     def hang_engine(self) -> None:
         worker = self._worker()
@@ -142,7 +153,13 @@ class Faults:
         """Lose all that is sent on a connection from now on; nobody is told."""
         link = self._link()
         if link is not None:
-            link.silent = True
+            link.silence()
+
+    def half_silence_link(self) -> None:
+        """The same, in one direction."""
+        link = self._link()
+        if link is not None:
+            link.silent[self._random.choice([False, True])] = True
 
     def hold_link(self) -> None:
         """Delay all that is on its way on a connection, for a while."""
@@ -150,20 +167,47 @@ class Faults:
         if link is not None:
             link.hold(self._lasts())
 
+    def stuff_link(self) -> None:
+        """A peer reads so slowly that its broker can send it nothing more."""
+        link = self._link()
+        if link is not None:
+            link.full = True
+
+    def corrupt_link(self) -> None:
+        """Damage the next message on a connection."""
+        link = self._link()
+        if link is not None:
+            link.corrupt[self._random.choice([False, True])] = True
+
+    def isolate_node(self) -> None:
+        """Cut a node off: its connections are dead, and nobody can make new ones for a while."""
+        self._isolate(self._random.choice(self.world.nodes()), self._lasts())
+
+    def delay_node(self) -> None:
+        """Delay all that is on its way to and from a node, for a while."""
+        seconds = self._lasts()
+        for link in self._links_of(self._random.choice(self.world.nodes())):
+            link.hold(seconds)
+
     # Which, and for how long.
+
+    def _isolate(self, node: Node, seconds: float) -> None:
+        node.reached_at = self._clock.now + seconds
+        for link in self._links_of(node):
+            link.silence()
+
+    @staticmethod
+    def _links_of(node: Node) -> list[Link]:
+        return (
+            list(node.links.values())
+            if isinstance(node, Peer)
+            else node.links()
+            if isinstance(node, SimBroker)
+            else []
+        )
 
     def _lasts(self) -> float:
         return self._random.uniform(0.05, 1.0) ** 2 * self.world.kind.heal_s
-
-    def _replace(self, worker: SimWorker) -> None:
-        self.world.add_worker(worker.name, slots=worker.settings.slots)
-
-    def _when_gone(self, worker: SimWorker) -> None:
-        """Start a new process once the old one has ended, as a supervisor does; also where it is killed meanwhile."""
-        if worker.exit_code is not None:
-            self._replace(worker)
-        elif worker.alive:
-            self._clock.after(0.1, self._when_gone, worker)
 
     def _worker(self) -> SimWorker | None:
         alive = [worker for worker in self.world.workers if worker.alive]

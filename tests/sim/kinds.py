@@ -9,6 +9,8 @@ from random import Random
 FAULTS = (
     "kill_worker",
     "drain_worker",
+    "order_drain",
+    "replace_worker",
     "hang_engine",
     "fail_engine",
     "kill_client",
@@ -20,7 +22,12 @@ FAULTS = (
     "pause_client",
     "cut_link",
     "silence_link",
+    "half_silence_link",
     "hold_link",
+    "stuff_link",
+    "corrupt_link",
+    "isolate_node",
+    "delay_node",
 )
 
 
@@ -39,6 +46,7 @@ class Kind:
         sure: whatever happens, no stream may fail: the clients are patient, and every worker resumes.
         rolling: all workers and brokers are drained and restarted, one after the other.
         slow_readers: some readers pause, for up to a minute or for ever.
+        rogues: the part of the schedules in which a program talks nonsense to the brokers.
         loss: parts of all messages that may be lost.
     """
 
@@ -52,6 +60,7 @@ class Kind:
     sure: bool = False
     rolling: bool = False
     slow_readers: bool = False
+    rogues: float = 0.2
     loss: tuple[float, ...] = (0.0,)
 
 

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import Message
 
 #: One message in this many passes through the codec; the others travel as objects, which takes a tenth of the time.
@@ -54,6 +55,8 @@ class Net:
         self.random = random
         self.loss = loss
         self.delays_s = delays_s
+        #: A process that is started later has a greater one.
+        self.incarnations = count(1)
         self._carried = 0
 
     def through_wire(self, message: Message) -> Message:
@@ -69,25 +72,34 @@ class Net:
 class Link:
     """One connection of a peer to a broker, ordered in both directions.
 
-    `broken` ends it for both, as TCP does when a process dies; `silent` drops everything and tells nobody.
+    Attributes:
+        broken: it has ended for both sides, as TCP connections do when a process dies.
+        silent: for each direction: what is sent is dropped, and nobody is told.
+        full: the peer has stopped reading, so that the broker can send it nothing more.
+        corrupt: for each direction: the next message is damaged.
     """
 
     def __init__(self, net: Net, endpoint: str, routing_id: bytes) -> None:
         self.endpoint = endpoint
         self.routing_id = routing_id
         self.broken = False
-        self.silent = False
+        self.silent = [False, False]
+        self.full = False
+        self.corrupt = [False, False]
         self._net = net
         self._rate = 1 / net.random.choice(net.delays_s)
         #: When the last message under way arrives, upwards (to the broker) and downwards.
         self._last = [0.0, 0.0]
 
     def carry(self, down: bool, message: Message, deliver: Callable[..., None], *args: Any) -> None:
-        """Deliver a message, behind `args`, later: after all that were sent before it in this direction."""
+        """Deliver a message, behind `args`, later: after all that were sent before it in this direction.
+
+        Where it was damaged, a ProtocolError comes in its place.
+        """
         net = self._net
-        if self.silent or (net.loss and net.random.random() < net.loss):
+        if self.silent[down] or (net.loss and net.random.random() < net.loss):
             return
-        self.later(down, self._deliver, deliver, args, net.through_wire(message))
+        self.later(down, self._deliver, down, deliver, args, net.through_wire(message))
 
     def later(self, down: bool, action: Callable[..., None], *args: Any) -> None:
         """Do something at this end of the link, behind all messages under way; not at all once it is broken."""
@@ -103,8 +115,17 @@ class Link:
         until = self._net.clock.now + seconds
         self._last = [max(until, last) for last in self._last]
 
-    def _deliver(self, deliver: Callable[..., None], args: tuple[Any, ...], message: Message) -> None:
-        if not self.silent:
+    def silence(self) -> None:
+        """Drop all that is sent from now on, and what is under way; nobody is told."""
+        self.silent = [True, True]
+
+    def _deliver(self, down: bool, deliver: Callable[..., None], args: tuple[Any, ...], message: Message) -> None:
+        if self.silent[down]:
+            return
+        if self.corrupt[down]:
+            self.corrupt[down] = False
+            deliver(*args, ProtocolError("damaged on the way"))
+        else:
             deliver(*args, message)
 
     def _unless_broken(self, action: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -113,7 +134,13 @@ class Link:
 
 
 class Node:
-    """Something that runs on a machine: it can be killed, and paused as SIGSTOP does."""
+    """Something that runs on a machine: it can be killed, and paused as SIGSTOP does.
+
+    Attributes:
+        alive: the process has not ended.
+        core: the state machine in it.
+        reached_at: when others can reach it over the network again; in the past as a rule.
+    """
 
     def __init__(self, net: Net) -> None:
         self.net = net
@@ -121,6 +148,7 @@ class Node:
         self.random = net.random
         self.alive = True
         self.core: Any = None
+        self.reached_at = 0.0
         self._paused_at: float | None = None
         self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._tick_at = math.inf

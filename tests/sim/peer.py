@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import Message
 
 from .broker import SimBroker
@@ -33,7 +34,7 @@ class Peer(Node):
         if not self.alive or self._sockets.get(endpoint) != socket:
             return
         broker = self.brokers[endpoint]
-        if not broker.alive:
+        if not broker.alive or self.clock.now < max(self.reached_at, broker.reached_at):
             self._try_soon(endpoint, socket)
             return
         link = self.links[endpoint] = broker.connect(self, client=self.is_client)
@@ -58,7 +59,7 @@ class Peer(Node):
             self.brokers[endpoint].cut(link)
         self.links.clear()
 
-    def received(self, link: Link, message: Message) -> None:
+    def received(self, link: Link, message: Message | ProtocolError) -> None:
         self.do(self._take, link, message)
 
     def lost(self, link: Link) -> None:
@@ -68,7 +69,7 @@ class Peer(Node):
         if self.links.get(link.endpoint) is link:
             self.connected(link.endpoint)
 
-    def _take(self, link: Link, message: Message) -> None:
+    def _take(self, link: Link, message: Message | ProtocolError) -> None:
         if self.links.get(link.endpoint) is link:
             self.took(link.endpoint, message)
 
@@ -83,5 +84,5 @@ class Peer(Node):
     def disconnected(self, endpoint: str) -> None:
         raise NotImplementedError
 
-    def took(self, endpoint: str, message: Message) -> None:
+    def took(self, endpoint: str, message: Message | ProtocolError) -> None:
         raise NotImplementedError

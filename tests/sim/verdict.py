@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from tokenmq.client.events import Ending
-from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S
+from tokenmq.client.exchange import DEADLINE_SLACK_S, pause_s
 
 from .client import Reading, SimClient
 
@@ -72,8 +72,16 @@ def _justified(world: World, client: SimClient, reading: Reading) -> bool:
         return settings.queue_timeout_s is not None and lasted_s >= settings.queue_timeout_s - _MS
     if code == "cannot_resume":
         return reading.tokens > 0 and not all(worker.resumes for worker in world.workers)
+    if code == "reader_timeout":
+        stopped = reading.reads_at is not None and wish.pause_s > world.reader_timeout_s
+        return stopped or not (world.kind.sure or world.reader_timeout_s > 60.0)
     if code in REPAIRABLE:
         # The next attempt would come after a pause; one behind the deadline is none.
-        pause_s = max(MAX_PAUSE_S, 1.25 * (outcome.retry_after_s or 0.0))
-        return not wish.resume or len(reading.attempts) >= settings.max_attempts or left_s <= pause_s
+        pause = pause_s(_barren(reading), outcome.retry_after_s, lambda: 1.0)
+        return not wish.resume or len(reading.attempts) >= settings.max_attempts or left_s <= pause
     return False
+
+
+def _barren(reading: Reading) -> int:
+    """Return how many of the last attempts have brought no token."""
+    return sum(attempt.first_token == reading.tokens for attempt in reading.attempts)

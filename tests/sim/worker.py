@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 
+from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import FinishReason, Message, ModelInfo
 from tokenmq.worker import events
 from tokenmq.worker.core import WorkerCore
@@ -26,9 +26,8 @@ class SimWorker(Peer):
         resumes: whether its model continues what another one has begun.
         runs: the engine's jobs by ticket, oldest first.
         exit_code: how it ended by itself; None while it runs, and when it was killed.
+        exited: called when it has.
     """
-
-    _incarnations = count(1)
 
     def __init__(
         self,
@@ -46,7 +45,8 @@ class SimWorker(Peer):
         self.resumes = resumes
         self.runs: dict[int, Run] = {}
         self.exit_code: int | None = None
-        self.core = WorkerCore(settings, "sim", next(self._incarnations))
+        self.exited: Callable[[SimWorker], None] = lambda worker: None
+        self.core = WorkerCore(settings, "sim", next(net.incarnations))
         self._step_s = step_s
         self._steps = 0
         self._stepping = False
@@ -81,8 +81,9 @@ class SimWorker(Peer):
     def disconnected(self, endpoint: str) -> None:
         self._handle(events.Lost(endpoint))
 
-    def took(self, endpoint: str, message: Message) -> None:
-        self._handle(events.Received(endpoint, message))
+    def took(self, endpoint: str, message: Message | ProtocolError) -> None:
+        kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
+        self._handle(kind(endpoint, message))
 
     # The engine thread.
 
@@ -161,3 +162,4 @@ class SimWorker(Peer):
             elif isinstance(action, events.Stop):
                 self.exit_code = action.exit_code
                 self.alive = False
+                self.exited(self)

@@ -16,6 +16,7 @@ from .engine import MODEL
 from .faults import Faults
 from .kinds import kind_of
 from .net import Net, Node
+from .rogue import Rogue
 from .verdict import check_ends
 from .worker import SimWorker
 
@@ -36,6 +37,8 @@ class World:
         workers: all that ever were, dead ones too.
         clients: likewise.
         faults: what goes wrong.
+        reader_timeout_s: how long workers wait for readers.
+        rogue: a program that talks nonsense; None where there is none.
     """
 
     def __init__(self, seed: int) -> None:
@@ -53,7 +56,9 @@ class World:
             max_waiting=random.choice([2, 50]),
             policy=random.choice(["shortest-queue", "lottery"]),
         )
-        self._step_s = random.choice([0.02, 0.06, 0.2])
+        self._step_s = random.choice([0.02, 0.05, 0.1])
+        #: Shorter than a reader's longest pause, and far longer than any fault that heals soon.
+        self.reader_timeout_s = random.choice([20.0, 600.0])
         self.brokers: dict[str, SimBroker] = {}
         for number in range(random.choice(kind.brokers)):
             name = f"tcp://broker-{number}:1"
@@ -68,6 +73,9 @@ class World:
         self.begin = self.clock.now
         self.end = self.begin + random.uniform(*kind.busy_s)
         self.faults = Faults(self)
+        self.rogue = (
+            Rogue(self.net, self.brokers, self._open_ids, self.end) if random.random() < kind.rogues else None
+        )
 
     def run(self) -> None:
         """Work and faults, then calm until all is at rest; then nothing may be left."""
@@ -90,12 +98,22 @@ class World:
         """Start a worker process."""
         settings = WorkerSettings(
             brokers=tuple(self.brokers), models=(MODEL,), name=name, slots=slots,
-            stall_after_s=self.random.choice([2.0, 30.0]),
+            stall_after_s=self.random.choice([2.0, 30.0]), reader_timeout_s=self.reader_timeout_s,
         )  # fmt: skip
         resumes = self.kind.sure or self.random.random() < 0.85
         load_s = self.random.uniform(0, 1)
         worker = SimWorker(self.net, self.brokers, settings, resumes=resumes, step_s=self._step_s, load_s=load_s)
+        worker.exited = self._exited
         self.workers.append(worker)
+
+    def replace(self, worker: SimWorker) -> None:
+        """Start a process that takes a worker's place."""
+        self.add_worker(worker.name, slots=worker.settings.slots)
+
+    def _exited(self, worker: SimWorker) -> None:
+        # As a supervisor does. One that was superseded has its successor already.
+        if worker.exit_code == 0:
+            self.clock.after(self.random.uniform(0.05, 0.5), self.replace, worker)
 
     def add_client(self) -> None:
         """Start a client process."""
@@ -126,6 +144,8 @@ class World:
             self.clock.at(when, self._submit)
             if self.random.random() < 0.1:
                 self.clock.at(self.random.uniform(when, self.end), self._cancel)
+            if self.random.random() < 0.1:
+                self.clock.at(self.random.uniform(self.begin, self.end), self._ask)
         for _ in range(round(seconds * self.kind.faults)):
             self.clock.at(self.random.uniform(self.begin, self.end), self.faults.strike)
         if self.kind.rolling:
@@ -148,7 +168,7 @@ class World:
             window=random.choice([1, 2, 8, 64]),
             read_s=random.choice([0.0, 0.01, 0.3]),
             stops_at=random.randint(0, 20) if slow else math.inf,
-            pause_s=random.choice([3.0, 60.0]),
+            pause_s=random.choice([3.0, 60.0, math.inf] if self.reader_timeout_s < 60.0 else [3.0, 60.0]),
             deadline_s=random.choice([None, None, None, None, 0.2, 5.0]),
             resume=self.kind.sure or random.random() < 0.85,
         )
@@ -158,19 +178,29 @@ class World:
         if client.open_readings:
             client.cancel(self.random.choice(list(client.open_readings)))
 
+    def _ask(self) -> None:
+        self._living_client().ask(self.random.choice(["models", "workers", "status"]))
+
+    def _open_ids(self) -> list[bytes]:
+        return [key for client in self.clients for key in client.open_readings]
+
     # Rest.
 
     def all_found(self) -> bool:
         """Tell whether every broker runs and has every worker that lives, and no worker is missing."""
-        workers = {worker.name for worker in self.workers if worker.alive}
-        return len(workers) == self._worker_count and all(
-            broker.alive and {worker.name for worker in broker.core.registry} == workers
+        alive = {worker.name: worker.core._incarnation for worker in self.workers if worker.alive}
+        if len(alive) < self._worker_count or sum(worker.alive for worker in self.workers) > len(alive):
+            return False  # one is down, or its successor has not met it yet
+        return all(
+            broker.alive and {worker.name: worker.incarnation for worker in broker.core.registry} == alive
             for broker in self.brokers.values()
         )
 
     def at_rest(self) -> bool:
         """Tell whether nothing is under way any more, and everybody has found everybody."""
-        if any(client.open_readings for client in self.clients if client.alive) or not self.all_found():
+        if any(client.open_readings or client.asked for client in self.clients if client.alive):
+            return False
+        if not self.all_found():
             return False
         if any(broker.core.exchange.records for broker in self.brokers.values()):
             return False
@@ -180,20 +210,20 @@ class World:
         """Check that everything has ended, and that nothing is held anywhere."""
         for client in self.clients:
             if client.alive:
-                for reading in client.open_readings.values():
-                    raise AssertionError(
-                        f"no end {self.clock.now - reading.submitted_at:.1f} s after it was asked for"
-                    )
-        alive = {worker.name for worker in self.workers if worker.alive}
+                late = [self.clock.now - reading.submitted_at for reading in client.open_readings.values()]
+                assert not late, f"no end {late[0]:.1f} s after it was asked for"
+                assert not client.asked, "a question without an answer"
+                assert client.core._exchange.next_deadline() is None, "a timer is left"
         for broker in self.brokers.values():
             assert broker.alive, "a broker is not back"
             assert broker.core.exchange.tally() == {"waiting": 0, "running": 0, "orphaned": 0}
+            assert broker.core.exchange.next_deadline() is None, "a timer is left"
             assert all(not worker.in_flight and not worker.routes for worker in broker.core.registry)
-            assert {worker.name for worker in broker.core.registry} == alive, "a live worker is not registered"
         for worker in self.workers:
             if worker.alive:
                 assert not worker.runs, "a job is left in an engine"
                 assert len(worker.core._streams) == 0, "a worker still holds a request"
+        assert self.all_found(), "not every worker is registered with every broker"
 
     def readings(self) -> list[Reading]:
         """Return all streams, also those of clients that were killed."""
