@@ -172,7 +172,7 @@ class WorkerMachine(RuleBasedStateMachine):
             assert reader.end is None, "one end for each request"
             if isinstance(message, Error) and message.code == "reader_timeout":
                 assert reader.waits_since is not None
-                assert self.now - reader.waits_since >= READER_TIMEOUT_S
+                assert self.now >= reader.waits_since + READER_TIMEOUT_S
                 assert reader.ticket is not None
                 assert self.jobs[reader.ticket].over or reader.ticket in self.cancels
             reader.end = message
@@ -200,7 +200,7 @@ class WorkerMachine(RuleBasedStateMachine):
         if self.stopped is None:
             self.perform(self.core.tick(self.now))
             waits = [reader.waits_since for reader in self.readers.values() if self.waits(reader)]
-            assert all(since is not None and self.now - since < READER_TIMEOUT_S for since in waits)
+            assert all(since is not None and self.now < since + READER_TIMEOUT_S for since in waits)
 
     def accepted(self, broker: str) -> bool:
         return self.sent[broker] > 0
