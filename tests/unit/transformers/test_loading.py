@@ -76,7 +76,7 @@ def test_a_folder_loads_without_the_network(
 ) -> None:
     caplog.set_level(logging.INFO, "tokenmq.worker")
     engine = TransformersEngine(model=str(folder), slots=2, device="cpu")
-    assert engine.load() == [ModelInfo("tiny-llama", CONTEXT, chat=True)]
+    assert engine.load() == [ModelInfo("tiny-llama", CONTEXT, chat=True, resumes=True)]
     assert no_network == []
     # 2 layers, K and V, 2 heads of 8, 4 bytes, 96 columns, 2 slots
     assert f"{2 * 2 * 2 * 8 * 4 * CONTEXT * 2:,} bytes" in caplog.text

@@ -1,6 +1,6 @@
-"""The batch: one step is a decode of all running rows, some prefill, and one sampling pass over both.
+"""The batch: one step is some replay, a decode of all running rows, some prefill, and one sampling pass over both.
 
-A prompt that fails in its prefill fails alone. What fails in the decode concerns everybody and is raised.
+A prompt that fails in its prefill or replay fails alone. What fails in the decode concerns everybody and is raised.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Batch:
             Exception: the decode or the sampling failed; `reset` before the next step.
         """
         outputs: list[Output] = []
+        replayed = self._replay(outputs)
         logits = [self._decode()] if self.scheduler.running else []
-        logits += self._prefill(outputs)
+        logits += self._prefill(replayed, outputs)
         if logits:
             outputs += self._advance(torch.cat(logits) if len(logits) > 1 else logits[0])
         return outputs
@@ -82,6 +83,21 @@ class Batch:
         stored += 0 if scheduler.partial is None else scheduler.partial.stored
         return stored / (cache.slots * cache.context)
 
+    def _replay(self, outputs: list[Output]) -> int:
+        """Do a step's replay; append Failed for what fails. Return the tokens that were replayed."""
+        replays = self.scheduler.replays()
+        for slot, tokens in reversed(replays):  # from the end, so that moves leave lower slots as they are
+            row = self.scheduler.running[slot]
+            first = row.stored - len(row.prompt)
+            try:
+                self._runner.replay(slot, row.stored, row.generated[first : first + tokens])
+            except Exception as error:  # noqa: BLE001 (a model may raise anything; the others go on)
+                self._move(self.scheduler.remove(row))
+                outputs.append(self._failure(row, error))
+                continue
+            row.stored += tokens
+        return sum(tokens for _, tokens in replays)
+
     def _decode(self) -> torch.Tensor:
         rows = self.scheduler.running
         token_ids = [row.next_input for row in rows]
@@ -97,9 +113,9 @@ class Batch:
             row.stored += 1
         return logits
 
-    def _prefill(self, outputs: list[Output]) -> list[torch.Tensor]:
+    def _prefill(self, replayed: int, outputs: list[Output]) -> list[torch.Tensor]:
         """Do a step's prefill; append Failed for what fails. Return the logits of the rows that joined, in order."""
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(replayed)
         logits: list[torch.Tensor] = []
         if plan.chunk is not None:
             logits += self._prefill_chunk(plan.chunk, plan.chunk_tokens, outputs)

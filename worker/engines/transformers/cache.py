@@ -59,7 +59,25 @@ class Decode:
     width: int
 
 
-Access: TypeAlias = Prefill | Decode
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A forward over several tokens of one slot, each as a row of its own, as if they were decoded.
+
+    Each layer stores the keys and values of all these rows before it reads any, so that a row finds those in front
+    of it.
+
+    Attributes:
+        slot: the slot.
+        start: the column of the first token; the others follow.
+        width: columns that the model shall see, the last token's column + 1 or more.
+    """
+
+    slot: int
+    start: int
+    width: int
+
+
+Access: TypeAlias = Prefill | Decode | Replay
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -92,6 +110,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.keys[rows, :, access.start : end] = key_states
             self.values[rows, :, access.start : end] = value_states
             return self.keys[rows, :, :end], self.values[rows, :, :end]
+        if isinstance(access, Replay):
+            count, slot = key_states.shape[0], access.slot
+            columns = slice(access.start, access.start + count)
+            self.keys[slot, :, columns] = key_states[:, :, 0].transpose(0, 1)
+            self.values[slot, :, columns] = value_states[:, :, 0].transpose(0, 1)
+            keys, values = self.keys[slot, :, : access.width], self.values[slot, :, : access.width]
+            return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)
         self.keys[access.rows, :, access.columns] = key_states[:, :, 0]
         self.values[access.rows, :, access.columns] = value_states[:, :, 0]
         count = key_states.shape[0]

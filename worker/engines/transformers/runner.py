@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
-from .cache import Decode, Prefill, SlotCache
+from .cache import Decode, Prefill, Replay, SlotCache
 
 #: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
 #: for them, stay the same over some decode steps.
 WIDTH_STEP = 16
+#: Most tokens of one row in a forward of `replay`. In bfloat16 on a CPU (tried with AMX) up to 32 rows get the bits
+#: of one row alone; 64 are multiplied in another order.
+REPLAY_ROWS = 32
 
 
 class Runner:
@@ -76,17 +79,36 @@ class Runner:
         Returns:
             Logits behind the token, [rows, vocabulary].
         """
-        width = min(self.cache.context, -(-(max(lengths) + 1) // WIDTH_STEP) * WIDTH_STEP)
         columns = torch.tensor(lengths)
-        mask = self._mask((torch.arange(width) > columns[:, None])[:, None, None])
+        width, mask = self._view(columns)
         columns = columns.to(self._device)
         access = Decode(torch.arange(len(lengths), device=self._device), columns, width)
         return self._forward(access, torch.tensor(token_ids)[:, None], columns[:, None], mask, [0])[:, 0]
 
-    def _mask(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the additive mask of a bool one: every attention implementation of transformers takes it."""
+    def replay(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
+        """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
+
+        They go through the kernels of a decode of so many rows. Where those give a row the same bits whatever the
+        number of rows, the cache then holds what decoding each token alone would have left. No logits are computed.
+
+        Args:
+            slot: the row's.
+            start: tokens that it has there.
+            token_ids: the tokens behind them.
+        """
+        for first in range(0, len(token_ids), REPLAY_ROWS):
+            some = token_ids[first : first + REPLAY_ROWS]
+            columns = torch.arange(start + first, start + first + len(some))
+            width, mask = self._view(columns)
+            self._forward(Replay(slot, start + first, width), torch.tensor(some)[:, None], columns[:, None], mask, [])
+
+    def _view(self, columns: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Return the visible width for rows of one token each in these columns, and their additive mask."""
+        width = min(self.cache.context, -(-(int(columns.max()) + 1) // WIDTH_STEP) * WIDTH_STEP)
+        hidden = (torch.arange(width) > columns[:, None])[:, None, None]
+        # Additive, since every attention implementation of transformers takes that.
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(hidden.to(self._device), torch.finfo(self._dtype).min)
+        return width, mask.masked_fill_(hidden.to(self._device), torch.finfo(self._dtype).min)
 
     @torch.inference_mode()
     def _forward(
@@ -104,7 +126,7 @@ class Runner:
             more["position_ids"] = positions.to(self._device)
         # One kept column is the rule; for more of them a tensor is what `logits_to_keep` takes.
         if self._keeps_logits:
-            more["logits_to_keep"] = torch.tensor(keep, device=self._device)
+            more["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self._device)
         logits: torch.Tensor = self._model(
             input_ids=ids.to(self._device),
             attention_mask=mask,

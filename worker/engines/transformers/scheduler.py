@@ -3,7 +3,8 @@
 Rows that run are in slots 0 to n - 1, in any order, because a decode reads neighbouring slots only. At most one
 prompt is partly prefilled, in slot n: one that is longer than a step's budget. Prompts start in the order in which
 they came, when a slot is free and they fit into what is left of the budget; one that is longer than the whole budget
-starts alone. A row that leaves is replaced by the last one, so that the slots in use stay neighbours.
+starts alone. While rows replay a prior, that comes first: their readers wait in mid-sentence. A row that leaves is
+replaced by the last one, so that the slots in use stay neighbours.
 """
 
 from __future__ import annotations
@@ -66,15 +67,30 @@ class Scheduler:
         partial = [] if self.partial is None else [self.partial]
         return next((found for found in (*self.running, *partial, *self.waiting) if found.ticket == ticket), None)
 
-    def plan(self) -> Plan:
-        """Choose the prefill of a step.
+    def replays(self) -> list[tuple[int, int]]:
+        """Choose what running rows replay in a step: slots, and how many tokens."""
+        left, chosen = self.budget, []
+        for slot, row in enumerate(self.running):
+            tokens = min(left, row.behind)
+            if tokens:
+                chosen.append((slot, tokens))
+                left -= tokens
+        return chosen
+
+    def plan(self, used: int = 0) -> Plan:
+        """Choose the prefill of a step, `used` tokens of whose budget were replayed.
+
+        A chunk always has the whole budget: where a prompt is cut must depend on nothing but its length, or else its
+        keys and values would depend on its company. While a prompt in chunks waits for that, nobody overtakes it.
 
         The sequences of `whole` leave the queue here; each must be handed to `join` or dropped. That of `chunk`
         becomes `partial` until `join` or `remove`.
         """
-        left = self.budget
+        if used and self.partial is not None:
+            return Plan(None, 0, ())
+        left = self.budget - used
         free = self.slots - len(self.running)
-        if self.partial is None and self.waiting and free and len(self.waiting[0].head) > left:
+        if not used and self.partial is None and self.waiting and free and len(self.waiting[0].head) > left:
             self.partial = self.waiting.popleft()
         tokens = 0
         if self.partial is not None:

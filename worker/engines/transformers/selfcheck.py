@@ -2,7 +2,7 @@
 
 Architectures differ in what they make of positions, masks and caches, and new ones come every month. Some read
 positions out of a 2-D mask (ALiBi), some keep states that are no keys and values. A list of names would always be
-out of date; so each model is tried on what the engine does with it: ragged groups, chunks, decode.
+out of date; so each model is tried on what the engine does with it: ragged groups, chunks, decode, replay.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ def check(model: Any, runner: Runner) -> None:
         pairs.append((decoded, torch.stack([plain[0][1], plain[1][1]])))
     runner.prefill_chunk(0, 0, ids[:3])  # the same in chunks, then alone in a decode
     pairs.append((runner.prefill_chunk(0, 3, ids[3:-1]), plain[0][:1]))
+    pairs.append((runner.decode(ids[-1:], [len(ids) - 1]), plain[0][1:]))
+    runner.prefill(0, [ids[:2]])  # and with some of it replayed
+    runner.replay(0, 2, ids[2:-1])
     pairs.append((runner.decode(ids[-1:], [len(ids) - 1]), plain[0][1:]))
     tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
     worst = max(_difference(ours, theirs) for ours, theirs in pairs)

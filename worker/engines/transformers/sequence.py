@@ -62,6 +62,11 @@ class Sequence:
         return self.stored == self.length
 
     @property
+    def behind(self) -> int:
+        """Known tokens that must be in the cache before the newest one can be decoded; 0 unless it is replayed."""
+        return max(0, self.length - 1 - self.stored)
+
+    @property
     def next_input(self) -> int:
         """The token to decode: the newest one, or while a prior is replayed the first that the cache lacks."""
         return self.generated[self.stored - len(self.prompt)]
