@@ -24,6 +24,7 @@ from tokenmq.protocol.messages import (
     Cancel,
     Chunk,
     Chunks,
+    Credit,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -47,6 +48,7 @@ from tokenmq.protocol.messages import (
     Usage,
     Welcome,
 )
+from tokenmq.protocol.packing import pack
 from tokenmq.transport import sockets
 from tokenmq.transport.endpoints import EndpointError
 from tokenmq.transport.pump import Outcome
@@ -415,7 +417,69 @@ def test_a_client_that_does_not_read_is_cut_off_while_others_are_served(
     worker.say(finish(b"o" * 16))
     assert other.expect(Finish).id == b"o" * 16
     assert other.status()["clients"] == 1
-    assert other.status()["counters"]["clients_lost"] == 1
+    counters = other.status()["counters"]
+    assert (counters["clients_lost"], counters["peers_stalled"]) == (1, 1)
+
+
+def test_a_request_that_leaves_the_queue_is_told_before_its_first_chunk(broker: Running) -> None:
+    client, worker = broker.client(), broker.worker(slots=1)
+    route = open_stream(client, worker)
+    client.say(request(b"j" * 16))
+    worker.say(Chunks(route, chunk(0)))
+    worker.say(finish())
+    heard = [client.hear(started=True) for _ in range(4)]
+    assert [message.command.name for message in heard] == ["STARTED", "CHUNKS", "FINISH", "STARTED"]
+    assert [heard[0], heard[3]] == [Started(ID, 1, "w1"), Started(b"j" * 16, 1, "w1")]
+
+
+def test_a_drain_that_a_client_asks_for_reaches_the_worker(broker: Running) -> None:
+    client, worker = broker.client(), broker.worker()
+    client.say(Query(b"q" * 16, "drain", {"worker": "w1", "grace_s": 1.5}))
+    assert client.expect(Reply).result == {"worker": "w1", "in_flight": 0}
+    assert worker.expect(Drain) == Drain(1.5)
+
+
+def test_a_young_broker_does_not_call_a_model_unknown(brokers: Callable[..., Running]) -> None:
+    client = brokers(expiry_s=600.0).client()
+    client.say(request())
+    error = client.expect(Error)
+    assert (error.code, error.retryable) == ("no_worker", True)
+    assert "this broker started" in error.message
+
+
+def test_credit_that_is_nonsense_ends_the_session(broker: Running) -> None:
+    client, worker = broker.client(), broker.worker()
+    open_stream(client, worker)
+    header = encode(Credit(ID, 1, 64))[0]
+    client.socket.send_multipart([header, pack({"attempt": 1, "limit": 1 << 60})])
+    assert client.expect(Disconnect).code is DisconnectCode.PROTOCOL
+    assert worker.expect(Cancel) == Cancel(ID, 1)
+
+
+def test_who_takes_nothing_for_too_long_is_cut_off_and_who_only_pauses_is_not(
+    brokers: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "ROUTER_QUEUE_MESSAGES", 5)
+    broker = brokers(write_timeout_s=1.0, pending_bytes=1 << 30)
+    dead, pausing = broker.client(1, rcvhwm=1, rcvbuf=4096), broker.client(1, rcvhwm=1, rcvbuf=4096)
+    watcher, worker = broker.client(), broker.worker(which=1)
+    routes = [open_stream(dead, worker), open_stream(pausing, worker, b"p" * 16)]
+    text, number = "x" * 65_536, 60
+    for offset in range(number):
+        for route in routes:
+            worker.say(Chunks(route, chunk(offset, text)))
+    wait_for(lambda: watcher.status()["pending"]["peers"] == 2)
+    assert watcher.status()["pending"]["bytes"] > 65_536
+    # Whoever reads again gets everything, in order.
+    assert [pausing.expect(Chunks).chunks[0].offset for _ in range(number)] == list(range(number))
+    assert worker.expect(Cancel) == Cancel(ID, 1)
+    status = watcher.status()
+    assert (status["clients"], status["counters"]["peers_stalled"]) == (2, 1)
+    assert status["pending"] == {"peers": 0, "bytes": 0}
+    # What was left in the queues of the dead one still arrives; then nothing that looks as if the session went on.
+    while isinstance(message := dead.hear(), Chunks):
+        dead.say(Heartbeat(dead.said))
+    assert isinstance(message, Disconnect)
 
 
 def test_a_port_that_is_in_use_is_told(broker: Running, tmp_path: Path) -> None:

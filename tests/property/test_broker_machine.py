@@ -27,6 +27,7 @@ from tokenmq.broker.events import (
     ToWorker,
     WorkerGone,
 )
+from tokenmq.broker.requests import key_of
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.errors import ProtocolError
@@ -40,6 +41,7 @@ from tokenmq.protocol.messages import (
     Credit,
     Disconnect,
     DisconnectCode,
+    Drain,
     Draining,
     Envelope,
     Error,
@@ -55,6 +57,7 @@ from tokenmq.protocol.messages import (
     Query,
     Ready,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
@@ -62,6 +65,10 @@ from tokenmq.protocol.messages import (
 )
 
 MODELS = ("a", "b", "c")
+NAMES = ("w1", "w2", "w3", "w4")
+#: Errors about requests that no worker had, and about those that one had.
+NEVER_RAN = ("bad_request", "model_not_found", "no_worker", "busy", "queue_timeout", "cannot_resume")
+RAN = ("engine_failed", "worker_lost")
 #: Draws what happens once in a while: else nobody would live long enough for a story.
 RARE = st.integers(0, 5).map(lambda drawn: drawn == 5)
 Key = tuple[bytes, int]
@@ -87,8 +94,16 @@ class Peer:
 
 @dataclass(eq=False)
 class ClientPeer(Peer):
-    #: Submissions without an answer, by id and attempt: how often each was made.
-    owed: dict[Key, int] = field(default_factory=dict)
+    #: Submissions without an answer; of each id only the latest.
+    owed: set[Key] = field(default_factory=set)
+    #: Those of them that a worker has been given.
+    started: set[Key] = field(default_factory=set)
+    #: It knows that the broker leaves.
+    told: bool = False
+
+    def live(self, id: bytes) -> int:
+        """Return the attempt of the request that an answer is owed for, 0 for none."""
+        return max((attempt for known, attempt in self.owed if known == id), default=0)
 
 
 @dataclass(eq=False)
@@ -96,13 +111,14 @@ class WorkerPeer(Peer):
     name: str = ""
     incarnation: int = 1
     models: tuple[str, ...] = ("a",)
+    resumes: bool = False
     slots: int = 1
     state: WorkerState = WorkerState.READY
     others: int = 0
     draining: bool = False
-    held: dict[bytes, Request] = field(default_factory=dict)
+    held: dict[Key, Request] = field(default_factory=dict)
     #: What of it takes no slot any more.
-    parked: set[bytes] = field(default_factory=set)
+    parked: set[Key] = field(default_factory=set)
 
     @property
     def running(self) -> int:
@@ -125,9 +141,11 @@ class BrokerMachine(RuleBasedStateMachine):
         self.workers: list[WorkerPeer] = []
         self.peers: dict[bytes, Peer] = {}
         self.numbers = 0
+        #: Workers that a submission is to be kept from.
+        self.avoid: dict[Key, tuple[str, ...]] = {}
         for name in ("w1", "w2"):
             self.client_comes()
-            self.worker_comes(name, 1, ("a", "b"), 2, WorkerState.READY)
+            self.worker_comes(name, 1, ("a", "b"), 2, WorkerState.READY, resumes=name == "w1")
 
     def start(self) -> None:
         self.core = BrokerCore(self.settings, software="test", now=self.now, random=self.random)
@@ -172,10 +190,20 @@ class BrokerMachine(RuleBasedStateMachine):
     def arrive_at_client(self, client: ClientPeer, message: Message) -> None:
         if isinstance(message, (Finish, Error)) and message.attempt:
             key = (message.id, message.attempt)
-            assert client.owed.get(key), "an answer that nobody is owed"
-            client.owed[key] -= 1
-            if not client.owed[key]:
-                del client.owed[key]
+            assert key in client.owed, "an answer that nobody is owed"
+            if isinstance(message, Error):
+                assert message.code not in (RAN if not message.worker else NEVER_RAN), "the wrong worker is blamed"
+            assert bool(message.worker) == (key in client.started), "who was told to have started is not who ended it"
+            client.owed.discard(key)
+            client.started.discard(key)
+        elif isinstance(message, Started):
+            key = (message.id, message.attempt)
+            assert key in client.owed, "the start of a submission that nobody waits for"
+            assert key not in client.started, "a submission starts twice"
+            client.started.add(key)
+        elif isinstance(message, Draining):
+            assert self.drained
+            client.told = True
         else:
             assert message.command in (
                 Command.WELCOME, Command.HEARTBEAT, Command.REPLY, Command.ERROR, Command.CHUNKS,
@@ -183,22 +211,40 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def arrive_at_worker(self, worker: WorkerPeer, message: Message) -> None:
         if isinstance(message, Request):
-            assert worker.state is WorkerState.READY, "a request for a worker that is not ready"
-            assert not worker.draining, "a request for a worker that drains"
-            assert message.id not in worker.held, "a request twice"
-            assert message.envelope.model in worker.models
-            assert message.envelope.route is not None
-            worker.held[message.id] = message
-            assert worker.running + worker.others <= worker.slots, "more requests than slots"
+            self.arrive_request(worker, message)
         elif isinstance(message, (Cancel, Credit)):
-            assert message.id in worker.held, f"{message.command.name} for a request that the worker does not hold"
+            key = (message.id, message.attempt)
+            assert key in worker.held, f"{message.command.name} for a request that the worker does not hold"
         else:
-            assert isinstance(message, (Accepted, Heartbeat))
+            assert isinstance(message, (Accepted, Heartbeat, Drain))
+
+    def arrive_request(self, worker: WorkerPeer, request: Request) -> None:
+        envelope, key = request.envelope, (request.id, request.envelope.attempt)
+        assert worker.state is WorkerState.READY, "a request for a worker that is not ready"
+        assert not worker.draining, "a request for a worker that drains"
+        assert key not in worker.held, "a request twice"
+        assert envelope.model in worker.models
+        assert envelope.route is not None
+        assert (envelope.avoid, envelope.queue_s) == ((), None)
+        assert worker.resumes or not envelope.prior_tokens, "a worker that cannot resume"
+        if worker.name in self.avoid[key]:
+            others = [
+                other.name
+                for other in self.core.registry.serving(envelope.model)
+                if other.name not in self.avoid[key]
+                and other.state is WorkerState.READY
+                and (not envelope.prior_tokens or other.resumes(envelope.model))
+            ]
+            assert not others, "a worker that is to be avoided, though there are others"
+        worker.held[key] = request
+        assert worker.running + worker.others <= worker.slots, "more requests than slots"
 
     def session_over(self, peer: Peer) -> None:
         peer.session = False
         if isinstance(peer, ClientPeer):
             peer.owed.clear()
+            peer.started.clear()
+            peer.told = False
         elif isinstance(peer, WorkerPeer):
             peer.held.clear()
             peer.parked.clear()
@@ -238,37 +284,55 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule(
         index=st.integers(0, 9), model=st.sampled_from([*MODELS, "a", "a", "a", "a", "b", "b", "b", "unknown"]),
-        deadline_s=st.sampled_from([None, None, None, 0.0, 0.3, 2.0, 3600.0]), repeat=RARE,
-        attempt=st.sampled_from([1, 1, 2]), number=st.integers(1, 4),
+        deadline_s=st.sampled_from([None, None, None, 0.0, 0.3, 2.0, 3600.0]),
+        queue_s=st.sampled_from([None, None, None, 0.0, 0.2, 1.0]), number=st.integers(1, 4),
+        prior_tokens=st.sampled_from([0, 0, 3]), avoid=st.lists(st.sampled_from(NAMES), max_size=3).map(tuple),
     )  # fmt: skip
     @precondition(has_client)
     def submit(
-        self, index: int, model: str, deadline_s: float | None, repeat: bool, attempt: int, number: int
-    ) -> None:
+        self, index: int, model: str, deadline_s: float | None, queue_s: float | None, number: int, prior_tokens: int,
+        avoid: tuple[str, ...],
+    ) -> None:  # fmt: skip
         for _ in range(number):
             if self.has_client():
-                self.submit_one(self.some_client(index), index, model, deadline_s, repeat, attempt)
+                self.numbers += 1
+                envelope = Envelope(model, 1, 8, deadline_s, None, prior_tokens, avoid, queue_s)
+                self.submit_one(self.some_client(index), self.recent(0), envelope)
 
-    def submit_one(
-        self, client: ClientPeer, index: int, model: str, deadline_s: float | None, repeat: bool, attempt: int
-    ) -> None:
-        if not repeat or not self.numbers:
-            self.numbers += 1
-        id = max(0, self.numbers - (index % 3 if repeat else 0)).to_bytes(16, "big")
-        request = Request(id, Envelope(model, attempt, 8, deadline_s), b"payload")
-        # The same submission twice is one submission; a repeat of one that has ended is a new one.
-        client.owed.setdefault((id, attempt), 1)
-        self.from_client(client, request)
+    @rule(
+        index=st.integers(0, 9), back=st.integers(0, 8), attempt=st.integers(1, 4),
+        prior_tokens=st.sampled_from([0, 3]), avoid=st.sampled_from([(), ("w1",)]),
+    )  # fmt: skip
+    @precondition(has_client)
+    def submit_again(self, index: int, back: int, attempt: int, prior_tokens: int, avoid: tuple[str, ...]) -> None:
+        """Any attempt of a request that may be waiting, running or ended, here or with another client."""
+        envelope = Envelope("a", attempt, 8, prior_tokens=prior_tokens, avoid=avoid)
+        self.submit_one(self.some_client(index), self.recent(back), envelope)
 
-    @rule(index=st.integers(0, 9), back=st.integers(0, 8), attempt=st.sampled_from([1, 1, 2]))
+    def submit_one(self, client: ClientPeer, id: bytes, envelope: Envelope) -> None:
+        key, live = (id, envelope.attempt), client.live(id)
+        if envelope.attempt > live:  # else a repeat, or late
+            client.owed.discard((id, live))
+            client.started.discard((id, live))
+            client.owed.add(key)
+            if key_of(*key) not in self.core.exchange.records:
+                former = self.core.exchange.records.get(key_of(id, live))
+                failed = (former.worker.name,) if former is not None and former.worker is not None else ()
+                self.avoid[key] = (*envelope.avoid, *failed)
+        self.from_client(client, Request(id, envelope, b"payload"))
+
+    @rule(index=st.integers(0, 9), back=st.integers(0, 8), attempt=st.sampled_from([1, 1, 2, 3]))
     @precondition(has_client)
     def cancel(self, index: int, back: int, attempt: int) -> None:
         self.from_client(self.some_client(index), Cancel(self.recent(back), attempt))
 
-    @rule(index=st.integers(0, 9), back=st.integers(0, 8), limit=st.integers(0, 500))
+    @rule(
+        index=st.integers(0, 9), back=st.integers(0, 8), attempt=st.sampled_from([1, 1, 2, 3]),
+        limit=st.integers(0, 500),
+    )  # fmt: skip
     @precondition(has_client)
-    def grant(self, index: int, back: int, limit: int) -> None:
-        self.from_client(self.some_client(index), Credit(self.recent(back), 1, limit))
+    def grant(self, index: int, back: int, attempt: int, limit: int) -> None:
+        self.from_client(self.some_client(index), Credit(self.recent(back), attempt, limit))
 
     def recent(self, back: int) -> bytes:
         return max(0, self.numbers - back).to_bytes(16, "big")
@@ -280,6 +344,14 @@ class BrokerMachine(RuleBasedStateMachine):
         before = client.got
         self.from_client(client, Query(b"q" * 16, method))
         assert client.got == before + 1
+
+    @rule(index=st.integers(0, 9), name=st.sampled_from(NAMES))
+    @precondition(has_client)
+    def ask_to_drain(self, index: int, name: str) -> None:
+        client = self.some_client(index)
+        before = client.got
+        self.from_client(client, Query(b"q" * 16, "drain", {"worker": name}))
+        assert not client.session or client.got > before
 
     @rule(index=st.integers(0, 9), lost=RARE)
     @precondition(has_client)
@@ -311,22 +383,38 @@ class BrokerMachine(RuleBasedStateMachine):
         if how == "gone":
             self.perform(self.core.probe_clients(self.now))
 
+    @rule(index=st.integers(0, 9), really=RARE)
+    @precondition(has_client)
+    def client_stops_reading(self, index: int, really: bool) -> None:
+        if really:
+            client = self.some_client(index)
+            self.perform(self.core.handle(ClientGone(client.id, "it does not read", stalled=True), self.now))
+            assert not client.session
+
+    @rule(index=st.integers(0, 9), really=RARE)
+    @precondition(has_worker)
+    def worker_stops_reading(self, index: int, really: bool) -> None:
+        if really:
+            worker = self.some_worker(index)
+            self.perform(self.core.handle(WorkerGone(worker.id, "it does not read", stalled=True), self.now))
+            assert not worker.session
+
     # Workers.
 
     @rule(
-        name=st.sampled_from(["w1", "w2", "w3", "w4"]), incarnation=st.integers(1, 3),
+        name=st.sampled_from(NAMES), incarnation=st.integers(1, 3),
         models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3).map(tuple), slots=st.integers(1, 3),
-        state=st.sampled_from([WorkerState.READY, WorkerState.READY, WorkerState.LOADING]),
+        state=st.sampled_from([WorkerState.READY, WorkerState.READY, WorkerState.LOADING]), resumes=st.booleans(),
     )  # fmt: skip
     @precondition(lambda self: sum(worker.open for worker in self.workers) < 6)
     def worker_comes(
-        self, name: str, incarnation: int, models: tuple[str, ...], slots: int, state: WorkerState
+        self, name: str, incarnation: int, models: tuple[str, ...], slots: int, state: WorkerState, resumes: bool
     ) -> None:
         known = self.core.registry.by_name.get(name)
         newest = known.incarnation if known else 0
         worker = WorkerPeer(
             b"w" + len(self.peers).to_bytes(4, "big"), name=name, incarnation=incarnation, models=models, slots=slots,
-            state=state,
+            state=state, resumes=resumes,
         )  # fmt: skip
         self.peers[worker.id] = worker
         self.workers.append(worker)
@@ -339,7 +427,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert worker.session == (incarnation >= newest)
 
     def ready(self, worker: WorkerPeer) -> Ready:
-        models = tuple(ModelInfo(name) for name in worker.models)
+        models = tuple(ModelInfo(name, resumes=worker.resumes) for name in worker.models)
         return Ready(
             worker.name, worker.incarnation, "test", models, worker.slots, 1.5, "test", self.load(worker)
         )  # fmt: skip
@@ -361,12 +449,12 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule(
         index=st.integers(0, 9), models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3).map(tuple),
-        slots=st.integers(1, 3),
+        slots=st.integers(1, 3), resumes=st.booleans(),
     )  # fmt: skip
     @precondition(has_worker)
-    def worker_changes(self, index: int, models: tuple[str, ...], slots: int) -> None:
+    def worker_changes(self, index: int, models: tuple[str, ...], slots: int, resumes: bool) -> None:
         worker = self.some_worker(index)
-        worker.models, worker.slots = models, slots
+        worker.models, worker.slots, worker.resumes = models, slots, resumes
         self.from_worker(worker, self.ready(worker))
         assert worker.session
 
@@ -379,9 +467,10 @@ class BrokerMachine(RuleBasedStateMachine):
                 worker = busy[index % len(busy)]
                 self.answer(worker, list(worker.held)[which % len(worker.held)], well)
 
-    def answer(self, worker: WorkerPeer, id: bytes, well: bool) -> None:
-        attempt = worker.held.pop(id).envelope.attempt
-        worker.parked.discard(id)
+    def answer(self, worker: WorkerPeer, key: Key, well: bool) -> None:
+        id, attempt = key
+        del worker.held[key]
+        worker.parked.discard(key)
         if well:
             self.from_worker(worker, Finish(id, attempt, FinishReason.STOP, Usage(1, 1), Timings(), ""))
         else:
@@ -392,16 +481,16 @@ class BrokerMachine(RuleBasedStateMachine):
     def worker_parks(self, index: int, which: int) -> None:
         busy = [worker for worker in self.workers if worker.open and worker.held]
         worker = busy[index % len(busy)]
-        id = list(worker.held)[which % len(worker.held)]
-        worker.parked.add(id)
-        self.from_worker(worker, Parked(id, worker.held[id].envelope.attempt))
+        key = list(worker.held)[which % len(worker.held)]
+        worker.parked.add(key)
+        self.from_worker(worker, Parked(*key))
 
     @rule(index=st.integers(0, 9), which=st.integers(0, 20), attempt=st.integers(1, 3))
     @precondition(has_worker)
     def worker_answers_what_it_does_not_hold(self, index: int, which: int, attempt: int) -> None:
         worker = self.some_worker(index)
         id = which.to_bytes(16, "big")
-        if id not in worker.held or worker.held[id].envelope.attempt != attempt:
+        if (id, attempt) not in worker.held:
             late = self.core.counters.late_answers
             self.from_worker(worker, Finish(id, attempt, FinishReason.STOP, Usage(), Timings(), ""))
             assert self.core.counters.late_answers == late + 1
@@ -535,15 +624,17 @@ class BrokerMachine(RuleBasedStateMachine):
                 assert session is not None, "a session that only the client has"
                 assert session.sent == client.got
                 assert session.received == client.said
-                open_here = {(record.id, record.attempt): 1 for record in session.requests.values()}
+                open_here = {(record.id, record.attempt) for record in session.requests.values()}
                 assert open_here == client.owed, "the broker owes other answers than it knows of"
+                assert client.told == self.drained, "who must know does not know that the broker leaves"
         for worker in self.workers:
             found = self.core.registry.by_peer.get(worker.id)
             if worker.open and worker.session:
                 assert found is not None, "a session that only the worker has"
                 assert found.sent == worker.got
                 assert found.received == worker.said
-                assert found.in_flight.keys() == worker.held.keys(), "a slot is charged too long or freed too early"
+                held = {key_of(*key) for key in worker.held}
+                assert found.in_flight.keys() == held, "a slot is charged too long or freed too early"
 
     def teardown(self) -> None:
         """Workers finish or die, and nothing is left."""
