@@ -38,6 +38,8 @@ _END_S = 20.0
 #: Between the return of one broker and the next fault of any: clients and workers register again meanwhile.
 _SETTLE_S = 2.0
 _LOOK_S = 0.05
+#: What a process that was started gets to tell that it is there; one that has no way to a broker never does.
+_START_S = 10.0
 _PROBE_S = 2.0
 
 
@@ -51,6 +53,13 @@ class Victim(Protocol):
 
     def restart(self) -> None:
         """Start it again."""
+
+
+class Repair(Protocol):
+    """A step of a repair: it returns the next one, None where all is well."""
+
+    def __call__(self) -> Repair | None:
+        """Do it."""
 
 
 class Monkey:
@@ -85,8 +94,8 @@ class Monkey:
         self._deck: list[str] = []
         #: Whom a fault has hit and no repair has healed yet.
         self._hurt: set[str] = set()
-        #: (when, running number, whom, what to do); it returns whether all is well then, else it is done again.
-        self._repairs: list[tuple[float, int, str, Callable[[], bool]]] = []
+        #: (when, running number, whom, what to do).
+        self._repairs: list[tuple[float, int, str, Repair]] = []
         self._numbers = count()
         self._settled_at = 0.0
         self._probes = [
@@ -123,8 +132,8 @@ class Monkey:
         """Do the repairs that are due, look for processes that died by themselves; return seconds until the next."""
         while self._repairs and self._repairs[0][0] <= time.monotonic():
             _, _, target, repair = heapq.heappop(self._repairs)
-            if not repair():
-                self._later(_LOOK_S, target, repair)
+            if (more := repair()) is not None:
+                self._later(_LOOK_S, target, more)
                 continue
             self._hurt.discard(target)
             if target in {broker.name for broker in self._cluster.brokers}:
@@ -146,7 +155,7 @@ class Monkey:
         for probe in self._probes:
             probe.close()
 
-    def _later(self, delay_s: float, target: str, repair: Callable[[], bool]) -> None:
+    def _later(self, delay_s: float, target: str, repair: Repair) -> None:
         self._hurt.add(target)
         heapq.heappush(self._repairs, (time.monotonic() + delay_s, next(self._numbers), target, repair))
 
@@ -189,7 +198,7 @@ class Monkey:
     def _kill(self, kind: str, victim: Victim) -> Fault:
         at = time.monotonic()
         victim.kill()
-        self._later(self._random.uniform(0.05, 1.0), victim.name, lambda: _restarted(victim))
+        self._later(self._random.uniform(0.05, 1.0), victim.name, lambda: _start(victim))
         return Fault(kind, frozenset([victim.name]), at)
 
     def _freeze_worker(self, kind: str) -> Fault | None:
@@ -208,9 +217,8 @@ class Monkey:
         at = time.monotonic()
         process.send_signal(signal.SIGSTOP)
 
-        def go_on() -> bool:
+        def go_on() -> None:
             process.send_signal(signal.SIGCONT)
-            return True
 
         self._later(duration_s, process.name, go_on)
         # It may break a stream at any moment until then, and once more when it goes on.
@@ -247,16 +255,15 @@ class Monkey:
         return self._end(kind, process, at)
 
     def _end(self, kind: str, process: LocalProcess, at: float) -> Fault:
-        def again() -> bool:
+        def again() -> Repair | None:
             if process.exit_code is None:
                 if time.monotonic() < at + GRACE_S + _END_S:
-                    return False
+                    return again
                 self._tally.find("crashed", detail=f"{process.name} did not end after its drain")
                 process.kill()
             elif process.exit_code != 0:
                 self._tally.find("crashed", detail=f"{process.name} ended its drain with {process.exit_code}")
-            process.restart()
-            return True
+            return _start(process)
 
         self._later(_LOOK_S, process.name, again)
         return Fault(kind, frozenset([process.name]), at, GRACE_S)
@@ -278,17 +285,30 @@ class Monkey:
         self._network.tell(link.hold)
         heal = self._random.choice([link.release, link.cut])
 
-        def again() -> bool:
+        def again() -> None:
             self._network.tell(heal)
-            return True
 
         self._later(duration_s, link.name, again)
         return Fault(kind, frozenset([link.name]), at, duration_s, silent=True)
 
 
-def _restarted(victim: Victim) -> bool:
+def _start(victim: Victim) -> Repair | None:
+    """Start a process again; return what waits until it is there: nobody drains what has not begun yet."""
+    if not isinstance(victim, LocalProcess):
+        victim.restart()
+        return None
+    log, signs = victim.log, (b" broker_started ", b" registered ")
+    told = log.stat().st_size
     victim.restart()
-    return True
+    end = time.monotonic() + _START_S
+
+    def wait() -> Repair | None:
+        with log.open("rb") as lines:
+            lines.seek(told)
+            new = lines.read()
+        return None if any(sign in new for sign in signs) or time.monotonic() > end else wait
+
+    return wait
 
 
 def _has_workers(probe: Client) -> bool:
