@@ -299,6 +299,9 @@ class Exchange:
         return self._error(record, ErrorCode.MODEL_NOT_FOUND, message, retryable=False)
 
     def _cannot_resume(self, record: RequestRecord) -> Error:
+        if self._outbox.now < self._young_until:
+            message = f"no worker that can go on with {record.model!r} is back yet; this broker has just started"
+            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
         message = (
             f"the stream broke after {record.prior_tokens} tokens, and no worker of {record.model!r} can go on with "
             "what another one has begun"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tokenmq.protocol.liveness import EXPIRY_S
 from tokenmq.protocol.messages import (
     Draining,
     Envelope,
@@ -80,14 +81,23 @@ class TestResuming:
         assert kinds(client.asks(5, prior_tokens=5)) == [("ann", "ERROR busy")]
 
     def test_where_nobody_resumes_it_is_refused(self, stage: Stage) -> None:
+        stage.passes(EXPIRY_S)  # a broker that is no longer young
         client = stage.client()
         stage.worker("w1")
         stage.worker("w2", infos=(ModelInfo("n", resumes=True),))
         assert client.asks(1, prior_tokens=5) == [("ann", Error(request_id(1), 1, "cannot_resume", CANNOT))]
-        assert kinds(client.asks(2, "o", prior_tokens=5)) == [("ann", "ERROR no_worker")]
+        assert kinds(client.asks(2, "o", prior_tokens=5)) == [("ann", "ERROR model_not_found")]
+
+    def test_a_young_broker_waits_for_workers_that_resume(self, stage: Stage) -> None:
+        client = stage.client()
+        stage.worker("w1")
+        (error,) = [message for _, message in client.asks(1, prior_tokens=5)]
+        assert isinstance(error, Error)
+        assert (error.code, error.retryable) == ("no_worker", True)
 
     @pytest.mark.parametrize("how", ["leaves", "changes"])
     def test_it_fails_when_the_last_worker_that_resumes_goes(self, stage: Stage, how: str) -> None:
+        stage.passes(EXPIRY_S)  # a broker that is no longer young
         client = stage.client()
         stage.worker("w1")
         worker = busy(stage, "w2", 1, infos=RESUMES)
@@ -103,6 +113,7 @@ class TestResuming:
         assert kinds(worker.beats(load=Load())) == [("w2", "REQUEST")]
 
     def test_a_worker_that_loads_has_not_told_yet_whether_it_resumes(self, stage: Stage) -> None:
+        stage.passes(EXPIRY_S)  # a broker that is no longer young
         client = stage.client()
         worker = stage.worker("w1", load=Load(WorkerState.LOADING))  # names only, as a worker says at first
         assert client.asks(1, prior_tokens=5) == []
@@ -110,6 +121,7 @@ class TestResuming:
         worker.ready = stage_ready(worker, RESUMES)
         assert kinds(worker.changes(load=Load()))[0] == ("w1", "REQUEST")
         other = Stage()
+        other.passes(EXPIRY_S)
         client, worker = other.client(), other.worker("w1", load=Load(WorkerState.LOADING))
         assert client.asks(1, prior_tokens=5) == []
         assert ("ann", Error(request_id(1), 1, "cannot_resume", CANNOT)) in worker.changes(load=Load())
