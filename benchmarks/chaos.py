@@ -371,7 +371,10 @@ def main() -> None:
         flush=True,
     )
     run = Run(options, folder)
-    run.go()
+    try:
+        run.go()
+    except KeyboardInterrupt:  # the second one: nothing is waited for any more
+        sys.exit(f"interrupted; logs: {folder}")
     report = run.report()
     for line in lines(report):
         print(line)

@@ -127,10 +127,10 @@ class Network:
         async def stop() -> None:
             for link in self.links:
                 link.close()
+            # They end by themselves now. To cancel them would make asyncio print each (Python 3.11).
             rest = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in rest:
-                task.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
+            if rest:
+                await asyncio.wait(rest, timeout=_CALL_TIMEOUT_S / 2)
 
         self._call(stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
