@@ -126,6 +126,17 @@ class TestResuming:
         assert client.asks(1, prior_tokens=5) == []
         assert ("ann", Error(request_id(1), 1, "cannot_resume", CANNOT)) in worker.changes(load=Load())
 
+    def test_nothing_fails_because_a_worker_leaves_that_had_not_loaded_yet(self, stage: Stage) -> None:
+        stage.passes(EXPIRY_S)  # a broker that is no longer young
+        client = stage.client()
+        worker = stage.worker("w1", load=Load(WorkerState.LOADING))
+        assert client.asks(1, prior_tokens=5) == []
+        assert worker.says(Draining()) == []
+        assert worker.beats(load=Load(WorkerState.DRAINING)) == []
+        (error,) = [message for _, message in worker.says(Goodbye())]
+        assert isinstance(error, Error)
+        assert (error.code, error.retryable) == ("no_worker", True)  # its successor may be there soon
+
     def test_a_worker_that_learns_to_resume_serves_who_waits(self, stage: Stage) -> None:
         client = stage.client()
         busy(stage, "w1", 1, infos=RESUMES)
