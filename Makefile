@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench chaos gap coverage clean
+.PHONY: demo test lint bench chaos gap soak coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -34,6 +34,12 @@ chaos: $(VENV)/.base
 # How long a reader waits for the next token after a worker or a broker was killed.
 gap: $(VENV)/.base
 	$(BIN)/python benchmarks/gap.py $(GAP_ARGS)
+
+# Simulated clusters under seeded schedules of faults, on all cores, until one shows a violation: SOAK_S=600 for ten
+# minutes, SOAK_RUNS=100000 for so many schedules, SOAK_SEED=1 to begin there.
+soak: $(VENV)/.base
+	$(BIN)/python -m tests.sim.soak $(if $(SOAK_S),--seconds $(SOAK_S)) $(if $(SOAK_RUNS),--runs $(SOAK_RUNS)) \
+	    $(if $(SOAK_SEED),--seed $(SOAK_SEED))
 
 # Of what runs in the test process itself: the pure parts should show (almost) no missing line.
 coverage: $(VENV)/.model
