@@ -13,21 +13,28 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import zmq
 
 from tokenmq.client import (
     AsyncClient,
+    Attempt,
     BadRequestError,
     BrokerLostError,
     Client,
     ClientClosedError,
     DeadlineError,
+    EndpointError,
+    FirstTokenTimeoutError,
+    InterTokenTimeoutError,
     ModelNotFoundError,
     NoBrokerError,
     Stream,
+    connection,
 )
+from tokenmq.client.events import Action, Ask, Event
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.messages import (
     NO_ID,
@@ -45,25 +52,37 @@ from tokenmq.protocol.messages import (
     Query,
     Reply,
     Request,
+    Started,
     Timings,
     Usage,
     Welcome,
 )
+from tokenmq.protocol.payload import unpack_generation
 
 #: A wait that ends only when something is broken.
 PATIENCE_S = 10.0
 
 
 class StubBroker:
-    """A ROUTER in a thread. It keeps to credit; `tokens` is the length of every stream, None for endless."""
+    """A ROUTER in a thread, and its one worker: it keeps to credit, and goes on behind prior tokens.
+
+    Attributes:
+        tokens: the length of every stream, None for endless.
+        stops_at: position at which every stream falls silent, None for never.
+        seen: messages that came, in order.
+        answers: what is done about a kind of message in the place of the usual.
+        inject: frames that are sent to whoever has a session.
+    """
 
     def __init__(self, tokens: int | None = 5, endpoint: str = "tcp://127.0.0.1:*") -> None:
         self.tokens = tokens
+        self.stops_at: int | None = None
         self.seen: queue.Queue[Message] = queue.Queue()
         self.answers: dict[type[object], Callable[[Message], Message | None]] = {}
         self.inject: list[list[bytes]] = []
         self._sent: dict[bytes, int] = {}
-        self._streams: dict[bytes, tuple[bytes, int, int]] = {}
+        #: By request: who asked, which attempt, tokens sent, credit.
+        self._streams: dict[bytes, tuple[bytes, int, int, int]] = {}
         self._stop = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -95,7 +114,7 @@ class StubBroker:
 
     def sent_tokens(self) -> int:
         """Return how many tokens the open streams have been sent."""
-        return sum(done for _, done, _ in self._streams.values())
+        return sum(done for _, _, done, _ in self._streams.values())
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -127,11 +146,13 @@ class StubBroker:
         elif isinstance(message, Query):
             self._say(peer, Reply(message.id, [message.method]))
         elif isinstance(message, Request):
-            self._streams[message.id] = (peer, 0, message.envelope.credit)
+            envelope = message.envelope
+            self._say(peer, Started(message.id, envelope.attempt, "stub-worker"))
+            self._streams[message.id] = (peer, envelope.attempt, envelope.prior_tokens, envelope.credit)
             self._advance(message.id)
         elif isinstance(message, Credit) and message.id in self._streams:
-            _, done, _ = self._streams[message.id]
-            self._streams[message.id] = (peer, done, message.limit)
+            _, attempt, done, _ = self._streams[message.id]
+            self._streams[message.id] = (peer, attempt, done, message.limit)
             self._advance(message.id)
         elif isinstance(message, Cancel):
             self._end(message.id, FinishReason.CANCELLED)
@@ -139,19 +160,21 @@ class StubBroker:
             del self._sent[peer]
 
     def _advance(self, request_id: bytes) -> None:
-        peer, done, limit = self._streams[request_id]
-        until = limit if self.tokens is None else min(limit, self.tokens)
+        peer, attempt, done, limit = self._streams[request_id]
+        until = min(bound for bound in (limit, self.tokens, self.stops_at) if bound is not None)
         while done < until:
-            self._say(peer, Chunks(NO_ID, (Chunk(request_id, 1, 0, done, (done,), f"{done} "),)))
+            self._say(peer, Chunks(NO_ID, (Chunk(request_id, attempt, 0, done, (done,), f"{done} "),)))
             done += 1
-        self._streams[request_id] = (peer, done, limit)
+        self._streams[request_id] = (peer, attempt, done, limit)
         if done == self.tokens:
             self._end(request_id, FinishReason.LENGTH)
 
     def _end(self, request_id: bytes, reason: FinishReason) -> None:
         if request_id in self._streams:
-            peer, done, _ = self._streams.pop(request_id)
-            self._say(peer, Finish(request_id, 1, reason, Usage(2, done), Timings(prefill_s=0.5), "stub-worker"))
+            peer, attempt, done, _ = self._streams.pop(request_id)
+            self._say(
+                peer, Finish(request_id, attempt, reason, Usage(2, done), Timings(prefill_s=0.5), "stub-worker")
+            )
 
 
 @pytest.fixture
@@ -170,6 +193,18 @@ def new_broker() -> Iterator[Callable[..., StubBroker]]:
 NewBroker = Callable[..., StubBroker]
 
 
+def wait_until(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def wait_for_sessions(client: Client | AsyncClient) -> None:
+    """Wait until all brokers are there: until then a request goes to the one that was quickest."""
+    wait_until(lambda: all(session.open for session in client._connection._core.sessions))
+
+
 def threads() -> int:
     return sum(thread.name.startswith("tokenmq-client") for thread in threading.enumerate())
 
@@ -178,13 +213,15 @@ def threads() -> int:
 
 
 def test_a_stream_to_its_end(new_broker: NewBroker) -> None:
-    with Client(new_broker(5).endpoint) as client:
+    broker = new_broker(5)
+    with Client(broker.endpoint) as client:
         stream = client.generate("m", prompt="The sea is")
         assert [chunk.text for chunk in stream] == ["0 ", "1 ", "2 ", "3 ", "4 "]
         assert stream.token_ids == [0, 1, 2, 3, 4]
         assert stream.usage == Usage(2, 5)
         assert stream.timings == Timings(prefill_s=0.5)
-        assert (stream.finish_reason, stream.worker, stream.attempts) == ("length", "stub-worker", 1)
+        assert (stream.finish_reason, stream.worker) == ("length", "stub-worker")
+        assert stream.attempts == (Attempt(1, broker.endpoint, "stub-worker"),)
         assert len(stream.id) == 32
         assert list(stream) == []
 
@@ -234,9 +271,35 @@ def test_the_request_leaves_before_anybody_reads(new_broker: NewBroker) -> None:
         assert request.envelope.deadline_s == pytest.approx(9.0, abs=2.0)
 
 
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"),
+    [
+        ({"endpoints": ["tcp://127.0.0.1:1", "tcp://127.0.0.1:1"]}, BadRequestError, "each may stand there once"),
+        ({"endpoints": []}, BadRequestError, "at least one"),
+        ({"endpoints": 5555}, BadRequestError, "endpoints: expected a string or several, got 5555"),
+        ({"endpoints": [5555]}, BadRequestError, "endpoints: expected strings, got 5555"),
+        ({"endpoints": "127.0.0.1:1"}, EndpointError, "invalid endpoint"),
+        ({"resume": 1}, BadRequestError, "resume: expected true or false"),
+        ({"max_attempts": 0}, BadRequestError, "max_attempts: expected an integer from 1"),
+        ({"queue_timeout_s": 0.0}, BadRequestError, "queue_timeout_s: expected seconds"),
+        ({"first_token_timeout_s": "1"}, BadRequestError, "first_token_timeout_s: expected seconds"),
+        ({"inter_token_timeout_s": float("inf")}, BadRequestError, "inter_token_timeout_s: expected seconds"),
+    ],
+)
+def test_a_wrong_setting_is_named_at_once(
+    kind: Any, arguments: dict[str, object], error: type[Exception], told: str
+) -> None:
+    before = threads()
+    with pytest.raises(error, match=told):
+        kind(**arguments)
+    assert threads() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
+        ({"prompt": "x", "resume": "yes"}, "resume"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
         ({"prompt": "x", "stop": [""]}, "stop"),
@@ -286,13 +349,11 @@ def test_a_broker_that_starts_late_is_found(new_broker: NewBroker) -> None:
 def test_a_broker_that_dies_in_mid_stream(new_broker: NewBroker) -> None:
     broker = new_broker(None)
     with Client(broker.endpoint) as client:
-        stream = client.generate("m", "x")
+        stream = client.generate("m", "x", resume=False)
         next(stream)
         broker.close()
-        started = time.monotonic()
-        with pytest.raises(BrokerLostError) as caught:
+        with pytest.raises(BrokerLostError, match="connection disconnected") as caught:  # and not "nothing heard"
             stream.text()
-        assert time.monotonic() - started < 0.5
         assert caught.value.retryable
         assert caught.value.request_id == stream.id
 
@@ -307,22 +368,170 @@ def test_what_a_broker_said_before_it_died_is_read(new_broker: NewBroker) -> Non
         assert stream.finish_reason == "length"
 
 
-def test_the_next_broker_takes_over(new_broker: NewBroker) -> None:
+def numbers(until: int) -> str:
+    return "".join(f"{number} " for number in range(until))
+
+
+def test_a_stream_goes_on_at_the_next_broker(new_broker: NewBroker) -> None:
+    first, second = new_broker(None), new_broker(40)
+    with Client([first.endpoint, second.endpoint], window_tokens=16) as client:
+        wait_for_sessions(client)
+        stream = client.generate("m", "x", attachments=[b"image"])
+        text = next(stream).text
+        sent = first.wait_for(Request)
+        first.close()
+        assert text + stream.text() == numbers(40)
+        assert stream.token_ids == list(range(40))
+        assert (stream.finish_reason, stream.usage) == ("length", Usage(2, 40))
+        again = second.wait_for(Request)
+        assert isinstance(sent, Request)
+        assert isinstance(again, Request)
+        assert (again.id, again.attachments, again.envelope.attempt) == (sent.id, sent.attachments, 2)
+        prior = unpack_generation(again.payload).prior
+        assert prior is not None
+        had = again.envelope.prior_tokens
+        assert (prior.token_ids, prior.text_chars) == (tuple(range(had)), len(numbers(had)))
+        lost, last = stream.attempts
+        assert (lost.number, lost.broker, lost.worker, lost.first_token) == (1, first.endpoint, "stub-worker", 0)
+        assert isinstance(lost.error, BrokerLostError)
+        assert last == Attempt(2, second.endpoint, "stub-worker", had)
+        assert client.generate("m", "x").text() == numbers(40)
+
+
+def test_many_streams_go_on_at_the_next_broker(new_broker: NewBroker) -> None:
+    first, second = new_broker(None), new_broker(100)
+    with Client([first.endpoint, second.endpoint], window_tokens=8) as client:
+        wait_for_sessions(client)
+        streams = [client.generate("m", "x") for _ in range(30)]
+        for stream in streams:
+            next(stream)
+        first.close()
+        for stream in streams:
+            stream.text()
+            assert stream.token_ids == list(range(100))
+            assert len(stream.attempts) == 2
+
+
+def test_a_stream_goes_on_at_the_same_broker_when_it_is_back(new_broker: NewBroker) -> None:
+    first = new_broker(None)
+    with Client(first.endpoint) as client:
+        stream = client.generate("m", "x")
+        text = next(stream).text
+        first.close()
+        late = StubBroker(300, first.endpoint)
+        try:
+            assert text + stream.text() == numbers(300)
+        finally:
+            late.close()
+
+
+def test_without_repair_the_next_broker_is_for_new_requests(new_broker: NewBroker) -> None:
     first, second = new_broker(None), new_broker(3)
-    with Client([first.endpoint, second.endpoint]) as client:
+    with Client([first.endpoint, second.endpoint], resume=False) as client:
+        wait_for_sessions(client)
         stream = client.generate("m", "x")
         next(stream)
         first.close()
         with pytest.raises(BrokerLostError):
             stream.text()
+        assert [attempt.broker for attempt in stream.attempts] == [first.endpoint]
         assert client.generate("m", "x").text() == "0 1 2 "
+
+
+def test_a_worker_that_falls_silent_after_it_has_started_is_left(new_broker: NewBroker) -> None:
+    broker = new_broker(20)
+    broker.stops_at = 0
+    with Client(broker.endpoint, first_token_timeout_s=0.2) as client:
+        stream = client.generate("m", "x")
+        cancel = broker.wait_for(Cancel)
+        assert isinstance(cancel, Cancel)
+        assert cancel.attempt == 1
+        broker.stops_at = None
+        assert stream.text() == numbers(20)
+        assert isinstance(stream.attempts[0].error, FirstTokenTimeoutError)
+        assert stream.attempts[0].worker == "stub-worker"
+
+
+def test_a_worker_that_falls_silent_between_tokens_is_left(new_broker: NewBroker) -> None:
+    broker = new_broker(20)
+    broker.stops_at = 7
+    with Client(broker.endpoint, inter_token_timeout_s=0.2) as client:
+        stream = client.generate("m", "x")
+        broker.wait_for(Cancel)
+        broker.stops_at = None
+        assert stream.text() == numbers(20)
+        assert isinstance(stream.attempts[0].error, InterTokenTimeoutError)
+        again = broker.wait_for(Request)
+        assert isinstance(again, Request)
+        assert (again.envelope.attempt, again.envelope.avoid) == (2, ("stub-worker",))
+
+
+def test_a_worker_that_never_speaks_is_told_of_after_the_last_attempt(new_broker: NewBroker) -> None:
+    broker = new_broker(20)
+    broker.stops_at = 0
+    with Client(broker.endpoint, first_token_timeout_s=0.1, max_attempts=2) as client:
+        stream = client.generate("m", "x")
+        with pytest.raises(FirstTokenTimeoutError, match="attempt 2, the last one"):
+            stream.text()
+        assert [attempt.number for attempt in stream.attempts] == [1, 2]
+
+
+def test_a_client_that_was_stopped_gives_nobody_up(new_broker: NewBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The I/O thread is kept from running in the midst of a turn, for longer than the session's expiry."""
+    broker = new_broker(None)
+    with Client(broker.endpoint) as client:
+        assert client.models() == ["models"]
+        core = client._connection._core
+        handle, stopped = core.handle, threading.Event()
+
+        def stop_once(event: Event, now: float) -> list[Action]:
+            if isinstance(event, Ask) and not stopped.is_set():
+                stopped.set()
+                threading.Event().wait(1.5)
+            return handle(event, now)
+
+        monkeypatch.setattr(core, "handle", stop_once)
+        assert client.status() == ["status"]
+        assert stopped.is_set()
+        assert client.workers() == ["workers"]
+        assert Goodbye not in broker.kinds_until(Heartbeat)
+
+
+def test_no_descriptors_left_for_a_socket_is_a_failed_try(
+    new_broker: NewBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, tries = connection.Link, [2]
+
+    def fail_twice(*arguments: Any) -> Any:
+        if tries[0]:
+            tries[0] -= 1
+            raise zmq.ZMQError(errno.EMFILE)
+        return link(*arguments)
+
+    monkeypatch.setattr(connection, "Link", fail_twice)
+    with Client(new_broker(2).endpoint) as client:
+        assert client.generate("m", "x").text() == "0 1 "
+    assert tries == [0]
+
+
+def test_a_dead_broker_beside_a_living_one_is_no_news(
+    new_broker: NewBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead, living = new_broker(), new_broker(3)
+    dead.close()
+    with caplog.at_level(logging.INFO, "tokenmq"), Client([dead.endpoint, living.endpoint]) as client:
+        assert client.generate("m", "x").text() == "0 1 2 "
+        tries = client._connection._core.sessions[dead.endpoint]
+        wait_until(lambda: bool(tries.failure))  # at least one has failed
+        assert client.generate("m", "x").text() == "0 1 2 "
+    assert [record.tokenmq["event"] for record in caplog.records] == ["session_opened"]
 
 
 def test_a_broker_that_falls_silent_is_given_up(new_broker: NewBroker) -> None:
     broker = new_broker(None)
     broker.answers[Heartbeat] = broker.answers[Credit] = lambda _: None
     with Client(broker.endpoint) as client:
-        stream = client.generate("m", "x")
+        stream = client.generate("m", "x", resume=False)
         with pytest.raises(BrokerLostError, match="nothing heard"):
             stream.text()
 
@@ -333,14 +542,16 @@ def test_a_broker_that_falls_silent_is_given_up(new_broker: NewBroker) -> None:
 def test_nonsense_ends_the_session_and_the_next_is_sound(new_broker: NewBroker, frames: list[bytes]) -> None:
     broker = new_broker(None)
     with Client(broker.endpoint) as client:
-        stream = client.generate("m", "x")
+        stream, brittle = client.generate("m", "x"), client.generate("m", "x", resume=False)
         next(stream)
+        next(brittle)
         broker.inject.append(list(frames))
         with pytest.raises(BrokerLostError):
-            stream.text()
+            brittle.text()
         broker.wait_for(Goodbye)
-        broker.tokens = 2
-        assert client.generate("m", "x").text() == "0 1 "
+        broker.tokens = 600
+        stream.text()
+        assert stream.token_ids == list(range(600))
 
 
 # Credit, cancel, close
@@ -524,6 +735,25 @@ def test_async_streams_and_queries(new_broker: NewBroker) -> None:
             assert streams[0].usage == Usage(2, 5)
             assert await client.models() == ["models"]
         assert threads() == 0
+
+    asyncio.run(main())
+
+
+def test_an_async_stream_goes_on_at_the_next_broker(new_broker: NewBroker) -> None:
+    first, second = new_broker(None), new_broker(40)
+
+    async def main() -> None:
+        async with AsyncClient([first.endpoint, second.endpoint], window_tokens=16) as client:
+            await asyncio.to_thread(wait_for_sessions, client)
+            stream = client.generate("m", "x")
+            text = (await anext(stream)).text
+            await asyncio.to_thread(first.close)
+            assert text + await stream.text() == numbers(40)
+            assert stream.token_ids == list(range(40))
+            assert [attempt.broker for attempt in stream.attempts] == [first.endpoint, second.endpoint]
+            again = await asyncio.to_thread(second.wait_for, Request)
+            assert isinstance(again, Request)
+            assert again.envelope.prior_tokens == stream.attempts[1].first_token > 0
 
     asyncio.run(main())
 

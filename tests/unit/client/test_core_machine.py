@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tokenmq.client.core import ClientCore
 from tokenmq.client.events import (
@@ -33,7 +33,6 @@ from tokenmq.client.events import (
     Submit,
 )
 from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S
-from tokenmq.client.session import Phase
 from tokenmq.client.settings import Settings
 from tokenmq.protocol import limits
 from tokenmq.protocol.credit import ReceiveWindow
@@ -84,6 +83,17 @@ brokers = st.sampled_from([ONE, TWO])
 workers = st.sampled_from(["v", "w"])
 
 
+WELCOME = Welcome("b", "s", 1.0, EXPIRY_S)
+FAREWELLS = [
+    Goodbye(),
+    Disconnect(DisconnectCode.UNKNOWN_PEER, ""),
+    Draining(),
+    WELCOME,
+    Lost("", "disconnected"),
+    Malformed("", ProtocolError("garbage")),
+]
+
+
 @dataclass
 class Socket:
     """One broker's side of the present connection."""
@@ -109,6 +119,10 @@ class Reader:
     workers: set[str] = field(default_factory=set)
 
 
+#: For what workers do: it takes a client that is not closed.
+living = precondition(lambda self: not self.core.closed)
+
+
 class Machine(RuleBasedStateMachine):
     """The model: what the application has been given, and what the present sockets have carried."""
 
@@ -124,6 +138,12 @@ class Machine(RuleBasedStateMachine):
         self.questions: dict[bytes, str] = {}
         #: The broker whose message is being dealt with.
         self.speaker = ""
+
+    @initialize(there=st.lists(brokers, unique=True))
+    def begin(self, there: list[str]) -> None:
+        """Most stories begin with a broker that is there."""
+        for at in there:
+            self.up(at)
 
     # The world around the core
 
@@ -229,6 +249,15 @@ class Machine(RuleBasedStateMachine):
         known = sorted(self.readers) if open_ones else []
         return known[number % len(known)] if known else number.to_bytes(16, "big")
 
+    def running(self, number: int) -> tuple[bytes, Reader]:
+        """Return one of the streams that a broker has; where there is none, make one."""
+        if not any(reader.at for reader in self.readers.values()):
+            self.up(ONE)
+            self.submit(None, True)
+        known = sorted(request_id for request_id, reader in self.readers.items() if reader.at)
+        request_id = known[number % len(known)]
+        return request_id, self.readers[request_id]
+
     # What the application does
 
     @rule(deadline_s=st.one_of(st.none(), st.floats(0.0, 10.0)), resume=st.sampled_from([True, True, True, False]))
@@ -246,7 +275,7 @@ class Machine(RuleBasedStateMachine):
         self.questions[query_id] = ""
         self.event(Ask(query_id, "models"))
 
-    @rule(number=pick, known=st.booleans())
+    @rule(number=pick, known=st.sampled_from([False, False, True]))
     def cancel(self, number: int, known: bool) -> None:
         request_id = self.some_id(number, known)
         self.event(CancelStream(request_id))
@@ -262,7 +291,7 @@ class Machine(RuleBasedStateMachine):
             if limit is not None and told:
                 self.event(Grant(request_id, limit))
 
-    @precondition(lambda self: self.made > 15)
+    @precondition(lambda self: self.made > 8)
     @rule()
     def close(self) -> None:
         self.event(Close())
@@ -276,11 +305,6 @@ class Machine(RuleBasedStateMachine):
     def connect(self, at: str) -> None:
         if at in self.sockets:
             self.event(Connected(at))
-
-    @rule(at=brokers)
-    def disconnect(self, at: str) -> None:
-        if at in self.sockets:
-            self.event(Lost(at, "disconnected"))
 
     @rule(seconds=st.floats(0.0, 3.0))
     def tick(self, seconds: float) -> None:
@@ -310,93 +334,91 @@ class Machine(RuleBasedStateMachine):
 
     @rule(at=brokers)
     def up(self, at: str) -> None:
-        """The shortest way to an open session."""
-        while at not in self.sockets and not self.core.closed:
+        """The shortest way to an open session that takes requests."""
+        if self.core.closed or self.takes_requests(at):
+            return
+        if self.core.sessions[at].draining:
+            self.says(at, Goodbye())
+        while at not in self.sockets:
             self.sleep()
         self.connect(at)
-        if self.core.sessions[at].phase is Phase.GREETING:
-            self.welcome(at)
+        self.says(at, WELCOME)
 
     # What the brokers do
-
-    @rule(at=brokers)
-    def welcome(self, at: str) -> None:
-        self.says(at, Welcome("b", "s", 1.0, EXPIRY_S))
 
     @rule(at=brokers, right=st.sampled_from([True, True, True, False]))
     def heartbeat(self, at: str, right: bool) -> None:
         if at in self.sockets:
             self.says(at, Heartbeat(self.sockets[at].to_client + (not right)))
 
-    @rule(at=brokers)
-    def draining(self, at: str) -> None:
-        self.says(at, Draining())
+    @rule(at=brokers, how=st.sampled_from(FAREWELLS))
+    def breakdown(self, at: str, how: Message | Lost | Malformed) -> None:
+        """What ends a session, or makes it useless for new requests."""
+        if isinstance(how, (Lost, Malformed)):
+            if at in self.sockets:
+                self.event(replace(how, endpoint=at))
+        else:
+            self.says(at, how)
 
+    @living
     @rule(number=pick, worker=workers)
     def started(self, number: int, worker: str) -> None:
-        request_id = self.some_id(number)
-        reader = self.readers.get(request_id)
-        if reader is not None and reader.at:
-            reader.workers.add(worker)
-            self.says(reader.at, Started(request_id, reader.attempt, worker))
+        request_id, reader = self.running(number)
+        reader.workers.add(worker)
+        self.says(reader.at, Started(request_id, reader.attempt, worker))
 
+    @living
     @rule(number=pick, tokens=st.integers(0, 3), text=st.text(max_size=2), lost=st.sampled_from([False] * 5 + [True]))
     def chunk(self, number: int, tokens: int, text: str, lost: bool) -> None:
         """The next chunk of a stream, as an honest worker sends it; sometimes it is lost."""
-        request_id = self.some_id(number)
-        reader = self.readers.get(request_id)
-        if reader is not None and reader.at:
-            offset = reader.window.received
-            ids = tuple(range(offset, min(offset + tokens, reader.window.limit)))
-            self.says(reader.at, Chunks(NO_ID, (Chunk(request_id, reader.attempt, 0, offset, ids, text),)), lost=lost)
+        request_id, reader = self.running(number)
+        offset = reader.window.received
+        ids = tuple(range(offset, min(offset + tokens, reader.window.limit)))
+        self.says(reader.at, Chunks(NO_ID, (Chunk(request_id, reader.attempt, 0, offset, ids, text),)), lost=lost)
 
-    @rule(number=pick, at=brokers, attempt=st.integers(1, 4), offset=st.integers(0, 12), tokens=st.integers(0, 8))
-    def wild_chunk(self, number: int, at: str, attempt: int, offset: int, tokens: int) -> None:
-        chunk = Chunk(self.some_id(number), attempt, 0, offset, tuple(range(offset, offset + tokens)), "x")
-        self.says(at, Chunks(NO_ID, (chunk,)))
+    @living
+    @rule(
+        number=pick, elsewhere=st.booleans(), late=st.booleans(), ahead=st.integers(-2, 2), tokens=st.integers(0, 4)
+    )
+    def wild_chunk(self, number: int, elsewhere: bool, late: bool, ahead: int, tokens: int) -> None:
+        """A chunk of an older attempt, of a broker that has not the stream, of other tokens than the next."""
+        request_id, reader = self.running(number)
+        at = (TWO if reader.at == ONE else ONE) if elsewhere else reader.at
+        offset = max(0, reader.window.received + ahead)
+        ids = tuple(range(offset, offset + tokens))
+        self.says(at, Chunks(NO_ID, (Chunk(request_id, max(1, reader.attempt - late), 0, offset, ids, "x"),)))
 
+    @living
     @rule(number=pick, missing=st.sampled_from([0, 0, 1]))
     def finish(self, number: int, missing: int) -> None:
-        request_id = self.some_id(number)
-        reader = self.readers.get(request_id)
-        if reader is not None and reader.at:
-            usage = Usage(1, len(reader.tokens) + missing)
-            self.says(reader.at, Finish(request_id, reader.attempt, FinishReason.STOP, usage, Timings(), "w"))
+        request_id, reader = self.running(number)
+        usage = Usage(1, len(reader.tokens) + missing)
+        self.says(reader.at, Finish(request_id, reader.attempt, FinishReason.STOP, usage, Timings(), "w"))
 
-    @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(1, 4), tokens=st.integers(0, 4))
-    def wild_finish(self, number: int, at: str, known: bool, attempt: int, tokens: int) -> None:
-        usage = Usage(1, tokens)
-        self.says(at, Finish(self.some_id(number, known), attempt, FinishReason.STOP, usage, Timings(), "w"))
-
+    @living
     @rule(
         number=pick,
         known=st.booleans(),
-        after_s=st.sampled_from([None, RETRY_AFTER_S]),
+        after_s=st.sampled_from([None, None, RETRY_AFTER_S]),
         worker=st.sampled_from(["", "v", "w"]),
     )
     def error(self, number: int, known: bool, after_s: float | None, worker: str) -> None:
-        request_id = self.some_id(number)
-        reader = self.readers.get(request_id)
-        if reader is not None and reader.at:
-            reader.workers.add(worker)
-            self.says(reader.at, Error(request_id, reader.attempt * known, "busy", "full", True, after_s, worker))
+        request_id, reader = self.running(number)
+        reader.workers.add(worker)
+        self.says(reader.at, Error(request_id, reader.attempt * known, "busy", "full", True, after_s, worker))
 
-    @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(0, 4), retryable=st.booleans())
-    def wild_error(self, number: int, at: str, known: bool, attempt: int, retryable: bool) -> None:
-        self.says(at, Error(self.some_id(number, known), attempt, "busy", "full", retryable))
+    @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(0, 4), good=st.booleans())
+    def wild_end(self, number: int, at: str, known: bool, attempt: int, good: bool) -> None:
+        """The end of any stream, told by anybody."""
+        request_id = self.some_id(number, known)
+        if good:
+            self.says(at, Finish(request_id, max(1, attempt), FinishReason.STOP, Usage(1, 2), Timings(), "w"))
+        else:
+            self.says(at, Error(request_id, attempt, "engine_failed", "it fell over"))
 
     @rule(number=st.integers(1, 20), at=brokers)
     def reply(self, number: int, at: str) -> None:
         self.says(at, Reply(number.to_bytes(16, "big"), []))
-
-    @rule(at=brokers, message=st.sampled_from([Goodbye(), Disconnect(DisconnectCode.UNKNOWN_PEER, "")]))
-    def farewell(self, at: str, message: Message) -> None:
-        self.says(at, message)
-
-    @rule(at=brokers)
-    def garbage(self, at: str) -> None:
-        if at in self.sockets:
-            self.event(Malformed(at, ProtocolError("garbage")))
 
     # What always holds
 
