@@ -164,7 +164,7 @@ class SimBroker(Node):
         entry = self.peers.get(action.peer)
         if entry is None or entry[0].full:
             gone = events.ClientGone if isinstance(action, events.ToClient) else events.WorkerGone
-            return gone(action.peer, "its connection is gone, or it has stopped reading")
+            return gone(action.peer, "its connection is gone, or it has stopped reading", stalled=entry is not None)
         link, peer, _ = entry
         link.carry(True, action.message, peer.received, link)
         return None

@@ -238,3 +238,5 @@ class SimClient(Peer):
         limit = self.readings[key].window.consume(tokens)
         if limit is not None:
             self.do(self._handle, events.Grant(key, limit))
+            if self.random.random() < 0.05:  # late, lower, or once more: only the highest one counts
+                self.do(self._handle, events.Grant(key, self.random.randint(0, limit)))

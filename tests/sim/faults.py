@@ -100,6 +100,11 @@ class Faults:
         if worker is not None:
             worker.fail()
 
+    def fail_job(self) -> None:
+        worker = self._worker()
+        if worker is not None:
+            worker.fail_job()
+
     def pause_worker(self) -> None:
         worker = self._worker()
         if worker is not None:

@@ -13,6 +13,7 @@ FAULTS = (
     "replace_worker",
     "hang_engine",
     "fail_engine",
+    "fail_job",
     "kill_client",
     "close_client",
     "kill_broker",

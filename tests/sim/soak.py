@@ -24,6 +24,8 @@ from .world import World
 #: Schedules that a process runs at a time: about half a second of work.
 _BATCH = 20
 _REPORT_S = 10.0
+#: A schedule takes a fraction of a second, a long one a few; one that takes this long has no end.
+_ENDLESS_S = 120
 
 
 def run(seeds: list[int]) -> tuple[Counter[str], tuple[int, str] | None]:
@@ -31,11 +33,14 @@ def run(seeds: list[int]) -> tuple[Counter[str], tuple[int, str] | None]:
     sums: Counter[str] = Counter()
     for seed in seeds:
         world = World(seed)
+        signal.alarm(_ENDLESS_S)
         try:
             world.run()
         except Exception:
             when = world.clock.now - world.begin
             return sums, (seed, f"{traceback.format_exc()}schedule {world.kind.name!r}, at {when:.3f} s")
+        finally:
+            signal.alarm(0)
         sums += world.tally()
         sums[f"schedules {world.kind.name}"] += 1
         sums["schedules"] += 1
@@ -90,7 +95,12 @@ def soak(first: int, runs: int | None, seconds: float | None, jobs: int) -> int:
     return 0
 
 
+def _endless(_number: int, _frame: object) -> None:
+    raise AssertionError(f"no end after {_ENDLESS_S} s: something goes round and round")
+
+
 def _begin() -> None:
+    signal.signal(signal.SIGALRM, _endless)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it prints the sums
     gc.freeze()
     gc.disable()  # a batch's worlds fit into the memory; between batches they are collected

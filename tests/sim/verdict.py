@@ -24,6 +24,7 @@ REPAIRABLE = {
     "no_worker",
     "busy",
     "engine_failed",
+    "out_of_memory",
     "first_token_timeout",
     "inter_token_timeout",
 }

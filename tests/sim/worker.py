@@ -9,7 +9,7 @@ from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import FinishReason, Message, ModelInfo
 from tokenmq.worker import events
 from tokenmq.worker.core import WorkerCore
-from tokenmq.worker.engines.base import Done, EngineStats, Output
+from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output
 from tokenmq.worker.settings import WorkerSettings
 
 from .broker import SimBroker
@@ -68,6 +68,12 @@ class SimWorker(Peer):
     def fail(self) -> None:
         """The engine's next step raises."""
         self._fails = True
+
+    def fail_job(self) -> None:
+        """The engine has no memory for one of its jobs."""
+        if self.runs:
+            ticket = self.random.choice(list(self.runs))
+            self.do(self._fail_job, ticket)
 
     def woken(self, lag_s: float) -> None:
         self.core.forgive(lag_s)
@@ -128,6 +134,11 @@ class SimWorker(Peer):
 
     def _tell_progress(self) -> None:
         self._handle(events.EngineProgress(self._steps, self._started))
+
+    def _fail_job(self, ticket: int) -> None:
+        if self.runs.pop(ticket, None) is not None:
+            failed = Failed(ticket, "out_of_memory", "simulated", retryable=True)
+            self._handle(events.EngineOutputs([failed], self._stats))
 
     def _cancel(self, ticket: int) -> None:
         if self.clock.now < self._hangs_until:

@@ -161,7 +161,7 @@ class World:
 
     def _wish(self) -> Wish:
         random = self.random
-        slow = self.kind.slow_readers and random.random() < 0.1
+        slow = self.kind.slow_readers and random.random() < 0.25
         return Wish(
             max_tokens=random.randint(1, 30),
             seed=random.getrandbits(30),
