@@ -51,6 +51,13 @@ def make_tokenizer(chat: bool = True) -> Any:
     return tokenizer
 
 
+def byte_chars() -> list[tuple[int, str]]:
+    """Return each byte with the character that stands for it in a byte-level vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [(byte, chr(byte)) for byte in plain] + [(byte, chr(256 + n)) for n, byte in enumerate(others)]
+
+
 def _sizes(**more: Any) -> dict[str, Any]:
     ids = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
     return {"vocab_size": VOCABULARY, **ids, **more}

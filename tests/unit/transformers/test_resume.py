@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -17,7 +18,7 @@ from tokenmq.protocol.messages import FinishReason
 from tokenmq.worker.engines.base import Done, EngineLoadError, Failed, Job, Tokens
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
-from .conftest import CONTEXT, VOCABULARY, Record, batch_of, job, resumed, run
+from .conftest import CONTEXT, VOCABULARY, Record, batch_of, byte_chars, job, resumed, run
 
 Make = Callable[..., TransformersEngine]
 WAYS = ["prefill", "replay"]
@@ -215,13 +216,6 @@ def test_pieces_join_in_any_text(
     joined()
 
 
-def byte_chars() -> list[tuple[int, str]]:
-    """Return each byte with the character that stands for it in a byte-level vocabulary."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return [(byte, chr(byte)) for byte in plain] + [(byte, chr(256 + n)) for n, byte in enumerate(others)]
-
-
 # ------------------------------------------------------------------------------------------------------- ends
 
 
@@ -328,6 +322,47 @@ def test_cancel_in_the_middle_of_a_replay_leaves_the_others_alone(make_engine: M
                 assert_goes_on(record, number, stream, 30, 0)
 
 
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 70])
+def test_a_replay_leaves_in_the_cache_what_decoding_does(tokens: int, make_engine: Make) -> None:
+    runner = batch_of(make_engine("llama", slots=3))._runner
+    ids = [1 + (11 * step + step * step) % 300 for step in range(5 + tokens)]
+    for slot in (0, 2):
+        runner.prefill(slot, [ids[:5]])
+    for at in range(5, 5 + tokens):
+        runner.decode([ids[at]], [at])
+    runner.replay(2, 5, ids[5:])
+    for layer in runner.cache._slot_layers:
+        for kept in (layer.keys, layer.values):
+            torch.testing.assert_close(kept[2, :, : 5 + tokens], kept[0, :, : 5 + tokens], rtol=1e-4, atol=1e-4)
+            assert not kept[2, :, 5 + tokens :].any(), "nothing behind the tokens"
+
+
+def test_a_replay_that_fails_fails_alone(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(slots=3, prefill_tokens=64, resume="replay")
+    jobs = [job(number, PROMPT[: 3 + number], max_tokens=20, ignore_eos=True) for number in range(3)]
+    streams = [undisturbed(engine, whole) for whole in jobs]
+    runner, calls = batch_of(engine)._runner, 0
+    replay = runner.replay
+
+    def breaking(slot: int, start: int, token_ids: list[int]) -> None:
+        nonlocal calls
+        calls += 1
+        if len(token_ids) == 9:
+            raise RuntimeError("a broken kernel")
+        replay(slot, start, token_ids)
+
+    monkeypatch.setattr(runner, "replay", breaking)
+    record = Record()
+    for number, (whole, stream) in enumerate(zip(jobs, streams, strict=True)):
+        record.take(engine.submit(resumed(number, whole, stream.tokens[: 9 + number])))
+    run(engine, record)
+    assert calls == 3
+    # The prefill's step brings nothing; the next one replays all known tokens but the newest: 8, 9 and 10.
+    assert "a broken kernel" in record.failed(1).message
+    assert_goes_on(record, 0, streams[0], 9, 0)
+    assert_goes_on(record, 2, streams[2], 11, 0)
+
+
 def test_a_replay_brings_nothing_until_it_is_done(make_engine: Make) -> None:
     engine = make_engine(slots=2, prefill_tokens=16, resume="replay")
     whole = job(0, PROMPT, max_tokens=60, ignore_eos=True)
@@ -344,7 +379,7 @@ def test_a_replay_brings_nothing_until_it_is_done(make_engine: Make) -> None:
         if 1 in first:
             break
     assert first[5] == 0, "the other row goes on meanwhile"
-    assert first[1] > 0
+    assert first[1] == 1 + 54 // 16, "the prompt's step, then as many known tokens in each as the budget allows"
 
 
 def test_the_times_of_a_resumed_stream(way: str, make_engine: Make) -> None:

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tokenmq.protocol.payload import Sampling
-from tokenmq.worker.engines.transformers.scheduler import Move, Scheduler
+from tokenmq.protocol.payload import Prior, Sampling
+from tokenmq.worker.engines.transformers.scheduler import Move, Plan, Scheduler
 from tokenmq.worker.engines.transformers.sequence import Sequence
 from tokenmq.worker.engines.transformers.textstream import TextStream
 
@@ -17,9 +17,12 @@ from .conftest import make_tokenizer
 BACKEND = make_tokenizer().backend_tokenizer
 
 
-def sequence(ticket: int, tokens: int) -> Sequence:
+def sequence(ticket: int, tokens: int, known: int = 0, *, replay: bool = True) -> Sequence:
     sampling = Sampling(max_tokens=1000)
-    return Sequence(ticket, (1,) * tokens, sampling, frozenset(), 10_000, TextStream(BACKEND, ()), 0.0)
+    made = Sequence(ticket, (1,) * tokens, sampling, frozenset(), 10_000, TextStream(BACKEND, ()), 0.0)
+    if known:
+        assert made.resume(Prior((5,) * known), replay=replay) == []
+    return made
 
 
 class Slots(RuleBasedStateMachine):
@@ -40,20 +43,31 @@ class Slots(RuleBasedStateMachine):
         for move in moves:
             self.cache[move.target] = self.cache[move.source][: move.tokens]
 
-    @rule(tokens=st.integers(1, 35))
-    def submit(self, tokens: int) -> None:
-        self.scheduler.add(sequence(self.tickets, tokens))
+    @rule(tokens=st.integers(1, 35), known=st.sampled_from([0, 0, 1, 2, 5, 11, 30]), replay=st.booleans())
+    def submit(self, tokens: int, known: int, replay: bool) -> None:
+        self.scheduler.add(sequence(self.tickets, tokens, known, replay=replay))
         self.tickets += 1
 
     @rule(fails=st.booleans())
     def step(self, fails: bool) -> None:
+        replays = self.scheduler.replays()
+        used = sum(tokens for _, tokens in replays)
+        assert used <= 10
+        assert used == min(10, sum(row.behind for row in self.scheduler.running)), "all that the budget allows"
+        for slot, tokens in replays:
+            row = self.scheduler.running[slot]
+            assert 0 < tokens <= row.behind, "the newest token is left to the decode"
+            self.write(slot, row, row.stored + tokens)
         for slot, row in enumerate(self.scheduler.running):
             self.write(slot, row, row.stored + 1)
         idle = self.scheduler.partial is None and len(self.scheduler.running) < 3 and bool(self.scheduler.waiting)
-        plan = self.scheduler.plan()
-        work = plan.chunk_tokens + sum(len(row.prompt) for row in plan.whole)
-        assert work <= 10
-        assert work > 0 or not (idle or plan.chunk), "a free slot and a waiting prompt must give work"
+        plan = self.scheduler.plan(used)
+        work = plan.chunk_tokens + sum(len(row.head) for row in plan.whole)
+        assert used + work <= 10
+        assert used or work > 0 or not (idle or plan.chunk), "a free slot and a waiting prompt must give work"
+        if plan.chunk is not None:
+            whole_chunk = min(10, len(plan.chunk.head) - plan.chunk.stored)
+            assert plan.chunk_tokens == whole_chunk, "its borders depend on the prompt's length alone"
         for row in ([plan.chunk] if plan.chunk and not plan.chunk.stored else []) + list(plan.whole):
             self.begun.append(row.ticket)
         if plan.chunk is not None:
@@ -61,13 +75,14 @@ class Slots(RuleBasedStateMachine):
                 self.move(self.scheduler.remove(plan.chunk))
             else:
                 self.write(len(self.scheduler.running), plan.chunk, plan.chunk.stored + plan.chunk_tokens)
-                if plan.chunk.stored == len(plan.chunk.prompt):
+                if plan.chunk.stored == len(plan.chunk.head):
                     self.scheduler.join(plan.chunk)
         for row in plan.whole[fails:]:
-            self.write(len(self.scheduler.running), row, len(row.prompt))
+            self.write(len(self.scheduler.running), row, len(row.head))
             self.scheduler.join(row)
         for row in self.scheduler.running:
-            row.generated.append(5)
+            if row.complete:
+                row.generated.append(5)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
@@ -116,3 +131,24 @@ def test_validate_sees_what_is_wrong() -> None:
     scheduler.join(row)
     with pytest.raises(AssertionError, match="no token"):
         scheduler.validate()
+
+
+def test_replay_comes_before_prefill_and_nobody_overtakes_a_prompt_in_chunks() -> None:
+    scheduler = Scheduler(slots=4, budget=10)
+    row = sequence(0, 3, known=13)
+    scheduler.add(row)
+    assert scheduler.plan().whole == (row,)
+    row.stored = 3
+    scheduler.join(row)
+    long, short = sequence(1, 25), sequence(2, 2)
+    scheduler.add(long)
+    scheduler.add(short)
+    assert scheduler.replays() == [(0, 10)]
+    assert scheduler.plan(10) == Plan(None, 0, ())
+    row.stored = 13
+    assert scheduler.replays() == [(0, 2)]
+    assert scheduler.plan(2) == Plan(None, 0, ()), "the long one is first, and begins with a whole budget"
+    row.stored = 15
+    scheduler.validate()
+    assert scheduler.replays() == []
+    assert scheduler.plan() == Plan(long, 10, ())

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from tokenmq.worker.engines.stops import StopMatcher
-from tokenmq.worker.engines.transformers.detokenize import Detokenizer
+from tokenmq.worker.engines.transformers.detokenize import MOST_HELD, Detokenizer
 from tokenmq.worker.engines.transformers.textstream import TextStream
 
-from .conftest import VOCABULARY, make_tokenizer
+from .conftest import VOCABULARY, byte_chars, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 
@@ -74,6 +74,27 @@ def test_byte_fallback_does_not_take_back_what_was_sent() -> None:
     text = "".join([*map(stream.feed, [*"中".encode(), 0xFF, 256, 256]), stream.flush()])
     assert text.startswith("中")
     assert text.endswith("hi"), "it must go on after the broken byte"
+
+
+@pytest.mark.parametrize("tail", ["", "é", "\ufffd!", "🙂 end"])
+@pytest.mark.parametrize("broken", [b"\xa2", b"\xf0\x9f", b"\xe4\xb8"])
+def test_a_long_run_of_broken_bytes_comes_as_it_goes(broken: bytes, tail: str) -> None:
+    byte_ids = {byte: TOKENIZER.backend_tokenizer.token_to_id(char) for byte, char in byte_chars()}
+    ids = [byte_ids[byte] for byte in b"ok" + broken * 300 + tail.encode()]
+    got = pieces(ids)
+    assert "".join(got) == TOKENIZER.decode(ids)
+    held = most = 0
+    for piece in got[:-1]:
+        held = 0 if piece else held + 1
+        most = max(most, held)
+    assert most <= MOST_HELD + 4, "the work for a token must not grow with the run"
+
+
+def test_special_tokens_do_not_reach_the_decoder() -> None:
+    stream = Detokenizer(TOKENIZER.backend_tokenizer)
+    assert [stream.feed(0) for _ in range(1000)] == [""] * 1000
+    assert stream._token_ids == [], "a run of them would be decoded again with each"
+    assert stream.feed(TOKENIZER("the").input_ids[0]) + stream.flush() == "the"
 
 
 # ------------------------------------------------------------------------------------------------ stop strings
