@@ -208,7 +208,7 @@ class SimClient(Peer):
                 self.send(action.endpoint, action.message)
             elif isinstance(action, events.Ended):
                 self._ended(self.open_readings.pop(action.id), action)
-            elif isinstance(action, events.Resumed):
+            elif isinstance(action, events.Attempted):
                 self.resumes += 1
             elif isinstance(action, events.Answered):
                 del self.asked[action.id]  # fails for a second answer

@@ -42,6 +42,8 @@ def check_ends(world: World) -> None:
             if reading.outcome is not None:
                 assert _justified(world, client, reading), (key.hex(), reading.outcome, reading.attempts)
                 _check_in_time(client, reading)
+                if world.kind.name == "calm":
+                    _check_undisturbed(reading)
 
 
 def _check_in_time(client: SimClient, reading: Reading) -> None:
@@ -49,6 +51,13 @@ def _check_in_time(client: SimClient, reading: Reading) -> None:
     if deadline_s is not None and not client.was_paused:
         late_s = reading.ended_at - reading.submitted_at - deadline_s
         assert late_s <= DEADLINE_SLACK_S + _MS, f"ended {late_s:.3f} s after its deadline"
+
+
+def _check_undisturbed(reading: Reading) -> None:
+    """Where nothing goes wrong, an attempt fails only for want of a worker, or when links and engines are slow."""
+    codes = {attempt.error.code for attempt in reading.attempts if attempt.error is not None}
+    allowed = {"busy", "no_worker", "deadline", "first_token_timeout", "inter_token_timeout"}
+    assert codes <= allowed, f"disturbed by nobody: {codes - allowed}"
 
 
 def _justified(world: World, client: SimClient, reading: Reading) -> bool:
