@@ -208,8 +208,6 @@ class SimClient(Peer):
                 self.send(action.endpoint, action.message)
             elif isinstance(action, events.Ended):
                 self._ended(self.open_readings.pop(action.id), action)
-            elif isinstance(action, events.Attempted):
-                self.resumes += 1
             elif isinstance(action, events.Answered):
                 del self.asked[action.id]  # fails for a second answer
                 self.answers.append("" if action.error is None else action.error.code)
@@ -221,6 +219,7 @@ class SimClient(Peer):
     def _ended(self, reading: Reading, end: events.Ended) -> None:
         reading.end(end.outcome)
         reading.attempts = end.attempts
+        self.resumes += len(end.attempts) - 1
         reading.ended_at = self.clock.now
         reading.lonely_s = self.clock.now - self._lonely_since
 
