@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tokenmq.protocol.messages import FinishReason
 from tokenmq.worker.engines.base import Done, EngineLoadError, Failed, Job, Tokens
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
+from tokenmq.worker.engines.transformers.resume import Resume, choose_way
 
 from .conftest import CONTEXT, VOCABULARY, Record, batch_of, byte_chars, job, resumed, run
 
@@ -403,3 +404,23 @@ def test_the_engine_says_how_it_resumes(make_engine: Make, caplog: pytest.LogCap
     with pytest.raises(EngineLoadError, match="resume must be one of auto, prefill, replay"):
         make_engine(resume="magic")
     assert make_engine(max_context=CONTEXT).load()[0].resumes
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "mkl", "way"),
+    [
+        ("cpu", torch.bfloat16, "", Resume.REPLAY),
+        ("cpu", torch.float16, "", Resume.PREFILL),
+        ("cpu", torch.float32, "", Resume.PREFILL),
+        ("cpu", torch.float32, "AUTO", Resume.PREFILL),
+        ("cpu", torch.float32, "AVX2,STRICT", Resume.REPLAY),
+        ("cuda", torch.bfloat16, "AUTO,STRICT", Resume.PREFILL),
+    ],
+)
+def test_auto_replays_where_that_is_exact(
+    device: str, dtype: torch.dtype, mkl: str, way: Resume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MKL_CBWR", mkl)
+    assert choose_way("auto", torch.device(device), dtype) is way
+    for wish in Resume:
+        assert choose_way(wish.value, torch.device(device), dtype) is wish

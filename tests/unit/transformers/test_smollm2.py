@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tokenmq.protocol.messages import FinishReason
 from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Job
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
-from .conftest import Record, job, reference, run
+from .conftest import Record, batch_of, job, reference, resumed, run
 
 pytestmark = pytest.mark.model
 
@@ -87,3 +89,26 @@ def test_a_sampled_stream_resumes(engine: TransformersEngine) -> None:
     whole = run(engine).ids[1]
     engine.submit(job(3, ids + whole[:10], max_tokens=14, **wishes))
     assert run(engine).ids[3] == whole[10:]
+
+
+def test_a_stream_in_bfloat16_is_replayed_exactly(engine: TransformersEngine) -> None:
+    # By prefill about half of such streams go another way.
+    model, tokenizer = parts(engine)
+    half = TransformersEngine.from_loaded(
+        copy.deepcopy(model).to(torch.bfloat16), tokenizer, name="smollm2", slots=6, max_context=512, resume="replay"
+    )
+    half.load()
+    runner, ids = batch_of(half)._runner, tokenizer(PROMPTS[1]).input_ids
+    runner.prefill(0, [ids] * 6)
+    alone, together = (runner.decode([7] * rows, [len(ids)] * rows)[0] for rows in (1, 6))
+    if not torch.equal(alone, together):
+        pytest.skip("on this machine a decode depends on its company")
+    jobs = [job(number, tokenizer(PROMPTS[number]).input_ids, max_tokens=60, ignore_eos=True) for number in range(6)]
+    for one in jobs:
+        half.submit(one)
+    whole = run(half).ids
+    for one in jobs:
+        half.submit(resumed(one.ticket, one, whole[one.ticket][: 36 + one.ticket]))
+    rest = run(half).ids
+    for number in range(6):
+        assert rest[number] == whole[number][36 + number :], PROMPTS[number][:40]

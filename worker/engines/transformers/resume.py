@@ -2,15 +2,16 @@
 
 - `prefill` computes prompt and prior together, as if the prior were a part of the prompt. It is quick. The keys and
   values come out of other kernels than the undisturbed stream's, so they differ from those by rounding.
-- `replay` prefills the prompt alone, as it was prefilled the first time, and then decodes the prior's tokens in the
-  batch as they were decoded the first time. Where a decode does not depend on the other rows, the stream goes on bit
-  for bit.
+- `replay` prefills the prompt alone, as it was prefilled the first time, and then puts the prior's tokens through the
+  kernels of a decode, as they went the first time, but many to a forward, each as a row of its own. Where a decode
+  does not depend on the other rows, the stream goes on bit for bit.
 
 docs/numerics.md has the figures behind the choice.
 """
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 
 import torch
@@ -39,5 +40,11 @@ def choose_way(wish: str, device: torch.device, dtype: torch.dtype) -> Resume:
     """
     if wish != AUTO:
         return Resume(wish)
-    # Half precision on a CPU is where a prefill's rounding would be seen, and where a decode has none of its own.
-    return Resume.REPLAY if device.type == "cpu" and dtype != torch.float32 else Resume.PREFILL
+    # Replay where it was found exact. In bfloat16 that matters, too: by prefill half of the streams went another way.
+    exact = device.type == "cpu" and (dtype == torch.bfloat16 or (dtype == torch.float32 and _mkl_is_strict()))
+    return Resume.REPLAY if exact else Resume.PREFILL
+
+
+def _mkl_is_strict() -> bool:
+    """Whether the user has asked MKL, which multiplies float32, for the same bits whatever the number of rows."""
+    return os.environ.get("MKL_CBWR", "").upper().endswith(",STRICT")
