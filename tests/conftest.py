@@ -7,4 +7,4 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sim-seed", type=int, default=None, help="run this one simulated schedule")
-    parser.addoption("--sim-runs", type=int, default=600, help="how many simulated schedules to run")
+    parser.addoption("--sim-runs", type=int, default=500, help="how many simulated schedules to run")
