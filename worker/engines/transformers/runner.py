@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cache import Decode, Prefill, Replay, SlotCache
+from .cache import Access, Decode, Prefill, Replay, SlotCache
 
 #: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
 #: for them, stay the same over some decode steps.
@@ -113,7 +113,7 @@ class Runner:
     @torch.inference_mode()
     def _forward(
         self,
-        access: Prefill | Decode,
+        access: Access,
         ids: torch.Tensor,
         positions: torch.Tensor,
         mask: torch.Tensor | None,
