@@ -12,7 +12,7 @@ from tokenmq.client.core import ClientCore
 from tokenmq.client.settings import Settings
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError, TokenmqError
-from tokenmq.protocol.messages import Chunk, FinishReason, Message
+from tokenmq.protocol.messages import Chunk, Chunks, FinishReason, Message, Started
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 
 from .broker import SimBroker
@@ -124,6 +124,7 @@ class SimClient(Peer):
         self.open_readings: dict[bytes, Reading] = {}
         self.resumes = 0
         self.was_paused = False
+        self._started: set[tuple[bytes, int]] = set()
         self.asked: dict[bytes, float] = {}
         self.answers: list[str] = []
         #: Since when there has been no broker that takes requests; infinity while there is one.
@@ -154,6 +155,10 @@ class SimClient(Peer):
         self._handle(events.Lost(endpoint, "the connection broke"))
 
     def took(self, endpoint: str, message: Message | ProtocolError) -> None:
+        if isinstance(message, Started):
+            self._started.add((message.id, message.attempt))
+        elif isinstance(message, Chunks) and not self.net.lossy:
+            assert all((chunk.request_id, chunk.attempt) in self._started for chunk in message.chunks), "not STARTED"
         kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
         self._handle(kind(endpoint, message))
 

@@ -46,6 +46,7 @@ class Net:
 
     Attributes:
         loss: the part of all messages that is lost.
+        lossy: some may have been lost so.
         delays_s: mean delays of a message; each link draws one of them for itself, so that what leaves a node later
             by one link may arrive sooner than what it sent by another.
     """
@@ -54,6 +55,7 @@ class Net:
         self.clock = Clock()
         self.random = random
         self.loss = loss
+        self.lossy = loss > 0
         self.delays_s = delays_s
         #: A process that is started later has a greater one.
         self.incarnations = count(1)

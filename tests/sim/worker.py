@@ -54,6 +54,8 @@ class SimWorker(Peer):
         self._hangs_until = -math.inf
         self._fails = False
         self._stats = EngineStats()
+        #: Jobs that the engine is to end as soon as its thread has time.
+        self._cancels: set[int] = set()
         self.do(self._start)
         self.clock.after(load_s, self.do, self._loaded)
 
@@ -74,6 +76,11 @@ class SimWorker(Peer):
         if self.runs:
             ticket = self.random.choice(list(self.runs))
             self.do(self._fail_job, ticket)
+
+    def settle(self) -> None:
+        super().settle()
+        for ticket in self.runs:
+            assert ticket in self._cancels or self.core._streams.by_ticket(ticket), "a job that nobody waits for"
 
     def woken(self, lag_s: float) -> None:
         self.core.forgive(lag_s)
@@ -144,6 +151,7 @@ class SimWorker(Peer):
         if self.clock.now < self._hangs_until:
             self.clock.at(self._hangs_until, self.do, self._cancel, ticket)  # the engine's thread is in its step
             return
+        self._cancels.discard(ticket)
         run = self.runs.pop(ticket, None)
         if run is not None:
             done = Done(ticket, FinishReason.CANCELLED, 1, run.position)
@@ -165,6 +173,7 @@ class SimWorker(Peer):
                     self._begin_step()
                     self.clock.after(0.0, self.do, self._tell_progress)
             elif isinstance(action, events.CancelJob):
+                self._cancels.add(action.ticket)
                 self.clock.after(self.random.uniform(0.001, self._step_s), self.do, self._cancel, action.ticket)
             elif isinstance(action, events.Open):
                 self.open(action.broker)
