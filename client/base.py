@@ -19,6 +19,7 @@ from .settings import (
     INTER_TOKEN_TIMEOUT_S,
     MAX_ATTEMPTS,
     QUERY_TIMEOUT_S,
+    RECOVERY_TIMEOUT_S,
     settings_from,
 )
 from .stream import StreamT_co
@@ -38,6 +39,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         heartbeat_s: float | None = None,
         resume: bool = True,
         max_attempts: int = MAX_ATTEMPTS,
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
         queue_timeout_s: float | None = None,
         first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S,
         inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S,
@@ -47,14 +49,16 @@ class BaseClient(ABC, Generic[StreamT_co]):
         Args:
             endpoints: the broker's frontend, or those of several brokers, the preferred one first; None for
                 tcp://127.0.0.1:5555. Requests go to the first that is there, and over to another when it dies.
-            connect_timeout_s: how long a request waits for a broker before it fails with NoBrokerError.
+            connect_timeout_s: how long a new request waits for a broker before it fails with NoBrokerError.
             query_timeout_s: how long a broker may take to answer models(), workers() and the like.
             window_tokens: tokens of one stream that may be under way or unread; a reader that stops gets no more.
             name: how brokers name this client to people; None for host and process id.
             heartbeat_s: a longer heartbeat interval than the broker's own, for machines that sleep.
             resume: repair what goes wrong: a request whose worker or broker has failed is submitted again with the
                 tokens so far, and its stream goes on where it stopped. False: every failure is an exception at once.
-            max_attempts: submissions of one request at most.
+            max_attempts: how many attempts of a request may fail at workers; the last failure is the exception.
+            recovery_timeout_s: how long a request whose attempt has failed may be without a worker: with no broker,
+                or refused by it (no worker, busy, draining) again and again.
             queue_timeout_s: how long an attempt may wait at the broker for a worker before it fails with
                 QueueTimeoutError; None for no bound but the deadline.
             first_token_timeout_s: how long a worker that has the request may take for the first token before
@@ -75,6 +79,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             heartbeat_s=heartbeat_s,
             resume=resume,
             max_attempts=max_attempts,
+            recovery_timeout_s=recovery_timeout_s,
             queue_timeout_s=queue_timeout_s,
             first_token_timeout_s=first_token_timeout_s,
             inter_token_timeout_s=inter_token_timeout_s,

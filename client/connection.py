@@ -30,6 +30,7 @@ from .events import (
     Action,
     Answered,
     Ask,
+    Attempted,
     CancelStream,
     Close,
     CloseSocket,
@@ -41,7 +42,6 @@ from .events import (
     Malformed,
     Open,
     Received,
-    Resumed,
     Send,
     Submit,
 )
@@ -92,7 +92,7 @@ class Connection:
             CloseSocket: self._close_socket,
             Send: self._send,
             Deliver: self._deliver,
-            Resumed: self._resumed,
+            Attempted: self._attempted,
             Ended: self._ended,
             Answered: self._answered,
             Log: lambda log: write(_logger, log),
@@ -256,7 +256,7 @@ class Connection:
         mailbox.put(action.chunk)
         self._touched[mailbox] = None
 
-    def _resumed(self, action: Resumed) -> None:
+    def _attempted(self, action: Attempted) -> None:
         self._mailboxes[action.id].attempts = action.attempts
 
     def _ended(self, action: Ended) -> None:

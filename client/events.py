@@ -167,8 +167,8 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
-    """An attempt has failed, and the next one is under way: `attempts` tells of all."""
+class Attempted:
+    """The present attempt has come to a worker, or has failed and the next one begins: `attempts` tells of all."""
 
     id: bytes
     attempts: tuple[Attempt, ...]
@@ -192,4 +192,4 @@ class Answered:
     error: TokenmqError | None = None
 
 
-Action: TypeAlias = Open | CloseSocket | Send | Deliver | Resumed | Ended | Answered | Log
+Action: TypeAlias = Open | CloseSocket | Send | Deliver | Attempted | Ended | Answered | Log

@@ -24,11 +24,12 @@ from ..protocol.errors import (
     CannotResumeError,
     ClientClosedError,
     DeadlineError,
+    ModelNotFoundError,
     TokenmqError,
 )
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
 from ..protocol.timers import Timers
-from .events import CancelStream, Deliver, Ended, Ending, Grant, Resumed, Submit
+from .events import Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit
 from .orders import Orders
 from .sessions import Sessions
 from .settings import Settings
@@ -113,6 +114,7 @@ class Exchange:
         stream = self._current(message.id, message.attempt, endpoint)
         if stream is not None:
             stream.started(message.worker, now)
+            self._orders.add(Attempted(stream.id, stream.attempts()))
             self._watch(stream)
 
     def chunk(self, chunk: Chunk, endpoint: str, now: float) -> None:
@@ -194,7 +196,8 @@ class Exchange:
             elif stream.place is Place.RESTING:
                 self._send(stream, now)
             else:
-                self._end(stream, self._sessions.none_came(key.hex()))
+                error = self._sessions.none_came(key.hex(), self._patience_s(stream))
+                self._end(stream, _reworded(error, _both(error.message, stream)))
 
     def _look_at_sent(self, stream: OpenStream, now: float) -> None:
         silent_at = stream.silent_at(self._settings)
@@ -220,10 +223,15 @@ class Exchange:
         return DeadlineError(message, request_id=stream.id.hex())
 
     def forgive(self, lag_s: float) -> None:
-        """Take seconds in which nobody listened off the workers' silence."""
+        """Take seconds in which nobody listened off the workers' silence, and off the wait for a session."""
         for stream in self._streams.values():
             if stream.heard_at is not None:
                 stream.heard_at += lag_s
+            if stream.lost_at is not None:
+                stream.lost_at += lag_s
+            if stream.place is Place.WAITING:
+                stream.waits_until += lag_s
+                self._set_timer(stream, stream.waits_until, stream.deadline)
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is next needed, None for never."""
@@ -236,7 +244,9 @@ class Exchange:
         session = self._sessions.best()
         if session is None:
             stream.place = Place.WAITING
-            self._set_timer(stream, now + self._settings.connect_timeout_s, stream.deadline)
+            begun = now if stream.lost_at is None else stream.lost_at
+            stream.waits_until = begun + self._patience_s(stream)
+            self._set_timer(stream, stream.waits_until, stream.deadline)
             return
         try:
             request = stream.leave(session.endpoint, self._settings, now)
@@ -245,6 +255,10 @@ class Exchange:
             return
         self._sessions.send(session.endpoint, request, now)
         self._watch(stream)
+
+    def _patience_s(self, stream: OpenStream) -> float:
+        """Return how long the request may be without a broker."""
+        return self._settings.connect_timeout_s if stream.lost_at is None else self._settings.recovery_timeout_s
 
     def _watch(self, stream: OpenStream) -> None:
         """Look at a request that has left when its deadline passes, or when its worker may have fallen silent.
@@ -265,34 +279,37 @@ class Exchange:
     def _fault(self, stream: OpenStream, error: TokenmqError, now: float) -> None:
         """Repair a failure by the next attempt; where that is of no use, end the stream with it."""
         pause = pause_s(stream.barren_attempts, error.retry_after_s, self._random)
-        final = self._final(stream, error, now + pause)
+        final = self._final(stream, error, now, now + pause)
         if final is not None:
             self._end(stream, final)
             return
-        stream.fail(error)
+        stream.fail(error, now)
         self._orders.log(
             "request_resumed", stream.id, logging.WARNING, attempt=stream.attempt, tokens=len(stream.tokens),
             code=error.code, why=error.message, pause_s=pause,
         )  # fmt: skip
-        self._orders.add(Resumed(stream.id, stream.attempts()))
+        self._orders.add(Attempted(stream.id, stream.attempts()))
         if pause > 0:
             stream.place = Place.RESTING
             self._set_timer(stream, now + pause, stream.deadline)
         else:
             self._send(stream, now)
 
-    def _final(self, stream: OpenStream, error: TokenmqError, again_at: float) -> TokenmqError | None:
+    def _final(self, stream: OpenStream, error: TokenmqError, now: float, again_at: float) -> TokenmqError | None:
         """Return the error that a failure ends the stream with; None where an attempt at `again_at` may repair it."""
         if isinstance(error, CannotResumeError):
             return CannotResumeError(_both(error.message, stream), request_id=stream.id.hex())
+        # A model that a worker has served is not unknown: the broker is new, and its workers are not back yet.
+        repairable = error.retryable or (isinstance(error, ModelNotFoundError) and stream.served)
         too_late = stream.deadline is not None and again_at >= stream.deadline
-        if not error.retryable or not stream.order.resume or too_late:
+        if not repairable or not stream.order.resume or too_late:
             return error
-        if stream.attempt < self._settings.max_attempts:
-            return None
-        error.message += f" (attempt {stream.attempt}, the last one)"
-        error.args = (error.message,)
-        return error
+        served, lost_s = stream.served_attempts, now - stream.lost_since(now)
+        if served >= self._settings.max_attempts:
+            return _reworded(error, f"{error.message} (that was the last of {served} attempts)")
+        if lost_s and lost_s + again_at - now >= self._settings.recovery_timeout_s:
+            return _reworded(error, f"{error.message} (nobody has taken the request for {lost_s:.1f} s)")
+        return None
 
     def _tell_cancel(self, stream: OpenStream, now: float) -> None:
         if stream.place is Place.SENT:
@@ -316,7 +333,9 @@ class Exchange:
             assert stream.id == key, "a stream under a foreign id"
             assert window.consumed <= window.received <= window.limit, "a window out of order"
             assert len(stream.tokens) == window.received, "tokens miscounted"
-            assert stream.attempt == len(stream.past) + 1 <= self._settings.max_attempts, "attempts miscounted"
+            assert stream.attempt == len(stream.past) + 1, "attempts miscounted"
+            assert stream.served < self._settings.max_attempts, "attempts without end"
+            assert stream.lost_at is None or stream.past, "lost without a fault"
             assert sent == bool(stream.endpoint), "a broker where there is none, or none where there is one"
             if sent:
                 assert self._sessions[stream.endpoint].open, "sent without a session"
@@ -327,6 +346,13 @@ class Exchange:
             timed += key in self._timers
         assert timed == len(self._timers), "a stray timer"
         assert not self._sessions.closed or not self._streams, "the closed client holds requests"
+
+
+def _reworded(error: TokenmqError, message: str) -> TokenmqError:
+    """Return the error with another message."""
+    error.message = message
+    error.args = (message,)
+    return error
 
 
 def _both(message: str, stream: OpenStream) -> str:

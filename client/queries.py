@@ -88,7 +88,7 @@ class Queries:
                 message = f"the broker did not answer the query {method!r} within {seconds:g} s"
                 self.answer(key, error=DeadlineError(message, retryable=True, request_id=key.hex()))
             else:
-                self.answer(key, error=self._sessions.none_came(key.hex()))
+                self.answer(key, error=self._sessions.none_came(key.hex(), self._settings.connect_timeout_s))
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is next needed, None for never."""

@@ -32,7 +32,8 @@ from ..protocol.messages import (
 from .events import Open, Send
 from .settings import Settings
 
-#: Pause before the next try; doubled each time. A restarting broker is found again soon, a dead one is not bothered.
+#: Pause before the next try; doubled each time, also after a session that was shorter than the longest pause. A
+#: broker that is restarted is found again soon, one that is dead, or that welcomes and hangs up, is not bothered.
 BACKOFF_S = 0.05
 BACKOFF_MAX_S = 2.0
 #: Time for TCP and the ZMTP handshake. A connection to a live host takes milliseconds; meanwhile libzmq itself
@@ -93,6 +94,7 @@ class Session:
         self._backoff_max_s = min(BACKOFF_MAX_S, half_s)
         self._backoff_s = BACKOFF_S
         self._deadline: float = 0.0
+        self._opened_at: float = 0.0
         self._liveness: Liveness | None = None
         self.phase = Phase.PAUSED
         self.endpoint = endpoint
@@ -164,8 +166,8 @@ class Session:
         self.broker = message.broker
         self.draining = False
         self.failure = ""
+        self._opened_at = now
         self._liveness = Liveness(message.heartbeat_s, message.expiry_s, heard_at=now, spoke_at=now)
-        self._backoff_s = BACKOFF_S
 
     def silence(self, now: float) -> str | None:
         """Return why the session must end for what did not come, None where it need not."""
@@ -193,6 +195,8 @@ class Session:
 
     def pause(self, reason: str, now: float) -> None:
         """Be without a session; `start` is due after a back-off."""
+        if self.open and now - self._opened_at >= BACKOFF_MAX_S:
+            self._backoff_s = BACKOFF_S
         self.phase = Phase.PAUSED
         self.failure = reason
         self.draining = False

@@ -68,9 +68,9 @@ class Sessions:
                 self._orders.add(CloseSocket(session.endpoint))
             session.close()
 
-    def none_came(self, request_id: str) -> TokenmqError:
+    def none_came(self, request_id: str, waited_s: float) -> TokenmqError:
         """Return the error for what has waited for a session in vain."""
-        seconds = f"{self._settings.connect_timeout_s:g} s"
+        seconds = f"{waited_s:g} s"
         for session in self:
             if session.open:
                 message = (

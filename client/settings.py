@@ -20,9 +20,11 @@ from ..transport.endpoints import DEFAULT_FRONTEND, check_destination
 CONNECT_TIMEOUT_S = 5.0
 #: A management answer takes a broker a millisecond; one that needs seconds is not coming.
 QUERY_TIMEOUT_S = 5.0
-#: Submissions of one request, all faults together. With the pauses between them they outlast a restart of everything;
-#: and a request that kills whoever runs it kills no more workers than this.
+#: Attempts that a worker had: a request that kills whoever runs it kills no more workers than this.
 MAX_ATTEMPTS = 16
+#: How long nobody may take a request: a restart of everything fits in, and the start of a worker's process (one that
+#: is loading its model has registered, and what waits for it waits at the broker).
+RECOVERY_TIMEOUT_S = 30.0
 #: From the moment that a worker has the request: a long prompt on a slow device, or a resume that replays its tokens.
 FIRST_TOKEN_TIMEOUT_S = 120.0
 #: Between two tokens: longer than any step of a healthy engine, a first one that compiles included.
@@ -54,13 +56,15 @@ class Settings:
     Attributes:
         endpoints: the brokers' frontends. The client has a session with each of them; requests go to the first in
             this order that is there.
-        connect_timeout_s: how long a request waits for an open session before it fails with NoBrokerError.
+        connect_timeout_s: how long a new request waits for an open session before it fails with NoBrokerError.
         query_timeout_s: how long the broker may take for the answer to a query.
         window_tokens: tokens of one stream that may be under way or unread.
         name: how the broker names this client to people; host and process id by default.
         heartbeat_s: the heartbeat interval to ask the broker for; None for the broker's own.
         resume: whether a request whose attempt has failed is submitted again, with the tokens so far.
-        max_attempts: submissions of one request at most.
+        max_attempts: how many attempts of a request may fail at workers.
+        recovery_timeout_s: how long a request whose attempt has failed may be without a worker: with no broker, or
+            refused by it again and again.
         queue_timeout_s: how long an attempt may wait at the broker for a worker; None for no bound.
         first_token_timeout_s: how long a worker that has the request may take for its first token; None for ever.
         inter_token_timeout_s: how long it may be silent after that while the reader wants more; None for ever.
@@ -74,6 +78,7 @@ class Settings:
     heartbeat_s: float | None = None
     resume: bool = True
     max_attempts: int = MAX_ATTEMPTS
+    recovery_timeout_s: float = RECOVERY_TIMEOUT_S
     queue_timeout_s: float | None = None
     first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S
     inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S
@@ -95,6 +100,7 @@ class Settings:
             raise BadRequestError("endpoints: each may stand there once")
         _seconds("connect_timeout_s", self.connect_timeout_s)
         _seconds("query_timeout_s", self.query_timeout_s)
+        _seconds("recovery_timeout_s", self.recovery_timeout_s)
         for name in ("heartbeat_s", "queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s"):
             if getattr(self, name) is not None:
                 _seconds(name, getattr(self, name))

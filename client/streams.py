@@ -17,6 +17,8 @@ from .settings import Settings
 #: Chunks without tokens are not bounded by credit. An engine sends one, for the text that it held back at the end;
 #: more than a few are a fault, which must not fill the memory.
 MAX_TAILS = 16
+#: A broker refuses in milliseconds: a request that it has had for so long was taken, and waited for a worker.
+TAKEN_S = 2.0
 
 
 class StreamFaultError(Exception):
@@ -47,6 +49,7 @@ class OpenStream:
         order: what the application asked for.
         submitted_at: when.
         place: where the request is.
+        waits_until: how long it waits for a session; means something while WAITING.
         attempt: the present submission, which chunks must carry to count.
         endpoint: the broker that has it; "" unless SENT.
         worker: the worker that has it; "" before it is known.
@@ -57,6 +60,9 @@ class OpenStream:
         tokens: the tokens so far, of all attempts.
         text_chars: characters of their text so far.
         past: the attempts that have failed.
+        served: how many of them a worker had.
+        left_at: when it left for the broker; means something while SENT.
+        lost_at: since when nobody has taken it; None while a worker has it, and before the first fault.
         barren: how many of them, since the last token, brought none.
         avoid: names of workers that failed it, the latest last.
     """
@@ -64,6 +70,7 @@ class OpenStream:
     order: Submit
     submitted_at: float
     place: Place = Place.WAITING
+    waits_until: float = 0.0
     attempt: int = 1
     endpoint: str = ""
     worker: str = ""
@@ -74,6 +81,9 @@ class OpenStream:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     text_chars: int = 0
     past: list[Attempt] = field(default_factory=list)
+    served: int = 0
+    left_at: float = 0.0
+    lost_at: float | None = None
     barren: int = 0
     avoid: list[str] = field(default_factory=list)
 
@@ -110,7 +120,7 @@ class OpenStream:
         if tokens:
             payload = resumed(payload, Prior(tokens, self.text_chars))
             check_size(payload, order.attachments)
-        self.place, self.endpoint = Place.SENT, endpoint
+        self.place, self.endpoint, self.left_at = Place.SENT, endpoint, now
         self.granted = order.window.limit
         envelope = Envelope(
             model=order.model,
@@ -128,8 +138,19 @@ class OpenStream:
         self.worker = worker
         if self.heard_at is None:  # what is said twice gives no more time
             self.heard_at = now
+        self.lost_at = None
 
-    def fail(self, error: TokenmqError) -> None:
+    @property
+    def served_attempts(self) -> int:
+        """Attempts that a worker had, the present one included."""
+        return self.served + (self.heard_at is not None or bool(self.worker))
+
+    def lost_since(self, now: float) -> float:
+        """Return since when nobody has taken the request, if the present attempt fails now."""
+        waited_there = self.place is Place.SENT and now - self.left_at >= TAKEN_S
+        return now if self.lost_at is None or waited_there else self.lost_at
+
+    def fail(self, error: TokenmqError, now: float) -> None:
         """Close the present attempt and begin the next one, here."""
         self.past.append(self.attempts(error)[-1])
         # A broker's end is not its worker's fault; that one may even have the tokens in its cache still.
@@ -137,6 +158,8 @@ class OpenStream:
             self.avoid = [name for name in self.avoid if name != self.worker] + [self.worker]
             del self.avoid[: -limits.MAX_AVOIDED]
         self.barren = self.barren_attempts
+        self.served = self.served_attempts
+        self.lost_at = self.lost_since(now)
         self.attempt += 1
         self.first_token = len(self.tokens)
         self.place, self.endpoint, self.worker = Place.WAITING, "", ""
@@ -205,6 +228,7 @@ class OpenStream:
         self.tokens.extend(chunk.token_ids)
         self.text_chars += len(chunk.text)
         self.heard_at = now
+        self.lost_at = None
         return True
 
     def finish(self, message: Finish) -> Ending:

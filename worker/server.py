@@ -16,7 +16,7 @@ from ..protocol.log import Log, write
 from ..transport.endpoints import check_destination
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
-from ..transport.pump import Pump
+from ..transport.pump import MAX_WAIT_S, Pump
 from .core import WorkerCore
 from .engine_thread import EngineThread
 from .engines.base import Engine
@@ -78,6 +78,8 @@ class WorkerServer:
         self._engine = EngineThread(engine, self._post, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, Link] = {}
+        #: One time for all that happens in a round.
+        self._now = clock()
         self._stop: Stop | None = None
         self._closed = False
         self.engine_abandoned = False
@@ -103,10 +105,10 @@ class WorkerServer:
         """
         try:
             self._engine.start()
-            self._perform(self._core.start(self._clock()))
-            late_at = self._clock()
+            self._now = self._clock()
+            self._perform(self._core.start(self._now))
             while self._stop is None:
-                late_at = self._round(late_at)
+                self._round()
         finally:
             self.close()
         level = logging.INFO if self._stop.exit_code == 0 else logging.ERROR
@@ -136,21 +138,21 @@ class WorkerServer:
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
-    def _round(self, planned: float) -> float:
-        """Wait and act once; return when the next round should have begun at the latest."""
-        now = self._clock()
-        wait_s = min(max(0.0, self._core.next_deadline() - now), 1.0)
-        ready = self._pump.wait(0.0 if self._inbox else wait_s)
-        now = self._clock()
-        if now > planned + _LATE_S:
-            self._core.forgive(now - planned)
+    def _round(self) -> None:
+        """Wait and act once."""
+        wait_s = 0.0 if self._inbox else min(max(0.0, self._core.next_deadline() - self._clock()), MAX_WAIT_S)
+        ready = self._pump.wait(wait_s)
+        # From one time to the next: the process may be stopped, or this thread kept from the interpreter, anywhere.
+        before, self._now = self._now, self._clock()
+        late_s = self._now - before - wait_s
+        if late_s > _LATE_S:
+            self._core.forgive(late_s)
         self._take_inbox()
         for broker, link in list(self._links.items()):
             if ready and link.among(ready):
                 self._serve(broker, link)
         self._tell(self._engine.progress())
-        self._perform(self._core.tick(self._clock()))
-        return self._clock() + 1.0
+        self._perform(self._core.tick(self._now))
 
     def _take_inbox(self) -> None:
         """Hand on what has come; outputs of several steps are joined, so that a loop that is behind sends less."""
@@ -185,7 +187,7 @@ class WorkerServer:
             link.flush()
 
     def _tell(self, event: Event) -> None:
-        self._perform(self._core.handle(event, self._clock()))
+        self._perform(self._core.handle(event, self._now))
 
     def _post(self, event: Event) -> None:
         self._inbox.append(event)

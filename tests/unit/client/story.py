@@ -9,6 +9,7 @@ from tokenmq.client.events import (
     Action,
     Ask,
     Attempt,
+    Attempted,
     CancelStream,
     Connected,
     Ended,
@@ -17,7 +18,6 @@ from tokenmq.client.events import (
     Grant,
     Lost,
     Received,
-    Resumed,
     Send,
     Submit,
 )
@@ -229,6 +229,6 @@ def ending(actions: list[Action]) -> Ending:
 
 
 def history(actions: list[Action]) -> tuple[Attempt, ...]:
-    """Return the attempts that the only Resumed or Ended tells of."""
-    (told,) = (action for action in actions if isinstance(action, (Resumed, Ended)))
+    """Return the attempts that the only Attempted or Ended tells of."""
+    (told,) = (action for action in actions if isinstance(action, (Attempted, Ended)))
     return told.attempts

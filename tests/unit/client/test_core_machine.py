@@ -15,6 +15,7 @@ from tokenmq.client.events import (
     Action,
     Answered,
     Ask,
+    Attempted,
     CancelStream,
     Close,
     CloseSocket,
@@ -28,7 +29,6 @@ from tokenmq.client.events import (
     Malformed,
     Open,
     Received,
-    Resumed,
     Send,
     Submit,
 )
@@ -74,6 +74,7 @@ SETTINGS = Settings(
     connect_timeout_s=4.0,
     query_timeout_s=3.0,
     max_attempts=5,
+    recovery_timeout_s=4.0,
     first_token_timeout_s=4.0,
     inter_token_timeout_s=2.0,
 )
@@ -159,8 +160,12 @@ class Machine(RuleBasedStateMachine):
                 self.sockets[action.endpoint].from_client += 1
             elif isinstance(action, Deliver):
                 self.check_delivery(action)
-            elif isinstance(action, Resumed):
+            elif isinstance(action, Attempted):
                 reader = self.readers[action.id]
+                if action.attempts[-1].worker:  # it has come to one
+                    assert reader.at
+                    assert reader.attempt == len(action.attempts)
+                    continue
                 assert reader.resume
                 assert reader.attempt == len(action.attempts) - 1
                 assert action.attempts[-2].broker == reader.at
@@ -198,7 +203,7 @@ class Machine(RuleBasedStateMachine):
         takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
         assert endpoint == takers[0]
         assert not reader.at, "two attempts at once"
-        assert envelope.attempt == reader.attempt + 1 <= SETTINGS.max_attempts
+        assert envelope.attempt == reader.attempt + 1
         assert reader.resume or envelope.attempt == 1
         reader.attempt, reader.at, reader.credit = envelope.attempt, endpoint, envelope.credit
         assert envelope.credit == reader.window.limit

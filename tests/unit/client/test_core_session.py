@@ -158,7 +158,8 @@ def test_the_pause_has_an_upper_bound() -> None:
     assert deadline == pytest.approx(story.now + 2.0)
 
 
-def test_welcome_resets_the_pause() -> None:
+@pytest.mark.parametrize(("lasted_s", "pause_s"), [(2.0, 0.05), (1.0, 1.6)])
+def test_a_session_that_lasted_resets_the_pause(lasted_s: float, pause_s: float) -> None:
     story = Story()
     for _ in range(5):
         story.tick(10.0)
@@ -166,8 +167,9 @@ def test_welcome_resets_the_pause() -> None:
     story.tick(10.0)
     story.greet()
     story.welcome()
+    story.tick(lasted_s)
     story.handle(Lost(ONE, "disconnected"))
-    assert story.core.next_deadline() == pytest.approx(story.now + 0.05)
+    assert story.core.next_deadline() == pytest.approx(story.now + pause_s)
 
 
 def test_a_broker_that_does_not_welcome_is_tried_anew() -> None:

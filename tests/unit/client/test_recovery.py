@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from tokenmq.client.events import Action, Attempt, Close, CloseSocket, Deliver, Ended, Grant, Resumed, Send
+from tokenmq.client.events import Action, Attempt, Attempted, Close, CloseSocket, Deliver, Ended, Grant, Send
 from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S, PAUSE_S, pause_s
 from tokenmq.protocol import limits
 from tokenmq.protocol.errors import (
@@ -23,6 +23,7 @@ from tokenmq.protocol.errors import (
     InterTokenTimeoutError,
     ModelNotFoundError,
     NoBrokerError,
+    NoWorkerError,
     WorkerLostError,
 )
 from tokenmq.protocol.messages import (
@@ -194,7 +195,7 @@ def test_a_gap_or_an_overlap_is_told_to_the_worker_and_repaired(
     story.chunk(0, 2)
     cancel, resumed, send = fault(story)
     assert cancel == Send(ONE, Cancel(key(1), 1))
-    assert isinstance(resumed, Resumed)
+    assert isinstance(resumed, Attempted)
     assert isinstance(resumed.attempts[0].error, WorkerLostError)
     assert isinstance(send, Send)
     assert isinstance(send.message, Request)
@@ -462,7 +463,7 @@ def test_a_token_ends_the_pauses(story: Story) -> None:
 def test_the_sender_of_the_error_may_ask_for_a_pause(story: Story) -> None:
     story.submit(1)
     (resumed,) = story.error("busy", retry_after_s=2.0)
-    assert isinstance(resumed, Resumed)
+    assert isinstance(resumed, Attempted)
     assert patience(story, 2.4) == []
     assert request(patience(story, 0.2)).envelope.attempt == 2
 
@@ -503,8 +504,8 @@ def test_without_any_broker_a_stream_waits_for_one(story: Story) -> None:
     assert prior(request(story.reopen(TWO))) == Prior((0,), 1)
 
 
-def test_a_stream_waits_for_a_broker_for_the_connect_timeout_at_most() -> None:
-    story = Story(connect_timeout_s=3.0)
+def test_a_stream_waits_for_a_broker_for_the_recovery_timeout_at_most() -> None:
+    story = Story(connect_timeout_s=1.0, recovery_timeout_s=3.0)
     story.open_sessions()
     story.submit(1)
     story.chunk(0)
@@ -514,6 +515,8 @@ def test_a_stream_waits_for_a_broker_for_the_connect_timeout_at_most() -> None:
     error = failure(story.tick(0.2))
     assert isinstance(error, NoBrokerError)
     assert error.retryable
+    assert error.message.startswith("no broker answered within 3 s; tried ")
+    assert "; it broke because: the session with the broker at " in error.message
 
 
 def test_a_broker_that_drains_gets_no_new_requests_and_keeps_those_that_it_has(story: Story) -> None:
@@ -558,19 +561,87 @@ def test_attempts_are_bounded() -> None:
     story.submit(1)
     story.chunk(0)
     story.error(attempt=1)
-    story.error(attempt=2)
-    actions = story.error("busy", attempt=3)
+    story.error(attempt=2, worker="w1")
+    until_sent(story, story.error("busy", attempt=3))  # no worker had it: it does not count
+    story.started(attempt=4)
+    actions = story.error("draining", attempt=4)
     error = failure(actions)
-    assert isinstance(error, BusyError)
+    assert isinstance(error, DrainingError)
     assert error.retryable
-    assert str(error) == error.message == "it was busy (attempt 3, the last one)"
-    assert [attempt.number for attempt in history(actions)] == [1, 2, 3]
+    assert str(error) == error.message == "it was draining (that was the last of 3 attempts)"
+    assert [attempt.number for attempt in history(actions)] == [1, 2, 3, 4]
+
+
+def refused(story: Story, seconds: float, attempt: int = 1) -> tuple[int, list[Action]]:
+    """Refuse attempt after attempt for so long, or to the end; return the attempt that is under way, or that end."""
+    end = story.now + seconds
+    while story.now < end:
+        actions = story.error("no_worker", attempt=attempt)
+        if [action for action in actions if isinstance(action, Ended)]:
+            return attempt, actions
+        until_sent(story, actions)
+        attempt += 1
+    return attempt, []
+
+
+def until_sent(story: Story, actions: list[Action]) -> None:
+    """Let time pass until the next attempt has left, if it has not left with these actions."""
+    while not requests(actions):
+        heartbeats(story)
+        actions = story.sleep()
+
+
+def test_a_request_that_nobody_takes_is_given_up_after_the_recovery_timeout() -> None:
+    story = Story(recovery_timeout_s=30.0)
+    story.open_sessions()
+    story.submit(1)
+    story.chunk(0)
+    story.error(attempt=1)
+    begun = story.now
+    _, actions = refused(story, 60.0, attempt=2)
+    error = failure(actions)
+    assert isinstance(error, NoWorkerError)
+    assert "nobody has taken the request for" in error.message
+    assert 30.0 - MAX_PAUSE_S <= story.now - begun <= 30.0
+
+
+def test_a_worker_that_takes_it_ends_the_outage() -> None:
+    story = Story(recovery_timeout_s=30.0)
+    story.open_sessions()
+    story.submit(1)
+    attempt, _ = refused(story, 20.0)
+    story.started(attempt=attempt)
+    until_sent(story, story.error(attempt=attempt))
+    _, end = refused(story, 20.0, attempt=attempt + 1)
+    assert not end
+
+
+def test_waiting_in_a_brokers_queue_is_no_outage() -> None:
+    story = Story(recovery_timeout_s=10.0)
+    story.open_sessions()
+    story.submit(1)
+    attempt, _ = refused(story, 3.0)
+    patience(story, 12.0)
+    assert not [a for a in story.error("no_worker", attempt=attempt) if isinstance(a, Ended)]
+
+
+def test_a_model_that_was_served_is_not_unknown() -> None:
+    story = Story()
+    story.open_sessions()
+    story.submit(1)
+    story.started()
+    story.chunk(0)
+    story.error(attempt=1)
+    assert not [a for a in story.error("model_not_found", attempt=2, retryable=False) if isinstance(a, Ended)]
+    story.submit(2)
+    assert isinstance(failure(story.error("model_not_found", number=2, retryable=False)), ModelNotFoundError)
 
 
 def test_one_attempt_is_one_attempt() -> None:
     story = Story(max_attempts=1)
     story.open_sessions()
     story.submit(1)
+    story.started()
     assert isinstance(failure(story.error()), WorkerLostError)
 
 
@@ -671,7 +742,7 @@ def test_tokens_that_make_the_request_too_large_end_the_stream(
     story.receive(Chunks(NO_ID, (Chunk(key(1), 1, 0, 0, (100_000,) * tokens, "x"),)))
     actions = story.error()
     assert requests(actions) == []
-    error = failure([action for action in actions if not isinstance(action, Resumed)])
+    error = failure([action for action in actions if not isinstance(action, Attempted)])
     assert isinstance(error, CannotResumeError)
     assert "are allowed; it broke because: it was worker_lost" in error.message
 
