@@ -55,12 +55,13 @@ class Reading:
         outcome: how it ended; None while it goes on.
         attempts: its submissions, known at the end.
         ended_at: when that was.
+        held_at: when a worker was last known to have it; before that, when it was submitted.
         lonely_s: for how long no broker had been there for the client then.
     """
 
     def __init__(self, wish: Wish, now: float) -> None:
         self.wish = wish
-        self.submitted_at = now
+        self.submitted_at = self.held_at = now
         self.sampling = Sampling(max_tokens=wish.max_tokens, seed=wish.seed)
         self.answer = Answer.to(self.sampling)
         self.window = ReceiveWindow(wish.window)
@@ -157,6 +158,8 @@ class SimClient(Peer):
     def took(self, endpoint: str, message: Message | ProtocolError) -> None:
         if isinstance(message, Started):
             self._started.add((message.id, message.attempt))
+            if message.id in self.open_readings:
+                self.open_readings[message.id].held_at = self.clock.now
         elif isinstance(message, Chunks) and not self.net.lossy:
             assert all((chunk.request_id, chunk.attempt) in self._started for chunk in message.chunks), "not STARTED"
         kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
@@ -231,6 +234,7 @@ class SimClient(Peer):
     def _deliver(self, key: bytes, chunk: Chunk) -> None:
         reading = self.readings[key]
         reading.take(chunk)
+        reading.held_at = self.clock.now
         wish = reading.wish
         if reading.reads_at is None and reading.tokens > wish.stops_at:
             reading.reads_at = self.clock.now + wish.pause_s

@@ -74,10 +74,12 @@ def _justified(world: World, client: SimClient, reading: Reading) -> bool:
     if code == "model_not_found":
         # A broker older than its expiry, that has seen no worker, cannot know that there will be one.
         return any(broker.was_blind for broker in world.brokers.values())
-    if code == "no_broker":
-        return reading.lonely_s >= settings.connect_timeout_s - _MS
-    if code == "draining" and reading.lonely_s >= settings.connect_timeout_s - _MS:
-        return True  # there is a broker, which takes nothing more
+    pause = pause_s(_barren(reading), outcome.retry_after_s, lambda: 1.0)
+    lost_s = reading.ended_at - reading.held_at
+    lost = len(reading.attempts) > 1 and lost_s + pause >= settings.recovery_timeout_s - _MS
+    alone = reading.lonely_s > 0.0 and (lost or reading.lonely_s >= settings.connect_timeout_s - _MS)
+    if alone and code in ("no_broker", "draining"):
+        return True  # there is no broker, or one that takes nothing more
     if code == "queue_timeout":
         return settings.queue_timeout_s is not None and lasted_s >= settings.queue_timeout_s - _MS
     if code == "cannot_resume":
@@ -87,8 +89,7 @@ def _justified(world: World, client: SimClient, reading: Reading) -> bool:
         return stopped or not (world.kind.sure or world.reader_timeout_s > 60.0)
     if code in REPAIRABLE:
         # The next attempt would come after a pause; one behind the deadline is none.
-        pause = pause_s(_barren(reading), outcome.retry_after_s, lambda: 1.0)
-        return not wish.resume or len(reading.attempts) >= settings.max_attempts or left_s <= pause
+        return not wish.resume or len(reading.attempts) >= settings.max_attempts or left_s <= pause or lost
     return False
 
 

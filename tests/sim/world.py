@@ -122,7 +122,7 @@ class World:
         endpoints = tuple(self.random.sample(list(self.brokers), len(self.brokers)))
         if self.kind.sure:
             settings = ClientSettings(
-                endpoints, name="sim", connect_timeout_s=60.0, max_attempts=10_000,
+                endpoints, name="sim", connect_timeout_s=60.0, recovery_timeout_s=600.0, max_attempts=10_000,
                 first_token_timeout_s=3.0, inter_token_timeout_s=1.5,
             )  # fmt: skip
         else:
@@ -130,6 +130,7 @@ class World:
                 endpoints,
                 name="sim",
                 connect_timeout_s=self.random.choice([0.5, 5.0]),
+                recovery_timeout_s=self.random.choice([2.0, 30.0]),
                 max_attempts=self.random.choice([1, 3, 16]),
                 queue_timeout_s=self.random.choice([None, 2.0]),
                 first_token_timeout_s=self.random.choice([None, 3.0]),
