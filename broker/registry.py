@@ -102,8 +102,8 @@ class WorkerSession(Session):
     def resumes(self, model: str) -> bool:
         """Tell whether the worker can continue what another one has begun with the model, as far as it is known.
 
-        A worker that is loading has told no more than names: what waits for it is not to fail before it says more. Nor
-        is it to fail because a worker leaves, loaded or not: when that is gone, there is another one or none.
+        A worker that is loading has told no more than names: what waits for it is not to fail before it says more.
+        Nor is it to fail because a worker leaves, loaded or not: when that is gone, there is another one or none.
         """
         if self.state in (WorkerState.LOADING, WorkerState.DRAINING):
             return any(info.name == model for info in self.ready.models)

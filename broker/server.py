@@ -34,6 +34,10 @@ _BATCH = 500
 #: rest of the batch waits for the next round. (Receiving in small parts instead cost a fifth of the rate.)
 _BATCH_S = 0.02
 
+#: A broker that is behind has unread messages of a worker that is gone; it reads on for so long before it fails what
+#: that one held. Tokens that are lost here are made again elsewhere, so no longer.
+_READ_ON_S = 0.5
+
 
 class BrokerServer:
     """A broker on its sockets.
@@ -68,6 +72,9 @@ class BrokerServer:
         self._worker_monitor = Monitor(self._workers)
         #: Received messages of a batch that took too long, by socket.
         self._left: dict[zmq.Socket[bytes], list[list[bytes]]] = {}
+        #: Workers that cannot be sent to any more, and of which the core does not know yet.
+        self._gone: dict[bytes, Loss] = {}
+        self._give_up_at = 0.0
         self._pump = Pump()
         for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
             self._pump.watch(socket)
@@ -105,7 +112,7 @@ class BrokerServer:
         )
 
     def _round(self) -> None:
-        ready = self._pump.wait(0.0 if self._left else self._next_deadline() - self._clock())
+        ready = self._pump.wait(0.0 if self._left or self._gone else self._next_deadline() - self._clock())
         now = self._clock()
         # Workers first: what they send frees slots for what clients ask.
         if self._workers in ready or self._workers in self._left:
@@ -122,6 +129,8 @@ class BrokerServer:
         now = self._clock()
         self._perform(self._core.tick(now), now)
         self._retry(now)
+        if self._gone:
+            self._give_up_workers(now)
 
     def _next_deadline(self) -> float:
         backlogs = (self._client_backlog.next_deadline(), self._worker_backlog.next_deadline())
@@ -129,9 +138,23 @@ class BrokerServer:
 
     def _retry(self, now: float) -> None:
         for loss in self._worker_backlog.retry(now):
-            self._handle(_worker_gone(loss), now)
+            self._worker_lost(loss, now)
         for loss in self._client_backlog.retry(now):
             self._handle(_client_gone(loss), now)
+
+    def _worker_lost(self, loss: Loss, now: float) -> None:
+        if not self._gone:
+            self._give_up_at = now + _READ_ON_S
+        self._gone.setdefault(loss.peer, loss)
+
+    def _give_up_workers(self, now: float) -> None:
+        """Tell the core of workers that are gone, when all that they sent is read: tokens and ends may be in it."""
+        unread = self._workers in self._left or self._workers.poll(0, zmq.POLLIN)
+        if unread and now < self._give_up_at:
+            return
+        gone, self._gone = self._gone, {}
+        for loss in gone.values():
+            self._handle(WorkerGone(loss.peer, loss.why, loss.stalled), now)
 
     def _from_workers(self, now: float) -> None:
         kept = self._client_backlog.peers
@@ -189,16 +212,14 @@ class BrokerServer:
                 backlog.send_last(frames)
                 continue
             loss = backlog.send(frames, now)
-            if loss is not None:
-                queue.extend(self._core.handle(_client_gone(loss) if is_client else _worker_gone(loss), now))
+            if loss is not None and is_client:
+                queue.extend(self._core.handle(_client_gone(loss), now))
+            elif loss is not None:
+                self._worker_lost(loss, now)
 
 
 def _client_gone(loss: Loss) -> ClientGone:
     return ClientGone(loss.peer, loss.why, loss.stalled)
-
-
-def _worker_gone(loss: Loss) -> WorkerGone:
-    return WorkerGone(loss.peer, loss.why, loss.stalled)
 
 
 def _broken(monitor: Monitor) -> bool:

@@ -12,7 +12,13 @@ from typing import Any
 import click
 
 from ..client import Client, Stream
-from ..client.settings import CONNECT_TIMEOUT_S, FIRST_TOKEN_TIMEOUT_S, INTER_TOKEN_TIMEOUT_S, MAX_ATTEMPTS
+from ..client.settings import (
+    CONNECT_TIMEOUT_S,
+    FIRST_TOKEN_TIMEOUT_S,
+    INTER_TOKEN_TIMEOUT_S,
+    MAX_ATTEMPTS,
+    RECOVERY_TIMEOUT_S,
+)
 from ..protocol.errors import TokenmqError
 from ..protocol.payload import Sampling
 from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
@@ -49,7 +55,11 @@ _LOOK_S = 0.1
 )  # fmt: skip
 @option(
     "--max-attempts", type=click.IntRange(min=1), default=MAX_ATTEMPTS, metavar="N",
-    help="Submissions of one request at most, when workers or brokers fail.",
+    help="How many attempts of one request may fail at workers.",
+)  # fmt: skip
+@option(
+    "--recovery-timeout", type=click.FloatRange(min=0, min_open=True), default=RECOVERY_TIMEOUT_S, metavar="S",
+    help="Seconds that a request may be without a worker after a failure.",
 )  # fmt: skip
 @version_option
 @click.pass_context
@@ -61,6 +71,7 @@ def main(
     first_token_timeout: float,
     inter_token_timeout: float,
     max_attempts: int,
+    recovery_timeout: float,
 ) -> None:
     """Ask the models behind a broker, or the broker itself."""
     context.obj = {
@@ -70,6 +81,7 @@ def main(
         "first_token_timeout_s": first_token_timeout,
         "inter_token_timeout_s": inter_token_timeout,
         "max_attempts": max_attempts,
+        "recovery_timeout_s": recovery_timeout,
     }
 
 

@@ -18,8 +18,8 @@ class ErrorCode(str, Enum):
     BUSY = "busy"
     DEADLINE = "deadline"
     QUEUE_TIMEOUT = "queue_timeout"
-    FIRST_TOKEN_TIMEOUT = "first_token_timeout"
-    INTER_TOKEN_TIMEOUT = "inter_token_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 (no password)
+    INTER_TOKEN_TIMEOUT = "inter_token_timeout"  # noqa: S105
     READER_TIMEOUT = "reader_timeout"
     DRAINING = "draining"
     WORKER_LOST = "worker_lost"

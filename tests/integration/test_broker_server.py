@@ -320,6 +320,11 @@ def test_a_chain_of_losses_is_no_recursion(offline: tuple[BrokerServer, Wire]) -
             server._handle(FromClient(peer, Request(id, envelope, b"")), 100.0)
     wire.gone = {b"%c%d" % (side, number) for side in b"cw" for number in range(links)}
     server._perform([ToClient(b"c0", Heartbeat(1))], 100.0)
+    rounds = 0
+    while server._gone:  # workers are given up at the end of each round
+        server._give_up_workers(100.0)
+        rounds += 1
+        assert rounds <= links
     assert not server._core.clients
     assert len(server._core.registry) == 0
     server._core.validate()

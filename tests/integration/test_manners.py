@@ -42,7 +42,7 @@ def cluster(make_cluster: Callable[..., LocalCluster]) -> LocalCluster:
 def test_a_broker_that_dies_in_mid_stream_is_one_line(
     cluster: LocalCluster, options: tuple[str, ...], code: str
 ) -> None:
-    process = start(cluster, "generate", MODEL, "x", "--max-tokens", "10000", *options)
+    process = start(cluster, "--recovery-timeout", "1", "generate", MODEL, "x", "--max-tokens", "10000", *options)
     assert process.stdout is not None
     assert process.stdout.read(1)
     cluster.broker.kill()
