@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench chaos gap soak coverage clean
+.PHONY: demo test lint bench chaos gap recovery numerics soak coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -34,6 +34,14 @@ chaos: $(VENV)/.base
 # How long a reader waits for the next token after a worker or a broker was killed.
 gap: $(VENV)/.base
 	$(BIN)/python benchmarks/gap.py $(GAP_ARGS)
+
+# SIGKILL for the worker of each of 100 streams of a real model, at a random token; all texts must be the undisturbed ones.
+recovery: $(VENV)/.model
+	$(BIN)/python benchmarks/recovery.py $(RECOVERY_ARGS)
+
+# How exactly, and how quickly, each way to resume continues a stream, by precision.
+numerics: $(VENV)/.model
+	$(BIN)/python benchmarks/numerics.py $(NUMERICS_ARGS)
 
 # Simulated clusters under seeded schedules of faults, on all cores, until one shows a violation: SOAK_S=600 for ten
 # minutes, SOAK_RUNS=100000 for so many schedules, SOAK_SEED=1 to begin there.
