@@ -219,6 +219,22 @@ def test_a_stopped_worker_is_fenced_and_comes_back(make_cluster: MakeCluster) ->
         assert client.status()["counters"]["disconnected"] >= 1
 
 
+def test_what_a_worker_sent_before_it_left_is_read_before_it_is_given_up(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    worker = cluster.start_worker(*SYNTHETIC, "--tokens-per-second", "2000")
+    cluster.wait_ready(MODEL)
+    with Client(cluster.frontend, window_tokens=100_000) as client:
+        tokens = 1500  # about as many messages: more than the broker takes in one round
+        reader = Reader(client.generate(MODEL, "x", max_tokens=tokens, seed=6), 6, tokens)
+        reader.wait_for(1)
+        cluster.broker.send_signal(signal.SIGSTOP)
+        worker.terminate()
+        assert worker.wait(PATIENCE_S) == 0
+        cluster.broker.send_signal(signal.SIGCONT)
+        reader.end()
+        assert reader.causes() == []
+
+
 def test_rolling_restart_of_everything_fails_no_request(make_cluster: MakeCluster) -> None:
     cluster = make_cluster("--grace", "0.5", brokers=2)
     stop = threading.Event()
