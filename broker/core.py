@@ -377,7 +377,7 @@ class BrokerCore:
         )
         self.registry.add(worker)
         models = [info.name for info in ready.models]
-        self.exchange.models_served(models)
+        self.exchange.registered(worker)
         self._outbox.to_worker(worker, Accepted(self.settings.name, self.software, heartbeat_s, expiry_s))
         self._outbox.log(
             "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],

@@ -161,6 +161,18 @@ class Exchange:
                 self._answer(record, self._error(record, ErrorCode.WORKER_LOST, message, retryable=True))
         self.workers_changed((info.name for info in worker.ready.models), now)
 
+    def registered(self, worker: WorkerSession) -> None:
+        """Note that a worker has come, or come back.
+
+        It begins anew: nobody goes on waiting for another one's slot because of what it did before. When a full
+        cluster is restarted worker by worker, that would be until somebody else's stream ends.
+        """
+        models = [info.name for info in worker.ready.models]
+        self.models_served(models)
+        for model in models:
+            for record in self._rooms.get(model, ()):
+                record.avoid -= {worker.name}
+
     def models_served(self, models: Iterable[str]) -> None:
         """Note that a worker has registered for these models."""
         for model in models:

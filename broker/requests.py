@@ -35,7 +35,8 @@ class RequestRecord:
         deadline_at: when its answer has lost its worth; None for never.
         queue_until: when it has waited for too long; None for never.
         prior_tokens: tokens of earlier attempts: more than 0 needs a worker that resumes.
-        avoid: names of workers that failed it: they get it only where no other can.
+        avoid: names of workers that failed it: they get it only where no other can. One that registers while it waits
+            has begun anew, and is none of them.
         worker: who runs it; None while it waits.
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.

@@ -210,6 +210,15 @@ class TestAvoiding:
             said = stage.registers(stage.stranger_worker("w2"), "other")
         assert ("w1", "REQUEST") in kinds(said)
 
+    def test_a_worker_that_registers_meanwhile_has_begun_anew(self, stage: Stage) -> None:
+        client = stage.client()
+        busy(stage, "w2", 1)
+        drained = stage.worker("w1")
+        client.asks(2, attempt=2, avoid=("w1",))
+        assert ("w1", "REQUEST") not in kinds(drained.says(Goodbye()))
+        back = stage.worker("w1", load=Load(WorkerState.LOADING))
+        assert kinds(back.beats(load=Load(WorkerState.READY))) == [("w1", "REQUEST")]
+
     def test_a_worker_that_expires_lets_the_avoided_one_have_it(self, stage: Stage) -> None:
         client = stage.client(heartbeat_s=60.0)
         busy(stage, "w2", 1)
