@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..protocol import limits
-from ..protocol.errors import BrokerLostError, ErrorCode, ProtocolError, TokenmqError, exception_for
+from ..protocol.errors import BrokerLostError, DrainingError, ErrorCode, ProtocolError, TokenmqError, exception_for
 from ..protocol.messages import Cancel, Chunk, Credit, Envelope, Error, Finish, FinishReason, Request
 from ..protocol.payload import Prior, resumed
 from .events import Attempt, Ending, Submit
@@ -153,8 +153,9 @@ class OpenStream:
     def fail(self, error: TokenmqError, now: float) -> None:
         """Close the present attempt and begin the next one, here."""
         self.past.append(self.attempts(error)[-1])
-        # A broker's end is not its worker's fault; that one may even have the tokens in its cache still.
-        if self.worker and not isinstance(error, BrokerLostError):
+        # A broker's end is not its worker's fault; that one may even have the tokens in its cache still. Nor has a
+        # worker failed that was drained: restarted under its name, it may be the only one with a free slot.
+        if self.worker and not isinstance(error, (BrokerLostError, DrainingError)):
             self.avoid = [name for name in self.avoid if name != self.worker] + [self.worker]
             del self.avoid[: -limits.MAX_AVOIDED]
         self.barren = self.barren_attempts

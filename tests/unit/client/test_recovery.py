@@ -770,6 +770,16 @@ def test_the_worker_that_an_error_names_is_avoided(story: Story) -> None:
     assert request(story.error(worker="w7")).envelope.avoid == ("w7",)
 
 
+@pytest.mark.parametrize("drained", ["broker", "worker"])
+def test_a_worker_is_not_avoided_for_a_drain(story: Story, drained: str) -> None:
+    story.submit(1)
+    story.started("w1")
+    story.chunk(0, 2)
+    if drained == "broker":
+        story.receive(Draining())
+    assert request(story.error("draining", worker="w1")).envelope.avoid == ()
+
+
 # History
 
 
