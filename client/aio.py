@@ -40,7 +40,8 @@ def _wake(mailboxes: list[Mailbox]) -> None:
 class AsyncStream(BaseStream):
     """An asynchronous iterator over a request's chunks, for one task of the event loop that it was made in.
 
-    Leaving it early cancels the request, and so does cancelling the task that waits for the next chunk.
+    Cancelling the task that waits for the next chunk cancels the request, and so does the end of the last reference
+    or of `async with client.generate(...) as stream:`.
     """
 
     def __init__(self, connection: Connection, mailbox: Mailbox, model: str, owner: object) -> None:

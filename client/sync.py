@@ -26,7 +26,7 @@ _BELL = _ThreadBell()
 
 
 class Stream(BaseStream):
-    """An iterator over a request's chunks, from any thread. Leaving it early cancels the request.
+    """An iterator over a request's chunks, from any thread. A loop that was left may be taken up again.
 
     `with client.generate(...) as stream:` cancels at the end of the block; so does the last reference's end.
     """
