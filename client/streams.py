@@ -64,7 +64,7 @@ class OpenStream:
         left_at: when it left for the broker; means something while SENT.
         lost_at: since when nobody has taken it; None while a worker has it, and before the first fault.
         barren: how many of them, since the last token, brought none.
-        avoid: names of workers that failed it, the latest last.
+        avoid: names of workers that failed it at the place where it is now, the latest last.
     """
 
     order: Submit
@@ -153,6 +153,8 @@ class OpenStream:
     def fail(self, error: TokenmqError, now: float) -> None:
         """Close the present attempt and begin the next one, here."""
         self.past.append(self.attempts(error)[-1])
+        if self.has_news:
+            self.avoid = []  # they failed at another place; since then they may have been restarted, and be free
         # A broker's end is not its worker's fault; that one may even have the tokens in its cache still. Nor has a
         # worker failed that was drained: restarted under its name, it may be the only one with a free slot.
         if self.worker and not isinstance(error, (BrokerLostError, DrainingError)):

@@ -757,12 +757,21 @@ def test_the_latest_failed_workers_are_avoided_each_once() -> None:
     names = [f"w{number}" for number in (1, 2, 1, *range(3, 25))]
     for attempt, name in enumerate(names, 1):
         story.started(name, attempt=attempt)
-        story.chunk(attempt - 1, attempt=attempt)
-        again = request(story.error(attempt=attempt, worker=name))
+        again = request(story.error(attempt=attempt, worker=name) + patience(story, MAX_PAUSE_S))
         if attempt == 3:
             assert again.envelope.avoid == ("w2", "w1")
     assert again.envelope.avoid == tuple(f"w{number}" for number in range(9, 25))
     assert len(again.envelope.avoid) == limits.MAX_AVOIDED
+
+
+def test_workers_that_failed_before_the_last_token_are_avoided_no_more(story: Story) -> None:
+    story.submit(1)
+    story.started("w1")
+    story.chunk(0, 2)
+    assert request(story.error(worker="w1")).envelope.avoid == ("w1",)
+    story.started("w2", attempt=2)
+    story.chunk(2, attempt=2)
+    assert request(story.error(attempt=2, worker="w2")).envelope.avoid == ("w2",)
 
 
 def test_the_worker_that_an_error_names_is_avoided(story: Story) -> None:
