@@ -82,7 +82,10 @@ class Exchange:
         if refusal is not None:
             self._counters.refused += 1
             self._outbox.to_client(client, refusal)
-            self._outbox.log("request_refused", record.id, model=record.model, code=refusal.code, client=client.name)
+            self._outbox.log(
+                "request_refused", record.id, model=record.model, attempt=record.attempt, code=refusal.code,
+                client=client.name,
+            )  # fmt: skip
             return
         self._counters.requests += 1
         self.records[record.key] = record
@@ -377,7 +380,7 @@ class Exchange:
         self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name))
         self._outbox.log(
             "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
-            waited_s=now - record.arrived_at,
+            attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
         )  # fmt: skip
 
     def _cancel_at_worker(self, record: RequestRecord) -> None:
@@ -392,7 +395,9 @@ class Exchange:
     def _log_cancelled(self, record: RequestRecord) -> None:
         worker = record.worker.name if record.worker else ""
         waited_s = self._outbox.now - record.arrived_at
-        self._outbox.log("request_cancelled", record.id, model=record.model, worker=worker, s=waited_s)
+        self._outbox.log(
+            "request_cancelled", record.id, model=record.model, worker=worker, attempt=record.attempt, s=waited_s
+        )
 
     def _orphan(self, record: RequestRecord) -> None:
         """Let nobody wait for a running request any more; its slot stays charged."""
@@ -431,14 +436,15 @@ class Exchange:
         if isinstance(answer, Finish):
             self._counters.finished += 1
             self._outbox.log(
-                "request_finished", record.id, model=record.model, worker=worker, reason=answer.reason.value,
-                tokens=answer.usage.completion_tokens, s=self._outbox.now - record.arrived_at,
+                "request_finished", record.id, model=record.model, worker=worker, attempt=record.attempt,
+                reason=answer.reason.value, prior_tokens=record.prior_tokens, tokens=answer.usage.completion_tokens,
+                s=self._outbox.now - record.arrived_at,
             )  # fmt: skip
         else:
             self._counters.failed += 1
             self._outbox.log(
-                "request_failed", record.id, model=record.model, worker=worker, code=answer.code,
-                message=answer.message, s=self._outbox.now - record.arrived_at,
+                "request_failed", record.id, model=record.model, worker=worker, attempt=record.attempt,
+                code=answer.code, message=answer.message, s=self._outbox.now - record.arrived_at,
             )  # fmt: skip
 
     def _waited(self, record: RequestRecord) -> Timings:

@@ -243,8 +243,9 @@ class Desk:
         outcome = answer.code if isinstance(answer, Error) else answer.reason.value
         seconds = now - stream.accepted_at
         self._orders.log(
-            "request_finished", stream.request_id, outcome=outcome, tokens=stream.tokens, seconds=seconds
-        )
+            "request_finished", stream.request_id, attempt=stream.attempt, outcome=outcome,
+            prior_tokens=stream.prior, tokens=stream.tokens, seconds=seconds,
+        )  # fmt: skip
 
 
 def _generation(message: Request) -> Generation:

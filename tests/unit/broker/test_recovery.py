@@ -328,3 +328,15 @@ def test_many_that_cannot_be_served_keep_nobody_else_waiting(stages: Callable[..
     assert kinds(client.asks(5000)) == [("w1", "REQUEST")]
     client.asks(5001)
     assert kinds(worker.finishes(5000)) == [("ann", "FINISH stop"), ("w1", "REQUEST")]
+
+
+def test_the_log_tells_the_attempts_of_a_request_apart(stage: Stage) -> None:
+    client = stage.client()
+    first, second = stage.worker("w1", infos=RESUMES), stage.worker("w2", infos=RESUMES)
+    client.asks(1)
+    first.vanishes()
+    client.asks(1, attempt=2, prior_tokens=5)
+    second.finishes(1, attempt=2)
+    (failed,), (finished,) = stage.logged("request_failed"), stage.logged("request_finished")
+    assert (failed["worker"], failed["attempt"]) == ("w1", 1)
+    assert (finished["worker"], finished["attempt"], finished["prior_tokens"]) == ("w2", 2, 5)
