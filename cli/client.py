@@ -295,7 +295,10 @@ def status(as_json: bool, broker: tuple[str, ...]) -> None:
 )  # fmt: skip
 @_broker_option
 def drain(worker: str, grace: float | None, wait: float, broker: tuple[str, ...]) -> None:
-    """Have WORKER (a name that `workers` lists) finish what it holds and exit. No request fails while others serve its model."""
+    """Have WORKER (a name that `workers` lists) finish what it holds and exit.
+
+    No request fails by it while others serve its model.
+    """
     with _client(broker) as client:
         before = _worker_row(client, worker)
         held = client.drain(worker, grace_s=grace)["in_flight"]
