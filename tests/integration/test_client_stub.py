@@ -471,7 +471,7 @@ def test_a_worker_that_never_speaks_is_told_of_after_the_last_attempt(new_broker
     broker.stops_at = 0
     with Client(broker.endpoint, first_token_timeout_s=0.1, max_attempts=2) as client:
         stream = client.generate("m", "x")
-        with pytest.raises(FirstTokenTimeoutError, match="attempt 2, the last one"):
+        with pytest.raises(FirstTokenTimeoutError, match="the last of 2 attempts"):
             stream.text()
         assert [attempt.number for attempt in stream.attempts] == [1, 2]
 
