@@ -219,8 +219,8 @@ class Exchange:
                 message = f"no worker was free for it in the {waited:.3f} s that it waited for {record.model!r}"
                 self._end_waiting(record, self._error(record, ErrorCode.QUEUE_TIMEOUT, message, retryable=False))
                 continue
-            where = f"worker {record.worker.name}" if record.worker else "the waiting room"
-            message = f"the deadline passed after {waited:.3f} s, at {where}"
+            where = f"at worker {record.worker.name}" if record.worker else "in the waiting room"
+            message = f"the deadline passed after {waited:.3f} s, {where}"
             self._end(record, self._error(record, ErrorCode.DEADLINE, message, retryable=False))
 
     def next_deadline(self) -> float | None:

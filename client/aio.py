@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -37,11 +37,26 @@ def _wake(mailboxes: list[Mailbox]) -> None:
             waiter.set_result(None)
 
 
+class _Loop(AsyncIterator[Chunk]):
+    """One loop over a stream. When it is left early, nothing refers to this object any more, and the stream ends."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: AsyncStream) -> None:
+        self._stream = stream
+
+    def __anext__(self) -> Coroutine[Any, Any, Chunk]:
+        return self._stream.__anext__()
+
+    def __del__(self) -> None:
+        self._stream._leave()
+
+
 class AsyncStream(BaseStream):
     """An asynchronous iterator over a request's chunks, for one task of the event loop that it was made in.
 
-    Cancelling the task that waits for the next chunk cancels the request, and so does the end of the last reference
-    or of `async with client.generate(...) as stream:`.
+    A loop over it that is left early cancels the request, and so does cancelling the task that waits for the next
+    chunk. `anext(stream)` takes a single chunk and cancels nothing.
     """
 
     def __init__(self, connection: Connection, mailbox: Mailbox, model: str, owner: object) -> None:
@@ -50,8 +65,8 @@ class AsyncStream(BaseStream):
         self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Return itself."""
-        return self
+        """Return an iterator over the chunks that have not been taken; leaving it early cancels the stream."""
+        return _Loop(self)
 
     async def __anext__(self) -> Chunk:
         """Return the next chunk.

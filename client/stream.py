@@ -34,7 +34,11 @@ class BaseStream:
         return f"<{type(self).__name__} {self.id} of {self.model!r}: {len(self._token_ids)} tokens, {state}>"
 
     def __del__(self) -> None:
-        """Cancel what nobody can read any more. No lock may be taken here: this runs wherever memory is freed."""
+        """Cancel what nobody can read any more."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """Have the stream end, if it has not. No lock may be taken here: finalizers run wherever memory is freed."""
         mailbox = getattr(self, "_mailbox", None)
         if mailbox is not None and mailbox.outcome is None:
             self._connection.post(CancelStream(mailbox.id))

@@ -25,15 +25,32 @@ class _ThreadBell:
 _BELL = _ThreadBell()
 
 
+class _Loop(Iterator[Chunk]):
+    """One loop over a stream. When it is left early, nothing refers to this object any more, and the stream ends."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __next__(self) -> Chunk:
+        return self._stream.__next__()
+
+    def __del__(self) -> None:
+        self._stream._leave()
+
+
 class Stream(BaseStream):
-    """An iterator over a request's chunks, from any thread. A loop that was left may be taken up again.
+    """A request's chunks, to be read from any thread. A loop over it that is left early cancels the request.
+
+    `next(stream)` takes a single chunk and cancels nothing.
 
     `with client.generate(...) as stream:` cancels at the end of the block; so does the last reference's end.
     """
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Return itself."""
-        return self
+        """Return an iterator over the chunks that have not been taken; leaving it early cancels the stream."""
+        return _Loop(self)
 
     def __next__(self) -> Chunk:
         """Return the next chunk; wait for it.

@@ -585,9 +585,16 @@ def test_a_reader_that_stops_gets_no_more_than_the_window(new_broker: NewBroker)
 def test_leaving_the_loop_cancels(new_broker: NewBroker) -> None:
     broker = new_broker(None)
     with Client(broker.endpoint) as client:
-        for _chunk in client.generate("m", "x"):
+        stream = client.generate("m", "x")
+        next(stream)  # takes one, and leaves the stream as it is
+        assert stream.finish_reason is None
+        for _chunk in stream:
             break
         broker.wait_for(Cancel)
+        assert stream.model == "m"  # although it can still be referred to
+        rest = list(stream)  # what had come, and then the end
+        assert len(rest) < 300
+        assert stream.finish_reason == "cancelled"
 
 
 def test_the_end_of_the_block_cancels(new_broker: NewBroker) -> None:
@@ -775,9 +782,11 @@ def test_leaving_an_async_loop_cancels(new_broker: NewBroker) -> None:
 
     async def main() -> None:
         async with AsyncClient(broker.endpoint) as client:
-            async for _chunk in client.generate("m", "x"):
+            stream = client.generate("m", "x")
+            async for _chunk in stream:
                 break
             await asyncio.to_thread(broker.wait_for, Cancel)
+            assert stream.model == "m"  # although it can still be referred to
 
     asyncio.run(main())
 

@@ -344,7 +344,7 @@ def test_the_deadline_of_a_waiting_request_is_answered_by_the_broker(stage: Stag
     worker = stage.busy_worker("w1", client)
     client.asks(2, deadline_s=0.25)
     assert stage.passes(0.24) == []
-    message = "the deadline passed after 0.250 s, at the waiting room"
+    message = "the deadline passed after 0.250 s, in the waiting room"
     assert stage.passes(0.02) == [("ann", Error(request_id(2), 1, "deadline", message))]
     assert kinds(worker.finishes(1)) == [("ann", "FINISH stop")]
 
