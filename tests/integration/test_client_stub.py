@@ -69,6 +69,7 @@ class StubBroker:
     Attributes:
         tokens: the length of every stream, None for endless.
         stops_at: position at which every stream falls silent, None for never.
+        stops_attempts: up to which attempt they do so.
         seen: messages that came, in order.
         answers: what is done about a kind of message in the place of the usual.
         inject: frames that are sent to whoever has a session.
@@ -77,6 +78,7 @@ class StubBroker:
     def __init__(self, tokens: int | None = 5, endpoint: str = "tcp://127.0.0.1:*") -> None:
         self.tokens = tokens
         self.stops_at: int | None = None
+        self.stops_attempts = 1_000_000
         self.seen: queue.Queue[Message] = queue.Queue()
         self.answers: dict[type[object], Callable[[Message], Message | None]] = {}
         self.inject: list[list[bytes]] = []
@@ -161,7 +163,8 @@ class StubBroker:
 
     def _advance(self, request_id: bytes) -> None:
         peer, attempt, done, limit = self._streams[request_id]
-        until = min(bound for bound in (limit, self.tokens, self.stops_at) if bound is not None)
+        stop = self.stops_at if attempt <= self.stops_attempts else None
+        until = min(bound for bound in (limit, self.tokens, stop) if bound is not None)
         while done < until:
             self._say(peer, Chunks(NO_ID, (Chunk(request_id, attempt, 0, done, (done,), f"{done} "),)))
             done += 1
@@ -440,13 +443,12 @@ def test_without_repair_the_next_broker_is_for_new_requests(new_broker: NewBroke
 
 def test_a_worker_that_falls_silent_after_it_has_started_is_left(new_broker: NewBroker) -> None:
     broker = new_broker(20)
-    broker.stops_at = 0
+    broker.stops_at, broker.stops_attempts = 0, 1
     with Client(broker.endpoint, first_token_timeout_s=0.2) as client:
         stream = client.generate("m", "x")
         cancel = broker.wait_for(Cancel)
         assert isinstance(cancel, Cancel)
         assert cancel.attempt == 1
-        broker.stops_at = None
         assert stream.text() == numbers(20)
         assert isinstance(stream.attempts[0].error, FirstTokenTimeoutError)
         assert stream.attempts[0].worker == "stub-worker"
@@ -454,11 +456,10 @@ def test_a_worker_that_falls_silent_after_it_has_started_is_left(new_broker: New
 
 def test_a_worker_that_falls_silent_between_tokens_is_left(new_broker: NewBroker) -> None:
     broker = new_broker(20)
-    broker.stops_at = 7
+    broker.stops_at, broker.stops_attempts = 7, 1
     with Client(broker.endpoint, inter_token_timeout_s=0.2) as client:
         stream = client.generate("m", "x")
         broker.wait_for(Cancel)
-        broker.stops_at = None
         assert stream.text() == numbers(20)
         assert isinstance(stream.attempts[0].error, InterTokenTimeoutError)
         again = broker.wait_for(Request)
