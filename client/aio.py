@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -38,18 +38,25 @@ def _wake(mailboxes: list[Mailbox]) -> None:
 
 
 class _Loop(AsyncIterator[Chunk]):
-    """One loop over a stream. When it is left early, nothing refers to this object any more, and the stream ends."""
+    """One loop over a stream. When it is left early, nothing refers to this object any more, and the stream ends.
 
-    __slots__ = ("_stream",)
+    A loop that has got nothing, because another task reads the stream, say, leaves it to that one.
+    """
+
+    __slots__ = ("_began", "_stream")
 
     def __init__(self, stream: AsyncStream) -> None:
         self._stream = stream
+        self._began = False
 
-    def __anext__(self) -> Coroutine[Any, Any, Chunk]:
-        return self._stream.__anext__()
+    async def __anext__(self) -> Chunk:
+        chunk = await self._stream.__anext__()
+        self._began = True
+        return chunk
 
     def __del__(self) -> None:
-        self._stream._leave()
+        if self._began:
+            self._stream._leave()
 
 
 class AsyncStream(BaseStream):

@@ -28,16 +28,20 @@ _BELL = _ThreadBell()
 class _Loop(Iterator[Chunk]):
     """One loop over a stream. When it is left early, nothing refers to this object any more, and the stream ends."""
 
-    __slots__ = ("_stream",)
+    __slots__ = ("_began", "_stream")
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._began = False
 
     def __next__(self) -> Chunk:
-        return self._stream.__next__()
+        chunk = self._stream.__next__()
+        self._began = True
+        return chunk
 
     def __del__(self) -> None:
-        self._stream._leave()
+        if self._began:
+            self._stream._leave()
 
 
 class Stream(BaseStream):

@@ -840,6 +840,7 @@ def test_a_stream_belongs_to_its_loop_and_to_one_task(new_broker: NewBroker) -> 
             await asyncio.to_thread(broker.wait_for, Request)
             with pytest.raises(RuntimeError, match="another task"):
                 await stream.text()
+            assert stream.finish_reason is None, "the one who reads is not disturbed"
             stream.cancel()
             assert await first == ""
 
