@@ -297,7 +297,7 @@ class Exchange:
 
     def _final(self, stream: OpenStream, error: TokenmqError, now: float, again_at: float) -> TokenmqError | None:
         """Return the error that a failure ends the stream with; None where an attempt at `again_at` may repair it."""
-        if isinstance(error, CannotResumeError):
+        if isinstance(error, CannotResumeError) and not error.retryable:
             return CannotResumeError(_both(error.message, stream), request_id=stream.id.hex())
         # A model that a worker has served is not unknown: the broker is new, and its workers are not back yet.
         repairable = error.retryable or (isinstance(error, ModelNotFoundError) and stream.served)

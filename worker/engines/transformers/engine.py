@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ....protocol.errors import BadRequestError, ErrorCode
+from ....protocol.errors import BadRequestError, CannotResumeError
 from ....protocol.messages import ModelInfo
 from ....protocol.payload import Generation
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
@@ -170,8 +170,8 @@ class TransformersEngine(Engine):
                 ended = sequence.resume(generation.prior, replay=serving.way is Resume.REPLAY)
                 if ended:
                     return ended
-        except BadRequestError as error:
-            return [Failed(job.ticket, ErrorCode.BAD_REQUEST.value, error.message)]
+        except (BadRequestError, CannotResumeError) as error:
+            return [Failed(job.ticket, error.code, error.message, error.retryable)]
         serving.batch.scheduler.add(sequence)
         return []
 

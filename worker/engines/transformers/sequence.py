@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ....protocol.errors import BadRequestError
+from ....protocol.errors import BadRequestError, CannotResumeError
 from ....protocol.messages import FinishReason
 from ....protocol.payload import Prior, Sampling
 from ..base import Done, Output, Tokens
@@ -86,14 +86,14 @@ class Sequence:
             Nothing when the sequence goes on; the text that is left, if any, and Done when the prior is complete.
 
         Raises:
+            CannotResumeError: a worker with a larger context began it. Retryable: such a one may be there.
             BadRequestError: the sequence has ended before the prior's last token, or its text is shorter than what
                 has arrived.
         """
         tokens = len(prior.token_ids)
         if len(self.prompt) + tokens > self.context:
-            raise BadRequestError(
-                f"the prompt has {len(self.prompt)} tokens and its prior {tokens}; the context is {self.context}"
-            )
+            sizes = f"the prompt has {len(self.prompt)} tokens and its prior {tokens}"
+            raise CannotResumeError(f"{sizes}; the context is {self.context}", retryable=True)
         pieces, reason = [], None
         for token in prior.token_ids:
             if reason is not None:
