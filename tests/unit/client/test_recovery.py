@@ -716,12 +716,19 @@ def test_without_repair_a_silent_worker_is_still_told_of(story: Story) -> None:
     assert isinstance(failure(actions), FirstTokenTimeoutError)
 
 
-@pytest.mark.parametrize("retryable", [False, True])
-def test_where_no_worker_resumes_the_error_says_what_broke_the_stream(story: Story, retryable: bool) -> None:
+def test_where_one_worker_cannot_resume_another_may(story: Story) -> None:
     story.submit(1)
     story.chunk(0)
     story.error("worker_lost")
-    actions = story.error("cannot_resume", attempt=2, retryable=retryable)
+    ((_, request),) = requests(story.error("cannot_resume", attempt=2, retryable=True, worker="small"))
+    assert (request.envelope.attempt, request.envelope.avoid) == (3, ("small",))
+
+
+def test_where_no_worker_resumes_the_error_says_what_broke_the_stream(story: Story) -> None:
+    story.submit(1)
+    story.chunk(0)
+    story.error("worker_lost")
+    actions = story.error("cannot_resume", attempt=2, retryable=False)
     error = failure(actions)
     assert isinstance(error, CannotResumeError)
     assert error.message == "it was cannot_resume; it broke because: it was worker_lost"
