@@ -54,10 +54,6 @@ class Liveness:
         """Tell whether it is time to send a heartbeat."""
         return now >= self.spoke_at + self.heartbeat_s
 
-    def suspect(self, now: float) -> bool:
-        """Tell whether the other side has missed at least two beats."""
-        return now >= self.heard_at + 2 * self.heartbeat_s
-
     def expired(self, now: float) -> bool:
         """Tell whether the other side has been silent for the whole expiry."""
         return now >= self.heard_at + self.expiry_s

@@ -21,16 +21,13 @@ def test_a_heartbeat_is_due_after_the_interval_of_own_silence(liveness: Liveness
     assert liveness.due(102.0)
 
 
-def test_silence_makes_suspect_then_expired(liveness: Liveness) -> None:
-    assert not liveness.suspect(101.999)
-    assert liveness.suspect(102.0)
+def test_silence_expires(liveness: Liveness) -> None:
     assert not liveness.expired(104.999)
     assert liveness.expired(105.0)
 
 
 def test_any_message_is_a_sign_of_life(liveness: Liveness) -> None:
     liveness.heard(104.5)
-    assert not liveness.suspect(106.0)
     assert not liveness.expired(109.0)
     assert liveness.expired(109.5)
 
