@@ -15,6 +15,9 @@ from .metrics import Pending
 
 #: A reader that pauses is served again this soon after it goes on; a hundred looks a second cost next to nothing.
 RETRY_S = 0.01
+#: One that reads, and only more slowly than others send, is looked at again at once: libzmq takes half a queue at a
+#: time (500 messages), so with the longer pause it would get 50,000 a second at most (measured: a quarter of the rate).
+RETRY_READING_S = 0.001
 #: Sends in one round, for all peers together: one or two milliseconds, and then everybody else has his turn.
 ROUND_SENDS = 500
 #: When the loop itself stood still for longer than this, the time is not counted against the peers.
@@ -73,7 +76,7 @@ class Backlog:
             if outcome is not Outcome.FULL:
                 return None if outcome is Outcome.SENT else _gone(peer)
             if not self.peers:
-                self._retry_at = now + RETRY_S
+                self._retry_at = now + RETRY_READING_S
             queue = self.peers[peer] = _Queue(deque(), 0, now)
             self._pending.peers += 1
         elif queue.bytes >= self._limit_bytes:
@@ -98,18 +101,19 @@ class Backlog:
         if late_s > _LATE_S:
             for queue in self.peers.values():
                 queue.took_at += late_s
-        self._retry_at = now + RETRY_S
-        losses, left = [], ROUND_SENDS
+        losses, left, reading = [], ROUND_SENDS, False
         for peer in list(self.peers):
             if left == 0:
                 break
             sends, loss = self._resend(peer, left, now)
             left -= sends
+            reading = reading or sends > 1
             if loss is not None:
                 self._drop(peer)
                 losses.append(loss)
             elif peer in self.peers:
                 self.peers[peer] = self.peers.pop(peer)  # behind those whose turn has not come
+        self._retry_at = now + (RETRY_READING_S if reading else RETRY_S)
         return losses
 
     def next_deadline(self) -> float | None:

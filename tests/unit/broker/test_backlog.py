@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from tokenmq.broker import backlog as backlog_module
-from tokenmq.broker.backlog import RETRY_S, Backlog, Loss
+from tokenmq.broker.backlog import RETRY_READING_S, RETRY_S, Backlog, Loss
 from tokenmq.broker.metrics import Pending
 from tokenmq.transport.pump import Outcome
 
@@ -77,7 +77,7 @@ def test_what_is_refused_is_kept_in_order_and_sent_when_there_is_room() -> None:
     for body in (b"1", b"2", b"3"):
         assert scene.send(b"a", body) is None
     assert scene.kept == (1, 4)
-    assert scene.backlog.next_deadline() == scene.now + RETRY_S
+    assert scene.backlog.next_deadline() == scene.now + RETRY_READING_S
     scene.wire.room[b"a"] = 1
     assert scene.send(b"a", b"4") is None  # there is room, but others come before it
     assert scene.wire.got(b"a") == [b"1"]
@@ -102,10 +102,23 @@ def test_it_is_tried_again_only_when_it_is_due() -> None:
     scene = Scene(Wire(a=0))
     scene.send(b"a", b"1")
     calls = scene.wire.calls
-    assert scene.retry(RETRY_S / 2) == []
+    assert scene.retry(RETRY_READING_S / 2) == []
     assert scene.wire.calls == calls
-    scene.retry(RETRY_S)
+    scene.retry(RETRY_READING_S)
     assert scene.wire.calls == calls + 1
+
+
+def test_one_that_reads_slowly_is_tried_again_sooner_than_one_that_does_not_read() -> None:
+    scene = Scene(Wire(a=0))
+    for body in (b"1", b"2", b"3"):
+        scene.send(b"a", body)
+    assert scene.retry() == []
+    assert scene.backlog.next_deadline() == scene.now + RETRY_S  # it took nothing
+    scene.wire.room[b"a"] = 2
+    assert scene.retry() == []
+    assert scene.backlog.next_deadline() == scene.now + RETRY_READING_S
+    assert scene.retry() == []
+    assert scene.backlog.next_deadline() == scene.now + RETRY_S
 
 
 def test_too_many_bytes_are_the_peers_loss() -> None:
