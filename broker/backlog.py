@@ -16,7 +16,7 @@ from .metrics import Pending
 #: A reader that pauses is served again this soon after it goes on; a hundred looks a second cost next to nothing.
 RETRY_S = 0.01
 #: One that reads, and only more slowly than others send, is looked at again at once. Libzmq takes half a queue (500
-#: messages) at a time, so the longer pause would let it have 50,000 a second at most (measured: a quarter of the rate).
+#: messages) at a time, so the longer pause would let it have 50,000 a second at most: a quarter of the rate.
 RETRY_READING_S = 0.001
 #: Sends in one round, for all peers together: one or two milliseconds, and then everybody else has his turn.
 ROUND_SENDS = 500
