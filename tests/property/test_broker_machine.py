@@ -423,8 +423,17 @@ class BrokerMachine(RuleBasedStateMachine):
             if incarnation == newest:
                 self.session_over(old)  # the same process, which has given its old connection up
                 old.open = False
+        if incarnation >= newest:
+            self.begins_anew(worker)
         self.from_worker(worker, self.ready(worker))
         assert worker.session == (incarnation >= newest)
+
+    def begins_anew(self, worker: WorkerPeer) -> None:
+        """Who waits for one of its models need not avoid it any more."""
+        for key, avoided in self.avoid.items():
+            record = self.core.exchange.records.get(key_of(*key))
+            if record is not None and record.worker is None and record.model in worker.models:
+                self.avoid[key] = tuple(name for name in avoided if name != worker.name)
 
     def ready(self, worker: WorkerPeer) -> Ready:
         models = tuple(ModelInfo(name, resumes=worker.resumes) for name in worker.models)
