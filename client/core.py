@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..protocol.messages import Chunks, Error, Finish, Message, Reply, Started
+from ..protocol.orders import Orders
 from .events import (
     Action,
     Ask,
@@ -31,7 +32,6 @@ from .events import (
     Submit,
 )
 from .exchange import Exchange
-from .orders import Orders
 from .queries import Queries
 from .session import Phase, Session, SessionOver
 from .sessions import Sessions
@@ -53,7 +53,7 @@ class ClientCore:
             settings: endpoints, timeouts, the name.
             random: draws from 0 to 1 for the jitter of pauses.
         """
-        self._orders = Orders()
+        self._orders: Orders[Action] = Orders()
         self.sessions = Sessions(settings, self._orders, random)
         self._exchange = Exchange(settings, self.sessions, self._orders, random)
         self._queries = Queries(settings, self.sessions, self._orders)

@@ -28,9 +28,9 @@ from ..protocol.errors import (
     TokenmqError,
 )
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
+from ..protocol.orders import Orders
 from ..protocol.timers import Timers
-from .events import Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit
-from .orders import Orders
+from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit
 from .sessions import Sessions
 from .settings import Settings
 from .streams import OpenStream, Place, StreamFaultError, error_from
@@ -63,7 +63,9 @@ class Exchange:
             `attempt` (an older submission, or not the broker that has it), `repeat`.
     """
 
-    def __init__(self, settings: Settings, sessions: Sessions, orders: Orders, random: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: Settings, sessions: Sessions, orders: Orders[Action], random: Callable[[], float]
+    ) -> None:
         """Have none."""
         self.dropped: Counter[str] = Counter()
         self._settings = settings

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..protocol.errors import BrokerLostError, ClientClosedError, DeadlineError, TokenmqError
 from ..protocol.messages import Query, Reply
+from ..protocol.orders import Orders
 from ..protocol.timers import Timers
-from .events import Answered, Ask
-from .orders import Orders
+from .events import Action, Answered, Ask
 from .sessions import Sessions
 from .settings import Settings
 
@@ -25,7 +25,7 @@ class _Open:
 class Queries:
     """All open questions, by id."""
 
-    def __init__(self, settings: Settings, sessions: Sessions, orders: Orders) -> None:
+    def __init__(self, settings: Settings, sessions: Sessions, orders: Orders[Action]) -> None:
         """Have none."""
         self._settings = settings
         self._sessions = sessions

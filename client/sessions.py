@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 from ..protocol.errors import DrainingError, NoBrokerError, TokenmqError
 from ..protocol.messages import Goodbye, Message
-from .events import CloseSocket
-from .orders import Orders
+from ..protocol.orders import Orders
+from .events import Action, CloseSocket
 from .session import Phase, Session
 from .settings import Settings
 
@@ -19,7 +19,7 @@ class Sessions:
     All are held open, so that a request whose broker has died goes to the next one without a handshake before it.
     """
 
-    def __init__(self, settings: Settings, orders: Orders, random: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, orders: Orders[Action], random: Callable[[], float]) -> None:
         """Have no session yet."""
         self._settings = settings
         self._orders = orders

@@ -1,22 +1,23 @@
-"""The actions that ClientCore's parts collect during one call, in order."""
+"""The actions that the parts of a core collect during one call, in order."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from ..protocol.log import Log
-from .events import Action
+from .log import Log
+
+ActionT = TypeVar("ActionT")
 
 
-class Orders:
-    """Collects actions."""
+class Orders(Generic[ActionT]):
+    """Collects what a core wants done, lines of the log among it."""
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self._actions: list[Action] = []
+        """Begin with nothing."""
+        self._actions: list[ActionT | Log] = []
 
-    def add(self, action: Action) -> None:
+    def add(self, action: ActionT) -> None:
         """Order something."""
         self._actions.append(action)
 
@@ -24,7 +25,7 @@ class Orders:
         """Order a line in the log."""
         self._actions.append(Log(event, fields, request_id, level))
 
-    def take(self) -> list[Action]:
+    def take(self) -> list[ActionT | Log]:
         """Return what was ordered since the last call."""
         actions, self._actions = self._actions, []
         return actions
