@@ -425,8 +425,8 @@ def test_attempts_are_bounded(make_cluster: MakeCluster) -> None:
     with Client(cluster.frontend, max_attempts=3, recovery_timeout_s=PATIENCE_S) as client:
         stream = client.generate(MODEL, "x", max_tokens=10_000)
         for kills in range(3):  # a request that kills every worker that runs it
-            next(stream)
-            assert len([attempt for attempt in stream.attempts if attempt.worker]) == kills + 1
+            while len([attempt for attempt in stream.attempts if attempt.worker]) == kills:
+                next(stream)  # may be a token that the one before had sent
             cluster.workers[0].kill()
             cluster.workers[0].restart()
             cluster.wait_ready(MODEL)
