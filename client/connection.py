@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -24,7 +23,8 @@ from ..protocol.log import Log, write
 from ..transport.endpoints import EndpointError
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
-from ..transport.pump import MAX_WAIT_S, Pump
+from ..transport.pump import Pump
+from ..transport.rounds import Rounds
 from .core import ClientCore
 from .events import (
     Action,
@@ -56,8 +56,6 @@ _BATCH_MESSAGES = 256
 #: How long `close` waits for the thread: the linger of the socket (0.2 s) with a margin for a loaded machine. The
 #: thread is a daemon, so a longer wait would gain nothing.
 CLOSE_TIMEOUT_S = 2.0
-#: A loop that is this much later than it meant to be was stopped or starved: nobody is given up for it.
-_LATE_S = 0.5
 
 _Answer: TypeAlias = "Future[Any]"
 #: Where the outcome of a command goes.
@@ -77,14 +75,13 @@ class Connection:
         # Here and not in the thread: where there are no file descriptors left, the caller must hear of it.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pump = Pump()
+        self._rounds = Rounds(self._pump)
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
         self._failure = "the client is closed"
         self._links: dict[str, Link] = {}
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
-        #: The time of everything in the present turn, taken when its wait was over.
-        self._now = time.monotonic()
         #: Mailboxes that got something in this turn, in the order of arrival.
         self._touched: dict[Mailbox, None] = {}
         self._performers: dict[type[Any], Callable[[Any], None]] = {
@@ -156,19 +153,14 @@ class Connection:
             self._stop()
 
     def _turn(self) -> None:
-        deadline = self._core.next_deadline()
-        wait_s = MAX_WAIT_S if deadline is None else min(max(0.0, deadline - time.monotonic()), MAX_WAIT_S)
-        ready = self._pump.wait(wait_s)
-        # From one time to the next: this thread may be stopped, or kept from the interpreter, anywhere in a turn.
-        before, self._now = self._now, time.monotonic()
-        late_s = self._now - before - wait_s
-        if late_s > _LATE_S:
-            self._core.forgive(late_s)
+        ready = self._rounds.wait(self._core.next_deadline())
+        if self._rounds.late_s:
+            self._core.forgive(self._rounds.late_s)
         self._take_commands()
         for endpoint, link in list(self._links.items()):
             if ready and link.among(ready):
                 self._serve(endpoint, link, ready)
-        self._perform(self._core.tick(self._now))
+        self._perform(self._core.tick(self._rounds.now))
         self._ring()
 
     def _take_commands(self) -> None:
@@ -211,7 +203,7 @@ class Connection:
         return len(messages)
 
     def _tell(self, event: Event) -> None:
-        self._perform(self._core.handle(event, self._now))
+        self._perform(self._core.handle(event, self._rounds.now))
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:

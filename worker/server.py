@@ -16,7 +16,8 @@ from ..protocol.log import Log, write
 from ..transport.endpoints import check_destination
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
-from ..transport.pump import MAX_WAIT_S, Pump
+from ..transport.pump import Pump
+from ..transport.rounds import Rounds
 from .core import WorkerCore
 from .engine_thread import EngineThread
 from .engines.base import Engine
@@ -42,8 +43,6 @@ from .settings import WorkerSettings
 LOGGER = logging.getLogger("tokenmq.worker")
 #: Messages taken from one broker in one round, so that one cannot starve the others.
 _BATCH = 200
-#: A loop that is this much later than it meant to be was stopped or starved: nobody is expired for it.
-_LATE_S = 0.5
 #: At the end: time for the engine to end its step.
 _ENGINE_STOP_S = 2.0
 
@@ -78,8 +77,7 @@ class WorkerServer:
         self._engine = EngineThread(engine, self._post, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links: dict[str, Link] = {}
-        #: One time for all that happens in a round.
-        self._now = clock()
+        self._rounds = Rounds(self._pump, clock)
         self._stop: Stop | None = None
         self._closed = False
         self.engine_abandoned = False
@@ -105,8 +103,8 @@ class WorkerServer:
         """
         try:
             self._engine.start()
-            self._now = self._clock()
-            self._perform(self._core.start(self._now))
+            self._rounds = Rounds(self._pump, self._clock)  # the time since it was made counts for nothing
+            self._perform(self._core.start(self._rounds.now))
             while self._stop is None:
                 self._round()
         finally:
@@ -140,19 +138,15 @@ class WorkerServer:
 
     def _round(self) -> None:
         """Wait and act once."""
-        wait_s = 0.0 if self._inbox else min(max(0.0, self._core.next_deadline() - self._clock()), MAX_WAIT_S)
-        ready = self._pump.wait(wait_s)
-        # From one time to the next: the process may be stopped, or this thread kept from the interpreter, anywhere.
-        before, self._now = self._now, self._clock()
-        late_s = self._now - before - wait_s
-        if late_s > _LATE_S:
-            self._core.forgive(late_s)
+        ready = self._rounds.wait(self._rounds.now if self._inbox else self._core.next_deadline())
+        if self._rounds.late_s:
+            self._core.forgive(self._rounds.late_s)
         self._take_inbox()
         for broker, link in list(self._links.items()):
             if ready and link.among(ready):
                 self._serve(broker, link)
         self._tell(self._engine.progress())
-        self._perform(self._core.tick(self._now))
+        self._perform(self._core.tick(self._rounds.now))
 
     def _take_inbox(self) -> None:
         """Hand on what has come; outputs of several steps are joined, so that a loop that is behind sends less."""
@@ -187,7 +181,7 @@ class WorkerServer:
             link.flush()
 
     def _tell(self, event: Event) -> None:
-        self._perform(self._core.handle(event, self._now))
+        self._perform(self._core.handle(event, self._rounds.now))
 
     def _post(self, event: Event) -> None:
         self._inbox.append(event)
