@@ -104,7 +104,7 @@ def measure(relay: Callable[[Connection], None], number: int) -> tuple[float, fl
     request_id = os.urandom(16)
     chunk = (Chunk(request_id, 1, 0, 0, (1,), "word "),)
     if relay is broker:
-        send(worker, encode(Ready("w", 1, "benchmark", (ModelInfo("m"),), 1, 1.0, "none", Load())))
+        send(worker, encode(Ready("w", 1, "benchmark", (ModelInfo("m"),), 1, "none", Load(), 1.0)))
         send(client, encode(Hello("c", "benchmark")))
         time.sleep(0.2)
         send(client, encode(Request(request_id, Envelope("m", 1, 1), b"")))

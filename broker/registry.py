@@ -92,7 +92,7 @@ class WorkerSession(Session):
     @property
     def speed(self) -> float:
         """Relative weight, as the worker states it."""
-        return self.ready.speed
+        return self.ready.speed or 1.0
 
     @property
     def state(self) -> WorkerState:

@@ -25,7 +25,9 @@ from .messages import (
     Chunk,
     Chunks,
     Command,
+    Considered,
     Credit,
+    Decision,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -100,9 +102,36 @@ LOAD = record(
         "kv_use": number(0.0, 1.0),
     },
 )
+_CONSIDERED = record(
+    Considered,
+    {
+        "worker": text(),
+        "load": count(),
+        "slots": count(),
+        "speed": number(0.0, 1e12),
+        "cost": number(0.0, 1e15),
+    },
+)
+_DECISION = record(
+    Decision,
+    {
+        "broker": _name,
+        "policy": _name,
+        "worker": text(),
+        "candidates": count(),
+        "considered": listing(_CONSIDERED, limits.MAX_CONSIDERED),
+    },
+)
 _USAGE = record(Usage, {"prompt_tokens": count(), "completion_tokens": count()})
 _TIMINGS = record(
-    Timings, {"broker_queue_s": seconds, "worker_queue_s": seconds, "prefill_s": seconds, "decode_s": seconds}
+    Timings,
+    {
+        "broker_queue_s": seconds,
+        "worker_queue_s": seconds,
+        "prefill_s": seconds,
+        "decode_s": seconds,
+        "routing": listing(_DECISION, limits.MAX_HOPS),
+    },
 )
 _ENVELOPE = record(
     Envelope,
@@ -115,6 +144,12 @@ _ENVELOPE = record(
         "prior_tokens": count(0, limits.MAX_NEW_TOKENS),
         "avoid": listing(_name, limits.MAX_AVOIDED),
         "queue_s": optional(seconds),
+        "expected_tokens": count(0, limits.MAX_NEW_TOKENS),
+        "priority": count(0, limits.MAX_PRIORITY),
+        "affinity": text(),
+        "hedge": boolean,
+        "explain": boolean,
+        "path": listing(_name, limits.MAX_HOPS),
     },
 )
 _token_ids = integers(0, limits.MAX_TOKEN_ID, limits.MAX_ARRAY_ITEMS)
@@ -129,12 +164,13 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
         "worker": _name,
         "incarnation": count(),
         "software": text(),
-        "models": listing(MODEL_INFO, limits.MAX_MODELS, least=1),
+        "models": listing(MODEL_INFO, limits.MAX_MODELS),
         "slots": count(1, limits.MAX_SLOTS),
-        "speed": number(1e-6, 1e6),
         "engine": text(),
         "load": LOAD,
+        "speed": optional(number(1e-6, 1e6)),
         "heartbeat_s": optional(_interval),
+        "brokers": listing(_name, limits.MAX_BROKERS),
     },
     Accepted: {"broker": _name, **_session},
     Credit: {"attempt": _attempt, "limit": _credit},
@@ -162,7 +198,7 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
     Draining: {},
     Goodbye: {},
     Disconnect: {"code": choice(DisconnectCode), "message": _prose},
-    Drain: {"grace_s": optional(seconds)},
+    Drain: {"grace_s": optional(seconds), "undo": boolean},
 }
 _BODIES: dict[Command, tuple[type[Any], Check]] = {
     kind.command: (kind, entries(kind, checks)) for kind, checks in _FIELDS.items()

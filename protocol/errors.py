@@ -26,6 +26,8 @@ class ErrorCode(str, Enum):
     BROKER_LOST = "broker_lost"
     NO_BROKER = "no_broker"
     CANNOT_RESUME = "cannot_resume"
+    ROUTING_LOOP = "routing_loop"
+    FORBIDDEN = "forbidden"
     ENGINE_FAILED = "engine_failed"
     OUT_OF_MEMORY = "out_of_memory"
     CLIENT_CLOSED = "client_closed"
@@ -162,6 +164,18 @@ class CannotResumeError(TokenmqError):
     default_code = ErrorCode.CANNOT_RESUME
 
 
+class RoutingLoopError(TokenmqError):
+    """The request came back to a broker that it had passed, or passed more brokers than it may."""
+
+    default_code = ErrorCode.ROUTING_LOOP
+
+
+class ForbiddenError(TokenmqError):
+    """The broker does not let this client do that."""
+
+    default_code = ErrorCode.FORBIDDEN
+
+
 class EngineFailedError(TokenmqError):
     """The engine raised an error on this request."""
 
@@ -197,6 +211,8 @@ _BY_CODE: dict[str, type[TokenmqError]] = {
         BrokerLostError,
         NoBrokerError,
         CannotResumeError,
+        RoutingLoopError,
+        ForbiddenError,
         EngineFailedError,
         OutOfMemoryError,
         ClientClosedError,

@@ -48,6 +48,15 @@ MAX_NEW_TOKENS = 1_048_576
 MAX_CREDIT_TOKENS = 2 * MAX_NEW_TOKENS
 #: Workers that a request asks to be kept from: the last few that failed it.
 MAX_AVOIDED = 16
+#: Brokers that a request may pass on its way to a worker: three levels are a large company, and a loop ends soon.
+MAX_HOPS = 8
+#: Brokers below one that has an uplink, itself included.
+MAX_BROKERS = 1_024
+#: Priorities of requests: 0 is served last, this one first.
+MAX_PRIORITY = 9
+NORMAL_PRIORITY = 5
+#: Workers that a dispatch decision lists.
+MAX_CONSIDERED = 16
 #: Completions of one request.
 MAX_COMPLETIONS = 1_024
 #: Token ids fit a signed 32-bit integer in every tokenizer.

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, ClassVar, TypeAlias
 
+from .limits import NORMAL_PRIORITY
+
 ID_BYTES = 16
 #: The id of messages that are about no single request.
 NO_ID = bytes(ID_BYTES)
@@ -70,6 +72,10 @@ class DisconnectCode(str, Enum):
     LOST_MESSAGES = "lost_messages"
     #: A newer incarnation of the same worker has registered: do not come back.
     SUPERSEDED = "superseded"
+    #: An operator has removed the worker: do not come back.
+    REMOVED = "removed"
+    #: The peer is a broker that has this one below it.
+    LOOP = "loop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +129,60 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Considered:
+    """A worker that a dispatch decision looked at, as it was then.
+
+    Attributes:
+        worker: its name.
+        load: requests there, running or waiting, of all brokers.
+        slots: requests that it runs at a time.
+        speed: tokens a second of one stream, as measured or as set; 0 where nothing is known.
+        cost: what `shortest-queue` compares: less is better.
+    """
+
+    worker: str
+    load: int = 0
+    slots: int = 0
+    speed: float = 0.0
+    cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Why a request went where it went, at one broker.
+
+    Attributes:
+        broker: the broker's name.
+        policy: the name of the policy that chose.
+        worker: whom it chose.
+        candidates: how many workers could have taken the request at that moment.
+        considered: the best of them by cost, at most 16, and the chosen one.
+    """
+
+    broker: str
+    policy: str
+    worker: str
+    candidates: int = 0
+    considered: tuple[Considered, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Where a request's time went, in seconds.
 
     Attributes:
-        broker_queue_s: in the broker's waiting room.
+        broker_queue_s: in the waiting rooms of the brokers that it passed.
         worker_queue_s: at the worker, before its prefill began.
         prefill_s: from the begin of the prefill to the first token.
         decode_s: from the first token to the last.
+        routing: the dispatch decisions, of the first broker first; empty unless the request asked to have them.
     """
 
     broker_queue_s: float = 0.0
     worker_queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    routing: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +236,12 @@ class Ready:
         incarnation: grows with each start of that process; the newer evicts the older.
         models: what it serves.
         slots: requests that it runs at a time.
-        speed: relative weight for the dispatch policies; 1 is normal.
         engine: the engine's name, for people.
         load: the first report.
+        speed: tokens a second of one stream; only relations between workers count. None: the broker measures it.
         heartbeat_s: a wish, None for the broker's own interval.
+        brokers: of a broker that registers at another one: the ids of all brokers behind it, its own first. Empty
+            for workers.
     """
 
     command: ClassVar[Command] = Command.READY
@@ -202,10 +250,11 @@ class Ready:
     software: str
     models: tuple[ModelInfo, ...]
     slots: int
-    speed: float
     engine: str
     load: Load
+    speed: float | None = None
     heartbeat_s: float | None = None
+    brokers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +282,13 @@ class Envelope:
             needs a worker that resumes.
         avoid: names of workers that failed earlier attempts: they get this one only where no other can.
         queue_s: most seconds in the waiting room; None for no bound.
+        expected_tokens: tokens that are still to be generated at most; 0 where the client does not tell.
+        priority: 0 to 9: requests of a greater one leave the waiting room before others.
+        affinity: requests with the same one are best served by the same worker, which has their beginning in its
+            cache; "" for none.
+        hedge: the attempt before this one goes on: the client takes the one that answers first.
+        explain: FINISH is to tell why the worker was chosen.
+        path: ids of the brokers that the request has passed, the first one first.
     """
 
     model: str
@@ -243,6 +299,12 @@ class Envelope:
     prior_tokens: int = 0
     avoid: tuple[str, ...] = ()
     queue_s: float | None = None
+    expected_tokens: int = 0
+    priority: int = NORMAL_PRIORITY
+    affinity: str = ""
+    hedge: bool = False
+    explain: bool = False
+    path: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +396,9 @@ class Parked:
 class Started:
     """broker -> client: the request has left the waiting room for this worker.
 
-    From now on silence is the worker's: the client's timeouts for the first and for the next token count from here.
+    A broker with an uplink says so to the broker above it, too, which passes it on: then it comes once a hop, and
+    the worker's name grows (`west`, then `west/gpu-3`). From now on silence is the worker's: the client's timeouts
+    for the first and for the next token count from here.
     """
 
     command: ClassVar[Command] = Command.STARTED
@@ -345,7 +409,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """client -> broker: a management question; answered with REPLY or ERROR of the same id."""
+    """client -> broker -> broker below: a management question; answered with REPLY or ERROR of the same id."""
 
     command: ClassVar[Command] = Command.QUERY
     id: bytes
@@ -355,7 +419,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """broker -> client: the answer to a QUERY, plain data."""
+    """The answer to a QUERY, plain data; it goes where that came from."""
 
     command: ClassVar[Command] = Command.REPLY
     id: bytes
@@ -404,11 +468,14 @@ class Disconnect:
 class Drain:
     """broker -> worker: finish what you hold for all brokers, then stop; after `grace_s` give back what is left.
 
-    None leaves the grace time to the worker.
+    Attributes:
+        grace_s: None leaves the grace time to the worker.
+        undo: take that back: stay, and say READY again.
     """
 
     command: ClassVar[Command] = Command.DRAIN
     grace_s: float | None = None
+    undo: bool = False
 
 
 Message: TypeAlias = (

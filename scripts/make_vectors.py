@@ -25,7 +25,9 @@ from tokenmq.protocol.messages import (
     Chunk,
     Chunks,
     Command,
+    Considered,
     Credit,
+    Decision,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -73,6 +75,9 @@ GENERATIONS: dict[str, Generation] = {
 }
 
 FULL_LOAD = Load(WorkerState.STALLED, 7, 3, 10, 123_456, 31.5, 412.25, 0.75)
+DECISION = Decision(
+    "front", "shortest-queue", "west", 2, (Considered("west", 3, 32, 41.5, 0.125), Considered("gpu-0", 9, 16))
+)
 MESSAGES: dict[str, Message] = {
     "hello": Hello("notebook", "tokenmq 0.1.0", 2.0),
     "hello without a wish": Hello("", ""),
@@ -84,12 +89,11 @@ MESSAGES: dict[str, Message] = {
         "tokenmq 0.1.0",
         (ModelInfo("smollm2", 8192, True, True),),
         16,
-        1.0,
         "transformers",
         Load(),
     ),
     "ready while loading": Ready(
-        "gpu-0", 1, "", (ModelInfo("smollm2"),), 1, 0.5, "", Load(state=WorkerState.LOADING), 10.0
+        "gpu-0", 1, "", (ModelInfo("smollm2"),), 1, "", Load(state=WorkerState.LOADING), 0.5, 10.0
     ),
     "ready with the largest values": Ready(
         "n" * limits.MAX_NAME_CHARS,
@@ -97,10 +101,13 @@ MESSAGES: dict[str, Message] = {
         "s",
         (ModelInfo("a", limits.MAX_COUNT, True, True), ModelInfo("모델", 0, False)),
         limits.MAX_SLOTS,
-        1e6,
         "synthetic",
         FULL_LOAD,
+        1e6,
         limits.MAX_SECONDS,
+    ),
+    "ready of a broker": Ready(
+        "west", 1, "tokenmq 0.1.0", (), 32, "broker", Load(), brokers=("5f1c9a0e5f1c9a0e", "0badcafe0badcafe")
     ),
     "accepted": Accepted("broker-1", "tokenmq 0.1.0", 1.0, 5.0),
     "request from a client": Request(ID, Envelope("smollm2", 1, 256, 30.0), pack_generation(PROMPT)),
@@ -109,6 +116,26 @@ MESSAGES: dict[str, Message] = {
         ID,
         Envelope("smollm2", 2, 512, 12.5, prior_tokens=3, avoid=("gpu-0",), queue_s=10.0),
         pack_generation(GENERATIONS["to be continued"]),
+    ),
+    "request with all that routing may know": Request(
+        ID,
+        Envelope(
+            "smollm2",
+            2,
+            256,
+            None,
+            ROUTE,
+            0,
+            ("west/gpu-3",),
+            None,
+            64,
+            9,
+            "b5d4045c3f466fa9",
+            True,
+            True,
+            ("5f1c9a0e5f1c9a0e",),
+        ),
+        pack_generation(PROMPT),
     ),
     "request without a deadline, with attachments": Request(
         OTHER_ID, Envelope("llava", 2, 0), b"\x80", (b"\x89PNG\r\n", b"", b"\xff\xd8\xff")
@@ -131,6 +158,9 @@ MESSAGES: dict[str, Message] = {
         bytes(16), (Chunk(b"\xff" * 16, limits.MAX_COUNT, limits.MAX_COMPLETIONS - 1, limits.MAX_COUNT, (9,), "\0"),)
     ),
     "finish": Finish(ID, 1, FinishReason.STOP, Usage(4, 64), Timings(0.0, 0.25, 0.125, 1.5), "gpu-0"),
+    "finish with a decision": Finish(
+        ID, 1, FinishReason.STOP, Usage(4, 64), Timings(0.5, 0.25, 0.125, 1.5, (DECISION,)), "west/gpu-3"
+    ),
     "finish at the length": Finish(ID, 2, FinishReason.LENGTH, Usage(4, 256), Timings(), ""),
     "finish, cancelled": Finish(OTHER_ID, 1, FinishReason.CANCELLED, Usage(), Timings(), "gpu-0"),
     "error": Error(ID, 1, "busy", "smollm2: 128 requests wait already", True, 0.5),
@@ -156,6 +186,7 @@ MESSAGES: dict[str, Message] = {
     "disconnect": Disconnect(DisconnectCode.UNKNOWN_PEER, "no session with this peer; say HELLO or READY first"),
     "drain": Drain(30.0),
     "drain, the worker's own grace": Drain(),
+    "drain, taken back": Drain(undo=True),
     **{f"disconnect, {code.value}": Disconnect(code, "") for code in DisconnectCode},
 }
 
@@ -263,22 +294,6 @@ BAD: dict[str, tuple[list[bytes], str]] = {
         "QUERY.arguments: nested deeper than 32 levels",
     ),
     "infinity in a reply": (_frames(Command.REPLY, {"result": [float("-inf")]}), "REPLY.result"),
-    "ready without models": (
-        _frames(
-            Command.READY,
-            {
-                "worker": "w",
-                "incarnation": 1,
-                "software": "",
-                "models": [],
-                "slots": 1,
-                "speed": 1,
-                "engine": "",
-                "load": {},
-            },
-        ),
-        "READY.models: expected a list of 1 to",
-    ),
     "request without a payload": (_frames(Command.REQUEST, _GOOD_ENVELOPE), "REQUEST: expected an envelope"),
     "request without a model": (
         _frames(Command.REQUEST, {"attempt": 1, "credit": 1}, b""),
@@ -292,6 +307,14 @@ BAD: dict[str, tuple[list[bytes], str]] = {
     "too many workers to avoid": (
         _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "avoid": ["w"] * 17}, b""),
         "envelope.avoid: expected a list of 0 to 16 elements",
+    ),
+    "priority beyond the last": (
+        _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "priority": 10}, b""),
+        "envelope.priority: expected an integer from 0 to 9, got 10",
+    ),
+    "too many brokers passed": (
+        _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "path": ["b"] * 9}, b""),
+        "envelope.path: expected a list of 0 to 8 elements",
     ),
     "short route": (
         _frames(Command.REQUEST, {**_GOOD_ENVELOPE, "route": b"abc"}, b""),

@@ -129,7 +129,7 @@ class Running:
 
     def worker(self, name: str = "w1", which: int = 0, *, slots: int = 4) -> Peer:
         worker = self.stranger("worker", which)
-        worker.say(Ready(name, 1, "test/1", (ModelInfo("m"),), slots, 1.0, "test", Load()))
+        worker.say(Ready(name, 1, "test/1", (ModelInfo("m"),), slots, "test", Load(), 1.0))
         worker.expect(Accepted)
         return worker
 
@@ -295,7 +295,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[BrokerServer, Wir
 def test_what_a_loss_leads_to_does_not_overtake_what_was_decided_before(offline: tuple[BrokerServer, Wire]) -> None:
     server, wire = offline
     server._handle(FromClient(b"c", Hello("client", "test/1")), 100.0)
-    server._handle(FromWorker(b"w", Ready("w", 1, "t", (ModelInfo("m"),), 1, 1.0, "t", Load())), 100.0)
+    server._handle(FromWorker(b"w", Ready("w", 1, "t", (ModelInfo("m"),), 1, "t", Load(), 1.0)), 100.0)
     server._handle(FromClient(b"c", request()), 100.0)
     wire.gone, wire.sent = {b"c"}, []
     # A tick in which both are due for a heartbeat.
@@ -309,7 +309,7 @@ def test_a_chain_of_losses_is_no_recursion(offline: tuple[BrokerServer, Wire]) -
     links = 1000
     for number in range(links):
         name = f"{number}"
-        ready = Ready(name, 1, "t", (ModelInfo(name),), 2, 1.0, "t", Load())
+        ready = Ready(name, 1, "t", (ModelInfo(name),), 2, "t", Load(), 1.0)
         server._handle(FromWorker(b"w" + name.encode(), ready), 100.0)
     for number in range(links):
         peer = b"c%d" % number

@@ -438,7 +438,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def ready(self, worker: WorkerPeer) -> Ready:
         models = tuple(ModelInfo(name, resumes=worker.resumes) for name in worker.models)
         return Ready(
-            worker.name, worker.incarnation, "test", models, worker.slots, 1.5, "test", self.load(worker)
+            worker.name, worker.incarnation, "test", models, worker.slots, "test", self.load(worker), 1.5
         )  # fmt: skip
 
     def load(self, worker: WorkerPeer) -> Load:

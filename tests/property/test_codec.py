@@ -22,7 +22,9 @@ from tokenmq.protocol.messages import (
     Chunk,
     Chunks,
     Command,
+    Considered,
     Credit,
+    Decision,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -83,6 +85,8 @@ loads = st.builds(
     st.floats(0, 1e12),
     st.floats(0, 1),
 )
+considered = st.builds(Considered, texts, counts, counts, st.floats(0, 1e12), st.floats(0, 1e15))
+decisions = st.builds(Decision, names, names, texts, counts, st.lists(considered, max_size=3).map(tuple))
 chunks = st.builds(Chunk, ids, attempts, st.integers(0, limits.MAX_COMPLETIONS - 1), counts, token_ids, texts)
 messages: dict[Command, st.SearchStrategy[Message]] = {
     Command.HELLO: st.builds(Hello, texts, texts, st.none() | intervals),
@@ -92,14 +96,13 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
         names,
         counts,
         texts,
-        st.lists(st.builds(ModelInfo, names, counts, st.booleans(), st.booleans()), min_size=1, max_size=3).map(
-            tuple
-        ),
+        st.lists(st.builds(ModelInfo, names, counts, st.booleans(), st.booleans()), max_size=3).map(tuple),
         st.integers(1, limits.MAX_SLOTS),
-        st.floats(1e-6, 1e6),
         texts,
         loads,
+        st.none() | st.floats(1e-6, 1e6),
         st.none() | intervals,
+        st.lists(names, max_size=3).map(tuple),
     ),
     Command.ACCEPTED: st.builds(Accepted, names, texts, intervals, intervals),
     Command.REQUEST: st.builds(
@@ -115,6 +118,12 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
             st.integers(0, limits.MAX_NEW_TOKENS),
             st.lists(names, max_size=3).map(tuple),
             st.none() | seconds,
+            st.integers(0, limits.MAX_NEW_TOKENS),
+            st.integers(0, limits.MAX_PRIORITY),
+            texts,
+            st.booleans(),
+            st.booleans(),
+            st.lists(names, max_size=limits.MAX_HOPS).map(tuple),
         ),
         st.binary(max_size=50),
         st.lists(st.binary(max_size=50), max_size=3).map(tuple),
@@ -130,7 +139,7 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
         attempts,
         st.sampled_from(FinishReason),
         st.builds(Usage, counts, counts),
-        st.builds(Timings, seconds, seconds, seconds, seconds),
+        st.builds(Timings, seconds, seconds, seconds, seconds, st.lists(decisions, max_size=2).map(tuple)),
         texts,
     ),
     Command.ERROR: st.builds(Error, ids, counts, names, texts, st.booleans(), st.none() | seconds, texts),
@@ -139,7 +148,7 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
     Command.HEARTBEAT: st.builds(Heartbeat, counts, st.none() | loads),
     Command.DRAINING: st.builds(Draining),
     Command.GOODBYE: st.builds(Goodbye),
-    Command.DRAIN: st.builds(Drain, st.none() | seconds),
+    Command.DRAIN: st.builds(Drain, st.none() | seconds, st.booleans()),
     Command.DISCONNECT: st.builds(Disconnect, st.sampled_from(DisconnectCode), texts),
 }
 any_message = st.one_of(*messages.values())

@@ -148,7 +148,7 @@ class TestResuming:
 
 def stage_ready(worker: WorkerPeer, infos: tuple[ModelInfo, ...]) -> Any:
     return type(worker.ready)(
-        worker.name, 1, "test/1", infos, worker.ready.slots, 1.0, "synthetic", worker.ready.load
+        worker.name, 1, "test/1", infos, worker.ready.slots, "synthetic", worker.ready.load, 1.0
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def test_as_many_attachments_as_allowed_pass() -> None:
 
 
 def test_ready_names_the_model_that_is_wrong() -> None:
-    body = msgpack.unpackb(encode(Ready("w", 1, "", (), 1, 1.0, "", Load()))[1])
+    body = msgpack.unpackb(encode(Ready("w", 1, "", (), 1, "", Load(), 1.0))[1])
     body["models"] = [{"name": "a"}, {"name": "b", "context_tokens": "long"}]
     message = refusal([header(Command.READY), msgpack.packb(body)])
     assert message.startswith("READY.models[1].context_tokens: expected an integer from 0")

@@ -13,7 +13,7 @@ import pytest
 from tokenmq.protocol import limits
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.errors import ErrorCode
-from tokenmq.protocol.messages import Command, DisconnectCode, FinishReason, Load, WorkerState
+from tokenmq.protocol.messages import Command, Decision, DisconnectCode, FinishReason, Load, WorkerState
 from tokenmq.protocol.payload import Generation, Prior, Sampling
 
 ROOT = Path(__file__).parents[3]
@@ -70,6 +70,8 @@ def test_fields(command: Command) -> None:
     text = section(command.name)
     if command is Command.READY:
         names |= {"name", "context_tokens", "chat", "resumes"} | {item.name for item in dataclasses.fields(Load)}
+    if command is Command.FINISH:
+        names |= {item.name for item in dataclasses.fields(Decision)}
     if command is Command.DISCONNECT:
         names |= {code.value for code in DisconnectCode}
     assert first_column(text) == names
