@@ -41,6 +41,11 @@ class ClientSession(Session):
     route: bytes
     requests: dict[bytes, RequestRecord] = field(default_factory=dict)
 
+    @property
+    def share(self) -> str:
+        """Whose share of the workers its requests count to: those of one name have one together."""
+        return self.name or self.peer.hex()
+
 
 @dataclass(slots=True, eq=False)
 class RouteHold:

@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..protocol.messages import Request
+from ..protocol.limits import NORMAL_PRIORITY
+from ..protocol.messages import Decision, Request
 
 if TYPE_CHECKING:
     from .registry import ClientSession, WorkerSession
 
 _ATTEMPT_BYTES = 8
+#: The broker reads no prompts: four bytes a token is what English text has in common tokenizers, and every prompt is
+#: measured with the same measure.
+_BYTES_PER_TOKEN = 4
+#: What a vision model makes of one image, about.
+_ATTACHMENT_TOKENS = 512
+#: A client that does not tell what it asks for is taken for one that asks for much, so that silence does not pay.
+_UNKNOWN_TOKENS = 1_024
 
 
 def key_of(id: bytes, attempt: int) -> bytes:
@@ -37,6 +45,14 @@ class RequestRecord:
         prior_tokens: tokens of earlier attempts: more than 0 needs a worker that resumes.
         avoid: names of workers that failed it: they get it only where no other can. One that registers while it waits
             has begun anew, and is none of them.
+        share: whose share of the workers it counts to: the client's.
+        priority: 0 to 9, the greatest first.
+        prompt_tokens: tokens of the prompt and of what there is of the answer, estimated from their size.
+        expected_tokens: tokens that are still to come at most, as the client tells.
+        affinity: what requests have in common that one worker best serves; "" for nothing.
+        hedge: it runs beside an earlier attempt, and never waits.
+        explain: its FINISH is to tell why the worker was chosen.
+        decision: why that was, where `explain` asks for it and once it is dispatched.
         worker: who runs it; None while it waits.
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.
@@ -55,6 +71,14 @@ class RequestRecord:
     queue_until: float | None = None
     prior_tokens: int = 0
     avoid: frozenset[str] = frozenset()
+    share: str = ""
+    priority: int = NORMAL_PRIORITY
+    prompt_tokens: int = 0
+    expected_tokens: int = _UNKNOWN_TOKENS
+    affinity: str = ""
+    hedge: bool = False
+    explain: bool = False
+    decision: Decision | None = None
     worker: WorkerSession | None = None
     dispatched_at: float = 0.0
     cancelled: bool = False
@@ -69,6 +93,11 @@ class RequestRecord:
     def resumed(self) -> bool:
         """It goes on where an earlier attempt stopped."""
         return self.prior_tokens > 0
+
+    @property
+    def cost_tokens(self) -> int:
+        """What it costs a worker at most, as its client's share counts it; 1 or more."""
+        return max(1, self.prompt_tokens + self.expected_tokens)
 
     @property
     def waits_too_long_first(self) -> bool:
@@ -86,6 +115,8 @@ class RequestRecord:
     def of(cls, message: Request, client: ClientSession, now: float) -> RequestRecord:
         """Make the record of a request that has just arrived."""
         envelope = message.envelope
+        expected = envelope.expected_tokens or _UNKNOWN_TOKENS
+        attached = _ATTACHMENT_TOKENS * len(message.attachments)
         return cls(
             id=message.id,
             model=envelope.model,
@@ -99,4 +130,11 @@ class RequestRecord:
             queue_until=None if envelope.queue_s is None else now + envelope.queue_s,
             prior_tokens=envelope.prior_tokens,
             avoid=frozenset(envelope.avoid),
+            share=client.share,
+            priority=envelope.priority,
+            prompt_tokens=len(message.payload) // _BYTES_PER_TOKEN + attached,
+            expected_tokens=expected,
+            affinity=envelope.affinity,
+            hedge=envelope.hedge,
+            explain=envelope.explain,
         )
