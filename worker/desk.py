@@ -10,16 +10,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from ..protocol.errors import BadRequestError, ErrorCode
-from ..protocol.messages import Cancel, Chunk, Chunks, Credit, Error, Finish, FinishReason, ModelInfo, Parked, Request
+from ..protocol.messages import (
+    Cancel,
+    Chunk,
+    Chunks,
+    Credit,
+    Error,
+    Finish,
+    FinishReason,
+    Message,
+    ModelInfo,
+    Parked,
+    Request,
+)
+from ..protocol.orders import Orders
 from ..protocol.payload import Generation, unpack_generation
 from .answers import error, finish
 from .engines.base import Done, Failed, Job, Output, Tokens
-from .events import CancelJob, Submit
-from .orders import Orders
+from .events import Action, CancelJob, Submit
 from .settings import MOST_PARKED, MOST_PARKED_TOKENS, WorkerSettings
 from .streams import Stream, Streams, batches
 
@@ -27,11 +39,20 @@ from .streams import Stream, Streams, batches
 class Desk:
     """Takes requests, and answers them."""
 
-    def __init__(self, settings: WorkerSettings, orders: Orders) -> None:
-        """Hold nothing yet; what is to be done goes to `orders`."""
+    def __init__(
+        self, settings: WorkerSettings, orders: Orders[Action], send: Callable[[str, Message], None]
+    ) -> None:
+        """Hold nothing yet.
+
+        Args:
+            settings: those of the worker.
+            orders: takes what is to be done.
+            send: orders a message to a broker.
+        """
         self.streams = Streams()
         self._settings = settings
         self._orders = orders
+        self._send = send
         self._tickets = count(1)
 
     # --- from brokers -----------------------------------------------------------------------------------------------
@@ -64,7 +85,7 @@ class Desk:
                 return
             except BadRequestError as bad:
                 refusal = error(message, ErrorCode.BAD_REQUEST, bad.message)
-        self._orders.send(broker, refusal)
+        self._send(broker, refusal)
         self._orders.log("request_refused", message.id, broker=broker, attempt=attempt, code=refusal.code)
 
     def _refusal(
@@ -155,14 +176,15 @@ class Desk:
             if isinstance(output, Tokens):
                 stream.push(output)
             else:
-                stream.end = output
+                self.streams.end(stream, output)
         self._deliver(list(touched.values()), now)
 
     def fail(self, tickets: frozenset[int], message: str, now: float) -> int:
         """End the streams whose jobs the engine has lost; return how many that were."""
         lost = [stream for stream in self.streams if stream.ticket in tickets and stream.end is None]
         for stream in lost:
-            stream.end = Failed(stream.ticket, ErrorCode.ENGINE_FAILED.value, message, retryable=True)
+            failed = Failed(stream.ticket, ErrorCode.ENGINE_FAILED.value, message, retryable=True)
+            self.streams.end(stream, failed)
         self._deliver(lost, now)
         return len(lost)
 
@@ -179,7 +201,7 @@ class Desk:
                     clients.setdefault((stream.broker, stream.route), []).extend(chunks)
             for (broker, route), found in clients.items():
                 for batch in batches(found):
-                    self._orders.send(broker, Chunks(route, batch))
+                    self._send(broker, Chunks(route, batch))
             pending = [stream for stream in pending if stream.ready]  # more than the largest chunk: another round
         for stream in streams:
             if stream.kept:
@@ -198,7 +220,7 @@ class Desk:
             self._answer(stream, finish(stream, reason, done, self._settings.name), now)
         elif not stream.parked and self._may_park(stream):
             self.streams.park(stream)
-            self._orders.send(stream.broker, Parked(stream.request_id, stream.attempt))
+            self._send(stream.broker, Parked(stream.request_id, stream.attempt))
 
     def _may_park(self, stream: Stream) -> bool:
         streams = self.streams
@@ -239,7 +261,7 @@ class Desk:
 
     def _answer(self, stream: Stream, answer: Error | Finish, now: float) -> None:
         self.streams.remove(stream)
-        self._orders.send(stream.broker, answer)
+        self._send(stream.broker, answer)
         outcome = answer.code if isinstance(answer, Error) else answer.reason.value
         seconds = now - stream.accepted_at
         self._orders.log(

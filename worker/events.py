@@ -1,6 +1,7 @@
 """What WorkerCore is told (events) and what it orders (actions), as values.
 
-A broker is named by its endpoint. Times are seconds of one monotonic clock, the one of `handle` and `tick`.
+What concerns its sockets is in `protocol/links.py`. Times are seconds of one monotonic clock, the one of `handle` and
+`tick`.
 """
 
 from __future__ import annotations
@@ -9,50 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from ..protocol.errors import ProtocolError
+from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
-from ..protocol.messages import Message, ModelInfo
+from ..protocol.messages import ModelInfo
 from .engines.base import EngineStats, Job, Output
 
 # --- events ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """The socket of this broker has a connection."""
-
-    broker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The connection to this broker is gone, or of no more use; `reason` is for people."""
-
-    broker: str
-    reason: str = "connection lost"
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The broker let us not in: a wrong key, or no ZMTP peer. The socket goes on trying."""
-
-    broker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message came from this broker."""
-
-    broker: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """Frames came from this broker that are no message."""
-
-    broker: str
-    error: ProtocolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,43 +71,9 @@ class Drain:
     grace_s: float | None = None
 
 
-Event: TypeAlias = (
-    Connected
-    | Lost
-    | Refused
-    | Received
-    | Malformed
-    | EngineLoaded
-    | EngineOutputs
-    | EngineProgress
-    | EngineFailed
-    | EngineDied
-    | Drain
-)
+Event: TypeAlias = LinkEvent | EngineLoaded | EngineOutputs | EngineProgress | EngineFailed | EngineDied | Drain
 
 # --- actions --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Open:
-    """Make a new socket and connect it to this broker."""
-
-    broker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Shut:
-    """Close the socket of this broker; what was sent before may still leave."""
-
-    broker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this message to this broker, after all earlier ones."""
-
-    broker: str
-    message: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,4 +98,4 @@ class Stop:
     reason: str
 
 
-Action: TypeAlias = Open | Shut | Send | Submit | CancelJob | Stop | Log
+Action: TypeAlias = LinkAction | Submit | CancelJob | Stop | Log

@@ -12,6 +12,7 @@ import zmq
 
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
+from ..protocol.links import Connected, Lost, Malformed, Open, Received, Refused, Send, Shut
 from ..protocol.log import Log, write
 from ..transport.endpoints import check_destination
 from ..transport.link import Link
@@ -21,23 +22,7 @@ from ..transport.rounds import Rounds
 from .core import WorkerCore
 from .engine_thread import EngineThread
 from .engines.base import Engine
-from .events import (
-    Action,
-    CancelJob,
-    Connected,
-    Drain,
-    EngineOutputs,
-    Event,
-    Lost,
-    Malformed,
-    Open,
-    Received,
-    Refused,
-    Send,
-    Shut,
-    Stop,
-    Submit,
-)
+from .events import Action, CancelJob, Drain, EngineOutputs, Event, Stop, Submit
 from .settings import WorkerSettings
 
 LOGGER = logging.getLogger("tokenmq.worker")

@@ -6,7 +6,7 @@ by the request's max_tokens in number, and by the desk in time.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -182,6 +182,8 @@ class Streams:
         self._by_ticket: dict[int, Stream] = {}
         self._by_key: dict[tuple[str, bytes, int], Stream] = {}
         self._of_broker: dict[str, dict[int, Stream]] = {}
+        #: Streams that the engine has not ended yet, by broker: counted, since it is asked for in each round.
+        self._in_engine: Counter[str] = Counter()
         self.parked = 0
         self.parked_tokens = 0
 
@@ -198,6 +200,13 @@ class Streams:
         self._by_ticket[stream.ticket] = stream
         self._by_key[stream.broker, stream.request_id, stream.attempt] = stream
         self._of_broker.setdefault(stream.broker, {})[stream.ticket] = stream
+        self._in_engine[stream.broker] += 1
+
+    def end(self, stream: Stream, end: Done | Failed) -> None:
+        """Note how the stream has ended in the engine."""
+        if stream.end is None:
+            self._in_engine[stream.broker] -= 1
+        stream.end = end
 
     def park(self, stream: Stream) -> None:
         """Note that the stream is parked."""
@@ -236,6 +245,8 @@ class Streams:
 
     def remove(self, stream: Stream) -> None:
         """Let go of one."""
+        if stream.end is None:
+            self._in_engine[stream.broker] -= 1
         if stream.parked:
             self.parked -= 1
             self.parked_tokens -= stream.kept
@@ -262,12 +273,13 @@ class Streams:
 
     def in_engine(self, broker: str | None = None) -> int:
         """Return how many the engine has not ended yet, of one broker or of all."""
-        streams = self._by_ticket if broker is None else self._of_broker.get(broker, {})
-        return sum(stream.end is None for stream in streams.values())
+        return sum(self._in_engine.values()) if broker is None else self._in_engine[broker]
 
     def validate(self) -> None:
         """Check what must hold between two events; raises AssertionError with the stream at fault."""
         assert len(self._by_ticket) == len(self._by_key) == sum(map(len, self._of_broker.values())), "indexes differ"
+        in_engine = Counter(stream.broker for stream in self._by_ticket.values() if stream.end is None)
+        assert +self._in_engine == in_engine, (self._in_engine, in_engine)
         parked = [stream for stream in self._by_ticket.values() if stream.parked]
         assert (self.parked, self.parked_tokens) == (len(parked), sum(stream.kept for stream in parked)), parked
         assert list(self._waiting.values()) == sorted(self._waiting.values()), self._waiting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from tokenmq.protocol import links
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import FinishReason, Message, ModelInfo
 from tokenmq.worker import events
@@ -89,13 +90,13 @@ class SimWorker(Peer):
         self._perform(self.core.tick(self.clock.now))
 
     def connected(self, endpoint: str) -> None:
-        self._handle(events.Connected(endpoint))
+        self._handle(links.Connected(endpoint))
 
     def disconnected(self, endpoint: str) -> None:
-        self._handle(events.Lost(endpoint))
+        self._handle(links.Lost(endpoint))
 
     def took(self, endpoint: str, message: Message | ProtocolError) -> None:
-        kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
+        kind = links.Malformed if isinstance(message, ProtocolError) else links.Received
         self._handle(kind(endpoint, message))
 
     # The engine thread.
@@ -164,7 +165,7 @@ class SimWorker(Peer):
 
     def _perform(self, actions: Sequence[events.Action]) -> None:
         for action in actions:
-            if isinstance(action, events.Send):
+            if isinstance(action, links.Send):
                 self.send(action.broker, action.message)
             elif isinstance(action, events.Submit):
                 assert self.resumes or action.job.generation.prior is None, "it cannot resume"
@@ -175,9 +176,9 @@ class SimWorker(Peer):
             elif isinstance(action, events.CancelJob):
                 self._cancels.add(action.ticket)
                 self.clock.after(self.random.uniform(0.001, self._step_s), self.do, self._cancel, action.ticket)
-            elif isinstance(action, events.Open):
+            elif isinstance(action, links.Open):
                 self.open(action.broker)
-            elif isinstance(action, events.Shut):
+            elif isinstance(action, links.Shut):
                 self.shut(action.broker)
             elif isinstance(action, events.Stop):
                 self.exit_code = action.exit_code

@@ -7,23 +7,14 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tokenmq.protocol.links import Connected, Received, Send
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import Accepted, Chunk, Chunks, Credit, Envelope, FinishReason, Message, Request
 from tokenmq.protocol.messages import ModelInfo as Model
 from tokenmq.protocol.payload import Generation, Prior, Sampling, pack_generation
 from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, EngineStats, Job, Output, Tokens
-from tokenmq.worker.events import (
-    Action,
-    CancelJob,
-    Connected,
-    EngineLoaded,
-    EngineOutputs,
-    Event,
-    Received,
-    Send,
-    Submit,
-)
+from tokenmq.worker.events import Action, CancelJob, EngineLoaded, EngineOutputs, Event, Submit
 from tokenmq.worker.settings import WorkerSettings
 
 BROKER = "tcp://broker:1"

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from tokenmq.protocol.links import Connected, Lost, Open, Received, Send, Shut
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
     Accepted,
@@ -30,17 +31,11 @@ from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output, Tokens
 from tokenmq.worker.events import (
     CancelJob,
-    Connected,
     Drain,
     EngineFailed,
     EngineLoaded,
     EngineOutputs,
     EngineProgress,
-    Lost,
-    Open,
-    Received,
-    Send,
-    Shut,
     Stop,
     Submit,
 )

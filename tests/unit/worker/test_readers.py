@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tokenmq.protocol.links import Connected, Lost
 from tokenmq.protocol.messages import Cancel, Chunks, Error, Finish, Parked
-from tokenmq.worker.events import CancelJob, Connected, Lost
+from tokenmq.worker.events import CancelJob
 
 TIMEOUT_S = 20.0
 

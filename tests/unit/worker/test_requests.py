@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tokenmq.protocol.credit import SendWindow
+from tokenmq.protocol.links import Lost, Send, Shut
 from tokenmq.protocol.messages import (
     Cancel,
     Chunk,
@@ -23,17 +24,7 @@ from tokenmq.protocol.messages import (
 )
 from tokenmq.protocol.messages import Drain as DrainMessage
 from tokenmq.worker.engines.base import Failed, Tokens
-from tokenmq.worker.events import (
-    CancelJob,
-    Drain,
-    EngineDied,
-    EngineFailed,
-    Lost,
-    Send,
-    Shut,
-    Stop,
-    Submit,
-)
+from tokenmq.worker.events import CancelJob, Drain, EngineDied, EngineFailed, Stop, Submit
 from tokenmq.worker.streams import MAX_BATCH_BYTES, MAX_CHUNK_CHARS, MAX_CHUNK_TOKENS, Lane
 
 
@@ -154,7 +145,7 @@ def test_parked_requests_take_no_place_up_to_a_bound(ready: Any, say: Any, monke
         job = ready.take(say.request(number, credit=0))
         ends += say.messages(ready.engine(say.tokens(job, 1), say.done(job, 1)), Parked)
     assert ends == [Parked(say.id(1), 1), Parked(say.id(2), 1)]
-    assert ready.core._load("tcp://broker:1", 0.0).held == 0
+    assert ready.core.load("tcp://broker:1", 0.0).held == 0
     assert say.messages(ready.hear(Cancel(say.id(1), 1)), Finish)[0].reason is FinishReason.CANCELLED
     assert [type(order.message) for order in ready.credit(2, 9)] == [Chunks, Finish]
     assert [type(order.message) for order in ready.credit(3, 9)] == [Chunks, Finish]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tokenmq.protocol.enlistment import UNREACHED_AGAIN_S, UNREACHED_S
 from tokenmq.protocol.errors import ProtocolError
+from tokenmq.protocol.links import Connected, Lost, Malformed, Open, Received, Refused, Send, Shut
 from tokenmq.protocol.messages import (
     Credit,
     Disconnect,
@@ -22,20 +24,7 @@ from tokenmq.protocol.messages import (
     Ready,
     WorkerState,
 )
-from tokenmq.worker.events import (
-    CancelJob,
-    Connected,
-    EngineProgress,
-    Lost,
-    Malformed,
-    Open,
-    Received,
-    Refused,
-    Send,
-    Shut,
-    Stop,
-)
-from tokenmq.worker.session import UNREACHED_AGAIN_S, UNREACHED_S
+from tokenmq.worker.events import CancelJob, EngineProgress, Stop
 
 
 def test_it_opens_a_socket_and_registers_at_once_while_the_model_loads(fresh: Any, say: Any) -> None:
@@ -109,7 +98,7 @@ def test_a_long_step_makes_it_stalled_until_the_step_ends(ready: Any, say: Any) 
     ready.tell(EngineProgress(5, ready.now))
     for _ in range(29):
         ready.tick(1.0)
-        ready.hear(Heartbeat(ready.core._sessions[say.broker].received))
+        ready.hear(Heartbeat(ready.core._membership.sessions[say.broker].received))
     assert ready.core.state is WorkerState.READY
     assert ready.core.next_deadline() <= ready.now + 1.0
     [beat] = say.messages(ready.tick(1.0), Heartbeat)

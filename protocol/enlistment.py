@@ -1,9 +1,10 @@
-"""The session with one broker: its phase, its counters, its heartbeats and the back-off before the next one.
+"""A member's session with one broker: its phase, its counters, its heartbeats and the back-off before the next one.
 
     RESTING --Open--> OPENING --Connected--> CONNECTED --READY--> JOINING --ACCEPTED--> ACTIVE
        ^                 |                       |                   |                    |
        +-----------------+---------- end (Shut, then back-off) ------+--------------------+
-    DISCONNECT(superseded) and the worker's own end lead to BARRED, from where nothing leads back.
+    DISCONNECT `superseded` or `removed`, and the member's own end, lead to BARRED, from where nothing leads back.
+    A member that drains comes to RESTING as well, but opens nothing until it is told to stay.
 
 One socket is one session: it is never used for a second READY after an end, so that no message of an old session
 can be taken for one of the new.
@@ -15,11 +16,13 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S, Liveness
+from .liveness import EXPIRY_S, HEARTBEAT_S, Liveness
 
 #: A restarted broker is back in about this time; the doubling keeps many workers from storming it.
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
+#: A loop of brokers lasts until somebody has changed how one of them is started.
+MAX_LOOP_BACKOFF_S = 60.0
 #: A broker that is there answers in milliseconds; after this somebody should know that it is not, and then again
 #: from time to time.
 UNREACHED_S = 3.0
@@ -44,16 +47,18 @@ def _unused_liveness() -> Liveness:
 
 
 @dataclass(slots=True)
-class Session:
-    """One broker's session, or the pause between two.
+class Enlistment:
+    """The session with one broker, or the pause between two.
 
     Attributes:
         broker: the broker's endpoint.
         phase: where it stands.
+        wanted: another session is to follow this one.
         retry_at: when to open the next socket; means something while RESTING.
         backoff_s: the pause after the next end.
         sent: messages sent in this session.
         received: messages received in this session.
+        told_others: requests that others than this broker had here, as it was told last.
         refused: the broker let this socket not in, so far.
         unreached_at: when to tell that there is still no connection; means something while OPENING.
         liveness: heartbeats; means something from JOINING on. Until ACCEPTED tells the broker's intervals, the
@@ -62,10 +67,12 @@ class Session:
 
     broker: str
     phase: Phase = Phase.RESTING
+    wanted: bool = True
     retry_at: float = -math.inf
     backoff_s: float = FIRST_BACKOFF_S
     sent: int = 0
     received: int = 0
+    told_others: int = 0
     refused: bool = False
     unreached_at: float = math.inf
     liveness: Liveness = field(default_factory=_unused_liveness)
@@ -101,12 +108,12 @@ class Session:
         self.liveness.expiry_s = expiry_s
         return opened
 
-    def rest(self, now: float) -> float:
-        """End the session; return the seconds until the next one is opened."""
-        pause = self.backoff_s
+    def rest(self, now: float, most_s: float = MAX_BACKOFF_S) -> float:
+        """End the session; return the seconds until the next one is opened, at most `most_s`."""
+        pause = min(self.backoff_s, most_s)
         self.phase = Phase.RESTING
         self.retry_at = now + pause
-        self.backoff_s = min(2 * pause, MAX_BACKOFF_S)
+        self.backoff_s = min(2 * pause, most_s)
         return pause
 
     def bar(self) -> None:
@@ -116,7 +123,7 @@ class Session:
     def next_deadline(self) -> float:
         """Return the next time at which there is something to do; infinity for none."""
         if self.phase is Phase.RESTING:
-            return self.retry_at
+            return self.retry_at if self.wanted else math.inf
         if self.phase is Phase.OPENING:
             return self.unreached_at
         return self.liveness.next_deadline() if self.registered else math.inf

@@ -1,0 +1,82 @@
+"""What happens at the sockets of a peer that has one for each of its brokers, and what it orders of them, as values.
+
+A broker is named by its endpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from .errors import ProtocolError
+from .messages import Message
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The socket of this broker has a connection."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection to this broker is gone, or of no more use; `reason` is for people."""
+
+    broker: str
+    reason: str = "connection lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker let us not in: a wrong key, or no ZMTP peer. The socket goes on trying."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came from this broker."""
+
+    broker: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Frames came from this broker that are no message."""
+
+    broker: str
+    error: ProtocolError
+
+
+LinkEvent: TypeAlias = Connected | Lost | Refused | Received | Malformed
+
+# --- actions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Make a new socket and connect it to this broker."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """Close the socket of this broker; what was sent before may still leave."""
+
+    broker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this message to this broker, after all earlier ones."""
+
+    broker: str
+    message: Message
+
+
+LinkAction: TypeAlias = Open | Shut | Send
