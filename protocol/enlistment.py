@@ -22,6 +22,7 @@ from .liveness import EXPIRY_S, HEARTBEAT_S, Liveness
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
 #: A loop of brokers lasts until somebody has changed how one of them is started.
+FIRST_LOOP_BACKOFF_S = 1.0
 MAX_LOOP_BACKOFF_S = 60.0
 #: A broker that is there answers in milliseconds; after this somebody should know that it is not, and then again
 #: from time to time.
@@ -56,6 +57,8 @@ class Enlistment:
         wanted: another session is to follow this one.
         retry_at: when to open the next socket; means something while RESTING.
         backoff_s: the pause after the next end.
+        loop_backoff_s: the same after the next DISCONNECT `loop`. Two brokers that register at each other at one moment
+            are both accepted before they know; that does not shorten it.
         sent: messages sent in this session.
         received: messages received in this session.
         told_others: requests that others than this broker had here, as it was told last.
@@ -70,6 +73,7 @@ class Enlistment:
     wanted: bool = True
     retry_at: float = -math.inf
     backoff_s: float = FIRST_BACKOFF_S
+    loop_backoff_s: float = FIRST_LOOP_BACKOFF_S
     sent: int = 0
     received: int = 0
     told_others: int = 0
@@ -108,12 +112,16 @@ class Enlistment:
         self.liveness.expiry_s = expiry_s
         return opened
 
-    def rest(self, now: float, most_s: float = MAX_BACKOFF_S) -> float:
-        """End the session; return the seconds until the next one is opened, at most `most_s`."""
-        pause = min(self.backoff_s, most_s)
+    def rest(self, now: float, *, looped: bool = False) -> float:
+        """End the session, for a loop of brokers or otherwise; return the seconds until the next one is opened."""
+        if looped:
+            pause = self.loop_backoff_s
+            self.loop_backoff_s = min(2 * pause, MAX_LOOP_BACKOFF_S)
+        else:
+            pause = self.backoff_s
+            self.backoff_s = min(2 * pause, MAX_BACKOFF_S)
         self.phase = Phase.RESTING
         self.retry_at = now + pause
-        self.backoff_s = min(2 * pause, most_s)
         return pause
 
     def bar(self) -> None:

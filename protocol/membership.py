@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from .enlistment import MAX_BACKOFF_S, MAX_LOOP_BACKOFF_S, UNREACHED_AGAIN_S, Enlistment, Phase
+from .enlistment import UNREACHED_AGAIN_S, Enlistment, Phase
 from .links import Connected, LinkEvent, Lost, Malformed, Open, Received, Refused, Send, Shut
 from .messages import Accepted, Disconnect, DisconnectCode, Draining, Goodbye, Heartbeat, Load, Message, Ready
 from .orders import Orders
@@ -117,9 +117,9 @@ class Membership:
         """Note that a message leaves in this broker's session that `send` does not see."""
         self.sessions[broker].sent += 1
 
-    def register(self, now: float) -> None:
-        """Say READY to all that are there, since there is news."""
-        for session in self.sessions.values():
+    def register(self, now: float, brokers: Iterable[str] | None = None) -> None:
+        """Say READY to those of these brokers (None: of all) that are there, since there is news."""
+        for session in self._chosen(brokers):
             if session.registered or session.phase is Phase.CONNECTED:
                 self._register(session, now)
 
@@ -203,7 +203,7 @@ class Membership:
         session.liveness.spoke(now)
 
     def _end(
-        self, session: Enlistment, reason: str, now: float, *, for_good: bool = False, most_s: float = MAX_BACKOFF_S
+        self, session: Enlistment, reason: str, now: float, *, for_good: bool = False, looped: bool = False
     ) -> None:
         """End a session and let go of what it held; the broker knows what became of it."""
         fields: dict[str, Any] = {"broker": session.broker, "reason": reason}
@@ -212,7 +212,7 @@ class Membership:
         if for_good:
             session.bar()
         else:
-            retry_s = session.rest(now, most_s)
+            retry_s = session.rest(now, looped=looped)
             if session.wanted:
                 fields["retry_s"] = retry_s
         self._orders.log("broker_lost", level=logging.WARNING, **fields)
@@ -278,7 +278,7 @@ class Membership:
 
     def _on_disconnect(self, session: Enlistment, message: Disconnect, now: float) -> None:
         code = message.code
-        most_s = MAX_LOOP_BACKOFF_S if code is DisconnectCode.LOOP else MAX_BACKOFF_S
-        self._end(session, f"{code.value}: {message.message}", now, for_good=code in _FOR_GOOD, most_s=most_s)
+        for_good, looped = code in _FOR_GOOD, code is DisconnectCode.LOOP
+        self._end(session, f"{code.value}: {message.message}", now, for_good=for_good, looped=looped)
         if all(other.phase is Phase.BARRED for other in self.sessions.values()):
             self._member.barred(code, now)
