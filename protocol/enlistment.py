@@ -57,8 +57,8 @@ class Enlistment:
         wanted: another session is to follow this one.
         retry_at: when to open the next socket; means something while RESTING.
         backoff_s: the pause after the next end.
-        loop_backoff_s: the same after the next DISCONNECT `loop`. Two brokers that register at each other at one moment
-            are both accepted before they know; that does not shorten it.
+        loop_backoff_s: the same after the next DISCONNECT `loop`. Two brokers that register at each other at one
+            moment are both accepted before they know; that does not shorten it.
         sent: messages sent in this session.
         received: messages received in this session.
         told_others: requests that others than this broker had here, as it was told last.
