@@ -33,7 +33,7 @@ from ..protocol.errors import (
     TokenmqError,
     WorkerLostError,
 )
-from ..protocol.messages import Chunk, Timings, Usage
+from ..protocol.messages import Chunk, Considered, Decision, Timings, Usage
 from ..transport.endpoints import EndpointError
 from .events import Attempt
 
@@ -52,7 +52,9 @@ __all__ = [
     "Chunk",
     "Client",
     "ClientClosedError",
+    "Considered",
     "DeadlineError",
+    "Decision",
     "DrainingError",
     "EndpointError",
     "EngineFailedError",

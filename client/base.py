@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any, Generic
 
 from ..protocol.credit import WINDOW_TOKENS
+from ..protocol.limits import NORMAL_PRIORITY
 from .connection import Connection
 from .events import Close
 from .mailbox import Bell, Mailbox
@@ -43,6 +44,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         queue_timeout_s: float | None = None,
         first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S,
         inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S,
+        hedge_after_s: float | None = None,
     ) -> None:
         """Begin to connect, and do not wait for it.
 
@@ -65,6 +67,9 @@ class BaseClient(ABC, Generic[StreamT_co]):
                 another attempt is made; after the last one it is FirstTokenTimeoutError. None for ever.
             inter_token_timeout_s: the same for every further token while the reader wants more, with
                 InterTokenTimeoutError.
+            hedge_after_s: how long a worker that has the request may take for the first token before a second
+                worker is asked, too, if one is free; the first to answer goes on, the other one is cancelled. It
+                costs what the slower one has computed, and cuts off the longest waits. None for no hedging.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -83,6 +88,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             queue_timeout_s=queue_timeout_s,
             first_token_timeout_s=first_token_timeout_s,
             inter_token_timeout_s=inter_token_timeout_s,
+            hedge_after_s=hedge_after_s,
         )
         self._connection = Connection(self._settings)
         # The thread holds the connection, not the client: a client that is forgotten without close() ends it, too.
@@ -109,6 +115,10 @@ class BaseClient(ABC, Generic[StreamT_co]):
         attachments: Sequence[bytes] = (),
         deadline_s: float | None = None,
         resume: bool | None = None,
+        priority: int = NORMAL_PRIORITY,
+        session: str | None = None,
+        hedge_after_s: float | None = None,
+        explain: bool = False,
     ) -> StreamT_co:
         """Continue a prompt. The request leaves at once; the stream is where its tokens arrive.
 
@@ -127,6 +137,13 @@ class BaseClient(ABC, Generic[StreamT_co]):
             attachments: raw bytes that the model reads beside the prompt, such as images.
             deadline_s: seconds from now after which the answer is worth nothing; None for never.
             resume: whether what goes wrong is repaired; None for what the client was made with.
+            priority: 0 to 9: while workers are busy, requests of a greater one are served before others.
+            session: a name that requests have in common which one worker serves best, because it has what they begin
+                with in its cache; None for the beginning of the prompt. Brokers with the policy `prefix-affinity`
+                go by it.
+            hedge_after_s: seconds that a worker may take for the first token before a second one is asked, too;
+                None for what the client was made with, `math.inf` for never.
+            explain: tell why the worker was chosen, in `timings.routing` at the end.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -142,8 +159,16 @@ class BaseClient(ABC, Generic[StreamT_co]):
             "stop_token_ids": stop_token_ids,
             "ignore_eos": ignore_eos,
         }
-        source = {"prompt": prompt, "token_ids": token_ids}
-        return self._submit(model, source, sampling, attachments, deadline_s, resume)
+        options = {
+            "attachments": attachments,
+            "deadline_s": deadline_s,
+            "resume": resume,
+            "priority": priority,
+            "session": session,
+            "hedge_after_s": hedge_after_s,
+            "explain": explain,
+        }
+        return self._submit(model, {"prompt": prompt, "token_ids": token_ids}, sampling, options)
 
     def chat(
         self,
@@ -161,6 +186,10 @@ class BaseClient(ABC, Generic[StreamT_co]):
         attachments: Sequence[bytes] = (),
         deadline_s: float | None = None,
         resume: bool | None = None,
+        priority: int = NORMAL_PRIORITY,
+        session: str | None = None,
+        hedge_after_s: float | None = None,
+        explain: bool = False,
     ) -> StreamT_co:
         """Answer a chat: the model's own template makes the prompt of the messages.
 
@@ -178,6 +207,11 @@ class BaseClient(ABC, Generic[StreamT_co]):
             attachments: see `generate`.
             deadline_s: see `generate`.
             resume: see `generate`.
+            priority: see `generate`.
+            session: see `generate`. Without it, the turns of a conversation have their first user message, and
+                what stands before it, in common.
+            hedge_after_s: see `generate`.
+            explain: see `generate`.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -193,27 +227,30 @@ class BaseClient(ABC, Generic[StreamT_co]):
             "stop_token_ids": stop_token_ids,
             "ignore_eos": ignore_eos,
         }
-        return self._submit(model, {"messages": messages}, sampling, attachments, deadline_s, resume)
+        options = {
+            "attachments": attachments,
+            "deadline_s": deadline_s,
+            "resume": resume,
+            "priority": priority,
+            "session": session,
+            "hedge_after_s": hedge_after_s,
+            "explain": explain,
+        }
+        return self._submit(model, {"messages": messages}, sampling, options)
 
     def _submit(
         self,
         model: str,
         source: Mapping[str, Any],
         sampling: Mapping[str, Any],
-        attachments: Sequence[bytes],
-        deadline_s: float | None,
-        resume: bool | None,
+        options: Mapping[str, Any],
     ) -> StreamT_co:
         bell = self._bell()
-        order = build_submit(
-            model,
-            source,
-            sampling,
-            attachments=attachments,
-            deadline_s=deadline_s,
-            window_tokens=self._settings.window_tokens,
-            resume=self._settings.resume if resume is None else resume,
-        )
+        chosen = dict(options)
+        for name in ("resume", "hedge_after_s"):
+            if chosen[name] is None:
+                chosen[name] = getattr(self._settings, name)
+        order = build_submit(model, source, sampling, window_tokens=self._settings.window_tokens, **chosen)
         mailbox = Mailbox(order.id, order.window, bell)
         self._connection.submit(order, mailbox)
         return self._stream(mailbox, order.model)

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from ..protocol.credit import ReceiveWindow
 from ..protocol.errors import ProtocolError, TokenmqError
+from ..protocol.limits import NORMAL_PRIORITY
 from ..protocol.log import Log
 from ..protocol.messages import Chunk, FinishReason, Message, Timings, Usage
 
@@ -27,6 +28,12 @@ class Submit:
         attachments: raw frames behind the request.
         deadline_s: seconds from now until the request has lost its worth.
         resume: whether what goes wrong is repaired by further attempts.
+        max_tokens: most tokens of the completion, as the payload says; 0 where nobody tells.
+        priority: 0 to 9: a greater one leaves the broker's waiting room first.
+        affinity: requests with the same one are best served by the same worker; "" for none.
+        hedge_after_s: how long a worker may take for its first token before a second one is asked, too; None for
+            ever.
+        explain: the end is to tell why the worker was chosen.
     """
 
     id: bytes
@@ -36,6 +43,11 @@ class Submit:
     attachments: tuple[bytes, ...] = ()
     deadline_s: float | None = None
     resume: bool = True
+    max_tokens: int = 0
+    priority: int = NORMAL_PRIORITY
+    affinity: str = ""
+    hedge_after_s: float | None = None
+    explain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +138,10 @@ class Attempt:
         broker: the endpoint that it was sent to; "" where no broker was there.
         worker: the worker that had it, "" where none is known.
         first_token: position of the first token that was asked of it: what came before is kept.
-        error: what ended it; None for one that goes on or ended well.
+        error: what ended it; None for one that goes on, ended well or was cancelled.
+        hedge: it was made beside an attempt that was late, and not because one had failed.
+        cancelled: it has not failed, but another attempt went on in its place: the slower one of a hedged pair, or a
+            hedge that no other worker was free for.
     """
 
     number: int
@@ -134,6 +149,8 @@ class Attempt:
     worker: str = ""
     first_token: int = 0
     error: TokenmqError | None = None
+    hedge: bool = False
+    cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +185,7 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Attempted:
-    """The present attempt has come to a worker, or has failed and the next one begins: `attempts` tells of all."""
+    """An attempt has come to a worker, a hedge has left, or one has ended and another goes on; `attempts` has all."""
 
     id: bytes
     attempts: tuple[Attempt, ...]

@@ -8,8 +8,12 @@ A request is at one of three places:
        +------- RESTING <-----------+
          pause over     (no pause after an attempt that brought tokens)
 
-Each failure closes one attempt and begins the next. Attempts are numbered: what comes for an older one is dropped.
+Each failure closes one attempt and begins the next. Attempts are numbered: what comes for a closed one is dropped.
 Tokens are numbered: what comes twice is dropped. So the reader sees each token once, in order, whatever happened.
+
+A hedge is an attempt that begins before another one has failed, because that one is late. Of two open attempts the
+first to bring something closes the other, and one that fails is closed while the other goes on: what follows is
+the way of a single attempt again.
 """
 
 from __future__ import annotations
@@ -18,41 +22,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from ..protocol.errors import (
-    BadRequestError,
-    BrokerLostError,
-    CannotResumeError,
-    ClientClosedError,
-    DeadlineError,
-    ModelNotFoundError,
-    TokenmqError,
-)
+from ..protocol.errors import BadRequestError, BrokerLostError, ClientClosedError, TokenmqError
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
 from ..protocol.orders import Orders
 from ..protocol.timers import Timers
+from .attempt import OpenAttempt
 from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit
+from .recovery import cannot_resume, final_error, pause_s, too_late, unserved
 from .sessions import Sessions
 from .settings import Settings
 from .streams import OpenStream, Place, StreamFaultError, error_from
 
 #: The broker ends a request at its deadline and knows where it was; only one that is frozen or cut off needs us.
 DEADLINE_SLACK_S = 0.25
-#: Pause after attempts that brought nothing: none, then this, doubled each time, with jitter.
-PAUSE_S = 0.05
-MAX_PAUSE_S = 2.0
-
-
-def pause_s(barren: int, retry_after_s: float | None, random: Callable[[], float]) -> float:
-    """Return seconds until the next attempt.
-
-    Args:
-        barren: how many attempts in a row have brought no token.
-        retry_after_s: what the sender of the error asks for; None where it does not.
-        random: draws from 0 to 1 for the jitter, so that many clients do not come back at one moment.
-    """
-    # The first fault after a token is nobody's overload: the reader waits, so at once.
-    pause = 0.0 if barren < 2 else min(PAUSE_S * 2.0 ** min(barren - 2, 30), MAX_PAUSE_S)
-    return max(pause * (0.5 + random() / 2), (retry_after_s or 0.0) * (1 + random() / 4))
 
 
 class Exchange:
@@ -60,7 +42,7 @@ class Exchange:
 
     Attributes:
         dropped: messages that were received for nothing, by reason: `unknown` (a stream that is over, or foreign),
-            `attempt` (an older submission, or not the broker that has it), `repeat`.
+            `attempt` (a submission that is closed, or not the broker that has it), `repeat`.
     """
 
     def __init__(
@@ -96,10 +78,12 @@ class Exchange:
     def grant(self, event: Grant, now: float) -> None:
         """Tell the worker of more credit; a request that has not left takes the limit along in its envelope."""
         stream = self._streams.get(event.id)
-        if stream is None or stream.place is not Place.SENT or event.limit <= stream.granted:
+        if stream is None or stream.place is not Place.SENT:
             return
-        unwatched = stream.silent_at(self._settings) is None
-        self._sessions.send(stream.endpoint, stream.grant(event.limit, now), now)
+        unwatched = stream.due_at(self._settings) is None
+        for attempt in stream.open:
+            if event.limit > attempt.granted:
+                self._sessions.send(stream.endpoint, stream.grant(attempt, event.limit, now), now)
         if unwatched:
             self._watch(stream)  # from now on silence counts again
 
@@ -113,25 +97,26 @@ class Exchange:
 
     def started(self, message: Started, endpoint: str, now: float) -> None:
         """Note which worker has a request."""
-        stream = self._current(message.id, message.attempt, endpoint)
-        if stream is not None:
-            stream.started(message.worker, now)
+        if found := self._find(message.id, message.attempt, endpoint):
+            stream, attempt = found
+            stream.started(attempt, message.worker, now)
             self._orders.add(Attempted(stream.id, stream.attempts()))
             self._watch(stream)
 
     def chunk(self, chunk: Chunk, endpoint: str, now: float) -> None:
         """Deliver a chunk that fits behind what has come."""
-        stream = self._current(chunk.request_id, chunk.attempt, endpoint)
-        if stream is None:
+        found = self._find(chunk.request_id, chunk.attempt, endpoint)
+        if found is None:
             return
+        stream, attempt = found
         first = not stream.has_news
         try:
-            new = stream.accept(chunk, now)
+            new = stream.accept(attempt, chunk, now)
         except StreamFaultError as fault:
-            self._tell_cancel(stream, now)
-            self._fault(stream, fault.error, now)
+            self._give_up(stream, attempt, fault.error, now)
             return
         if new:
+            self._prefer(stream, attempt, now)
             self._orders.add(Deliver(chunk.request_id, chunk))
             if first:
                 self._watch(stream)  # the next token has another timeout than the first
@@ -140,38 +125,41 @@ class Exchange:
 
     def finish(self, message: Finish, endpoint: str, now: float) -> None:
         """End a stream, if all that the FINISH counts has come."""
-        stream = self._current(message.id, message.attempt, endpoint)
-        if stream is None:
+        found = self._find(message.id, message.attempt, endpoint)
+        if found is None:
             return
+        stream, attempt = found
         try:
             ending = stream.finish(message)
         except StreamFaultError as fault:
-            self._fault(stream, fault.error, now)
+            self._fault(stream, attempt, fault.error, now)
         else:
-            stream.worker = message.worker
+            attempt.worker = message.worker
+            self._prefer(stream, attempt, now)
             self._end(stream, ending)
 
     def error(self, message: Error, endpoint: str, now: float) -> None:
         """Take the failure of an attempt."""
-        attempt = message.attempt
-        # 0: the broker could not read the request, and so knows no attempt.
-        if not attempt and message.id in self._streams:
-            attempt = self._streams[message.id].attempt
-        stream = self._current(message.id, attempt, endpoint)
-        if stream is not None:
-            stream.worker = message.worker or stream.worker
-            self._fault(stream, error_from(message), now)
+        number = message.attempt
+        # 0: the broker could not read the request, and so knows no attempt; it is about the latest that it was sent.
+        if not number and message.id in self._streams:
+            number = self._streams[message.id].open[-1].number
+        if found := self._find(message.id, number, endpoint):
+            stream, attempt = found
+            attempt.worker = message.worker or attempt.worker
+            self._fault(stream, attempt, error_from(message), now)
 
-    def _current(self, key: bytes, attempt: int, endpoint: str) -> OpenStream | None:
-        """Return the open stream that a broker's message is for, None (and count it) where it is late or foreign."""
+    def _find(self, key: bytes, number: int, endpoint: str) -> tuple[OpenStream, OpenAttempt] | None:
+        """Return the stream and open attempt that a broker's message is for, None where it is late or foreign."""
         stream = self._streams.get(key)
         if stream is None:
             self.dropped["unknown"] += 1
             return None
-        if attempt != stream.attempt or endpoint != stream.endpoint:  # of a broker that has it no more, or not yet
+        attempt = stream.find(number)
+        if attempt is None or endpoint != stream.endpoint:  # of a broker that has it no more, or not yet
             self.dropped["attempt"] += 1
             return None
-        return stream
+        return stream, attempt
 
     def session_opened(self, now: float) -> None:
         """Send what has waited for it, in the order of submission."""
@@ -183,7 +171,9 @@ class Exchange:
         """Take the failure of all attempts that had left in it."""
         for stream in list(self._streams.values()):
             if stream.endpoint == endpoint:
-                self._fault(stream, BrokerLostError(why, retryable=True, request_id=stream.id.hex()), now)
+                for attempt in list(stream.open):
+                    error = BrokerLostError(why, retryable=True, request_id=stream.id.hex())
+                    self._fault(stream, attempt, error, now)
 
     # What time brings
 
@@ -194,41 +184,33 @@ class Exchange:
             if stream.place is Place.SENT:
                 self._look_at_sent(stream, now)
             elif stream.deadline is not None and now >= stream.deadline:
-                self._end(stream, self._too_late(stream))
+                self._end(stream, too_late(stream))
             elif stream.place is Place.RESTING:
                 self._send(stream, now)
             else:
                 error = self._sessions.none_came(key.hex(), self._patience_s(stream))
-                self._end(stream, _reworded(error, _both(error.message, stream)))
+                self._end(stream, unserved(stream, error))
 
     def _look_at_sent(self, stream: OpenStream, now: float) -> None:
-        silent_at = stream.silent_at(self._settings)
         if stream.deadline is not None and now >= stream.deadline + DEADLINE_SLACK_S:
             self._tell_cancel(stream, now)
-            self._end(stream, self._too_late(stream))
-        elif silent_at is not None and now >= silent_at:
-            self._tell_cancel(stream, now)
-            self._fault(stream, stream.silence(self._settings), now)
-        else:
+            self._end(stream, too_late(stream))
+            return
+        settings, hedge_at = self._settings, stream.hedge_at(self._settings)
+        silent = [each for each in stream.open if (at := stream.silent_at(each, settings)) is not None and now >= at]
+        for attempt in silent:
+            self._give_up(stream, attempt, stream.silence(attempt, settings), now)
+        if not silent and hedge_at is not None and now >= hedge_at:
+            self._hedge(stream, now)
+        elif not silent:
             self._watch(stream)
-
-    @staticmethod
-    def _too_late(stream: OpenStream) -> DeadlineError:
-        seconds = f"{stream.order.deadline_s:g} s"
-        if stream.place is Place.SENT:
-            message = f"the deadline of {seconds} passed, and the broker did not say so"
-        elif stream.past:
-            error = stream.past[-1].error
-            message = f"the deadline of {seconds} passed after {len(stream.past)} attempts; the last one: {error}"
-        else:
-            message = f"no broker was found within the request's deadline of {seconds}"
-        return DeadlineError(message, request_id=stream.id.hex())
 
     def forgive(self, lag_s: float) -> None:
         """Take seconds in which nobody listened off the workers' silence, and off the wait for a session."""
         for stream in self._streams.values():
-            if stream.heard_at is not None:
-                stream.heard_at += lag_s
+            for attempt in stream.open:
+                if attempt.heard_at is not None:
+                    attempt.heard_at += lag_s
             if stream.lost_at is not None:
                 stream.lost_at += lag_s
             if stream.place is Place.WAITING:
@@ -253,41 +235,65 @@ class Exchange:
         try:
             request = stream.leave(session.endpoint, self._settings, now)
         except BadRequestError as error:  # only with tokens: what broke the stream is what its reader should know
-            self._end(stream, CannotResumeError(_both(error.message, stream), request_id=stream.id.hex()))
+            self._end(stream, cannot_resume(stream, error))
             return
         self._sessions.send(session.endpoint, request, now)
         self._watch(stream)
+
+    def _hedge(self, stream: OpenStream, now: float) -> None:
+        """Ask for a second worker beside the one that is late."""
+        late = stream.open[0]
+        self._sessions.send(stream.endpoint, stream.hedge(self._settings, now), now)
+        self._orders.log("request_hedged", stream.id, attempt=stream.last, late=late.worker)
+        self._orders.add(Attempted(stream.id, stream.attempts()))
+        self._watch(stream)
+
+    def _prefer(self, stream: OpenStream, winner: OpenAttempt, now: float) -> None:
+        """Close the attempt beside the one that has brought something, if there is any."""
+        for loser in [attempt for attempt in stream.open if attempt is not winner]:
+            self._sessions.send(stream.endpoint, stream.cancel(loser), now)
+            self._close(stream, loser, None)
 
     def _patience_s(self, stream: OpenStream) -> float:
         """Return how long the request may be without a broker."""
         return self._settings.connect_timeout_s if stream.lost_at is None else self._settings.recovery_timeout_s
 
     def _watch(self, stream: OpenStream) -> None:
-        """Look at a request that has left when its deadline passes, or when its worker may have fallen silent.
+        """Look at a request that has left when its deadline passes, or when its worker may be late or silent.
 
         Chunks move that moment and not the timer, which is looked at when it is due: a chunk costs no heap operation.
         """
         deadline = stream.deadline
         late = None if deadline is None else deadline + DEADLINE_SLACK_S
-        silent_at = stream.silent_at(self._settings)
-        if late is None and silent_at is None:
+        due_at = stream.due_at(self._settings)
+        if late is None and due_at is None:
             self._timers.drop(stream.id)
         else:
-            self._set_timer(stream, late, silent_at)
+            self._set_timer(stream, late, due_at)
 
     def _set_timer(self, stream: OpenStream, *times: float | None) -> None:
         self._timers.set(stream.id, min(time for time in times if time is not None))
 
-    def _fault(self, stream: OpenStream, error: TokenmqError, now: float) -> None:
-        """Repair a failure by the next attempt; where that is of no use, end the stream with it."""
+    def _give_up(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float) -> None:
+        """Fail an attempt that its worker believes to go on."""
+        self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
+        self._fault(stream, attempt, error, now)
+
+    def _fault(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float) -> None:
+        """Take the failure of an attempt: the other one goes on, or the next one repairs it, or the stream ends."""
+        if len(stream.open) > 1:
+            # A hedge that no worker was free for is no failure.
+            self._close(stream, attempt, error if attempt.served or not attempt.hedge else None)
+            self._watch(stream)
+            return
         pause = pause_s(stream.barren_attempts, error.retry_after_s, self._random)
-        final = self._final(stream, error, now, now + pause)
+        final = final_error(stream, error, self._settings, now, now + pause)
         if final is not None:
             self._end(stream, final)
             return
         stream.fail(error, now)
         self._orders.log(
-            "request_resumed", stream.id, logging.WARNING, attempt=stream.attempt, tokens=len(stream.tokens),
+            "request_resumed", stream.id, logging.WARNING, attempt=stream.last, tokens=len(stream.tokens),
             code=error.code, why=error.message, pause_s=pause,
         )  # fmt: skip
         self._orders.add(Attempted(stream.id, stream.attempts()))
@@ -297,25 +303,20 @@ class Exchange:
         else:
             self._send(stream, now)
 
-    def _final(self, stream: OpenStream, error: TokenmqError, now: float, again_at: float) -> TokenmqError | None:
-        """Return the error that a failure ends the stream with; None where an attempt at `again_at` may repair it."""
-        if isinstance(error, CannotResumeError) and not error.retryable:
-            return CannotResumeError(_both(error.message, stream), request_id=stream.id.hex())
-        # A model that a worker has served is not unknown: the broker is new, and its workers are not back yet.
-        repairable = error.retryable or (isinstance(error, ModelNotFoundError) and stream.served)
-        too_late = stream.deadline is not None and again_at >= stream.deadline
-        if not repairable or not stream.order.resume or too_late:
-            return error
-        served, lost_s = stream.served_attempts, now - stream.lost_since(now)
-        if served >= self._settings.max_attempts:
-            return _reworded(error, f"{error.message} (that was the last of {served} attempts)")
-        if lost_s and lost_s + again_at - now >= self._settings.recovery_timeout_s:
-            return _reworded(error, f"{error.message} (nobody has taken the request for {lost_s:.1f} s)")
-        return None
+    def _close(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError | None) -> None:
+        """Close one of two open attempts: the other one goes on."""
+        stream.close(attempt, error)
+        code, (other,) = error.code if error else "", stream.open
+        self._orders.log(
+            "attempt_closed", stream.id, attempt=attempt.number, worker=attempt.worker, code=code,
+            goes_on=other.number, at=other.worker,
+        )  # fmt: skip
+        self._orders.add(Attempted(stream.id, stream.attempts()))
 
     def _tell_cancel(self, stream: OpenStream, now: float) -> None:
         if stream.place is Place.SENT:
-            self._sessions.send(stream.endpoint, stream.cancel(), now)
+            for attempt in stream.open:
+                self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
 
     def _end(self, stream: OpenStream, outcome: Ending | TokenmqError) -> None:
         del self._streams[stream.id]
@@ -335,7 +336,11 @@ class Exchange:
             assert stream.id == key, "a stream under a foreign id"
             assert window.consumed <= window.received <= window.limit, "a window out of order"
             assert len(stream.tokens) == window.received, "tokens miscounted"
-            assert stream.attempt == len(stream.past) + 1, "attempts miscounted"
+            numbers = [attempt.number for attempt in stream.past] + [attempt.number for attempt in stream.open]
+            assert sorted(numbers) == list(range(1, stream.last + 1)), "attempts miscounted"
+            late, *rest = stream.open
+            assert not rest or (sent and late.hedged and not stream.has_news), "two attempts without need"
+            assert [attempt.hedge for attempt in rest] in ([], [True]), "two attempts, and the second is no hedge"
             assert stream.served < self._settings.max_attempts, "attempts without end"
             assert stream.lost_at is None or stream.past, "lost without a fault"
             assert sent == bool(stream.endpoint), "a broker where there is none, or none where there is one"
@@ -343,20 +348,8 @@ class Exchange:
                 assert self._sessions[stream.endpoint].open, "sent without a session"
             if stream.place is Place.WAITING:
                 assert self._sessions.best() is None, "something waits although a session is open"
-            bounded = not sent or stream.deadline is not None or stream.silent_at(self._settings) is not None
+            bounded = not sent or stream.deadline is not None or stream.due_at(self._settings) is not None
             assert key in self._timers or not bounded, "a wait without a bound"
             timed += key in self._timers
         assert timed == len(self._timers), "a stray timer"
         assert not self._sessions.closed or not self._streams, "the closed client holds requests"
-
-
-def _reworded(error: TokenmqError, message: str) -> TokenmqError:
-    """Return the error with another message."""
-    error.message = message
-    error.args = (message,)
-    return error
-
-
-def _both(message: str, stream: OpenStream) -> str:
-    """Return why a stream cannot go on, and what broke it."""
-    return f"{message}; it broke because: {stream.past[-1].error}" if stream.past else message

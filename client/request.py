@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,15 +12,16 @@ from ..protocol.credit import ReceiveWindow
 from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import ID_BYTES
 from ..protocol.packing import pack
-from ..protocol.payload import MAX_SEED, Sampling, check_generation, pack_generation
-from ..protocol.schema import mapping, seconds, text
+from ..protocol.payload import MAX_SEED, Generation, Sampling, check_generation, pack_generation
+from ..protocol.schema import Check, boolean, count, mapping, optional, seconds, text
+from .affinity import affinity_of
 from .events import Ask, Submit
 
 #: The defaults of generate and chat: those of the wire, one object.
 DEFAULTS = Sampling()
 
 _check_name = text(empty=False)
-
+_check_priority = count(0, limits.MAX_PRIORITY)
 
 #: Room for header and envelope beside payload and attachments. The longest envelope names a model and the workers to
 #: avoid, four bytes a character.
@@ -40,6 +42,10 @@ def build_submit(
     deadline_s: float | None,
     window_tokens: int,
     resume: bool,
+    priority: int,
+    session: str | None,
+    hedge_after_s: float | None,
+    explain: bool,
 ) -> Submit:
     """Return the order for one stream.
 
@@ -51,6 +57,10 @@ def build_submit(
         deadline_s: seconds until the answer has lost its worth, None for never.
         window_tokens: the stream's credit window.
         resume: whether what goes wrong is repaired by further attempts.
+        priority: 0 to 9, the greatest is served first.
+        session: a name that requests which belong together have in common; None for what their prompts have.
+        hedge_after_s: seconds without a first token until a second worker is asked, too; None and infinity for never.
+        explain: whether the end is to tell why the worker was chosen.
 
     Raises:
         BadRequestError: something is not valid; the message names the field.
@@ -70,8 +80,13 @@ def build_submit(
         payload=payload,
         window=ReceiveWindow(window_tokens),
         attachments=frames,
-        deadline_s=_deadline(deadline_s),
-        resume=_resume(resume),
+        deadline_s=_checked(optional(seconds), deadline_s, "deadline_s"),
+        resume=_checked(boolean, resume, "resume"),
+        max_tokens=generation.sampling.max_tokens,
+        priority=_checked(_check_priority, priority, "priority"),
+        affinity=_affinity(generation, session),
+        hedge_after_s=_hedge_after(hedge_after_s),
+        explain=_checked(boolean, explain, "explain"),
     )
 
 
@@ -102,28 +117,38 @@ def build_ask(method: str, arguments: Mapping[str, Any]) -> Ask:
     return Ask(new_id(), method, taken)
 
 
-def _model(model: Any) -> str:
+def _checked(check: Check, value: Any, field: str) -> Any:
     try:
-        name: str = _check_name(model, "request.model")
-        pack(name)
+        return check(value, f"request.{field}")
     except ProtocolError as error:
         raise BadRequestError(error.message) from error
+
+
+def _model(model: Any) -> str:
+    name: str = _checked(_check_name, model, "model")
+    try:
+        pack(name)
+    except ProtocolError as error:
+        raise BadRequestError(f"request.model: {error.message}") from error
     return name
 
 
-def _resume(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise BadRequestError(f"request.resume: expected true or false, got {value!r:.80}")
-    return value
-
-
-def _deadline(value: Any) -> float | None:
-    if value is None:
-        return None
+def _affinity(generation: Generation, session: Any) -> str:
+    name: str | None = _checked(optional(_check_name), session, "session")
     try:
-        return seconds(value, "request.deadline_s")
-    except ProtocolError as error:
-        raise BadRequestError(error.message) from error
+        return affinity_of(generation, name)
+    except ProtocolError as error:  # the prompt has been packed before: it can only be the name
+        raise BadRequestError(f"request.session: {error.message}") from error
+
+
+def _hedge_after(value: Any) -> float | None:
+    if value is None or value == math.inf:
+        return None
+    if type(value) not in (int, float) or not value > 0:
+        raise BadRequestError(
+            f"request.hedge_after_s: expected seconds, more than 0, or infinity for never, got {value!r:.80}"
+        )
+    return float(value)
 
 
 def _attachments(values: Iterable[Any]) -> tuple[bytes, ...]:

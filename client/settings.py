@@ -45,6 +45,9 @@ def _integer(name: str, value: int, most: int) -> None:
         raise BadRequestError(f"{name}: expected an integer from 1 to {most}, got {value!r}")
 
 
+_OPTIONAL_SECONDS = (
+    "heartbeat_s", "queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s", "hedge_after_s",
+)  # fmt: skip
 #: Nobody counts further, and pauses double only so often.
 _MOST_ATTEMPTS = 1_000_000
 
@@ -68,6 +71,8 @@ class Settings:
         queue_timeout_s: how long an attempt may wait at the broker for a worker; None for no bound.
         first_token_timeout_s: how long a worker that has the request may take for its first token; None for ever.
         inter_token_timeout_s: how long it may be silent after that while the reader wants more; None for ever.
+        hedge_after_s: how long a worker may take for its first token before a second one is asked, too; the one that
+            answers first goes on. None for no such hedging.
     """
 
     endpoints: tuple[str, ...] = (DEFAULT_FRONTEND,)
@@ -82,6 +87,7 @@ class Settings:
     queue_timeout_s: float | None = None
     first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S
     inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S
+    hedge_after_s: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -101,7 +107,7 @@ class Settings:
         _seconds("connect_timeout_s", self.connect_timeout_s)
         _seconds("query_timeout_s", self.query_timeout_s)
         _seconds("recovery_timeout_s", self.recovery_timeout_s)
-        for name in ("heartbeat_s", "queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s"):
+        for name in _OPTIONAL_SECONDS:
             if getattr(self, name) is not None:
                 _seconds(name, getattr(self, name))
         if not isinstance(self.resume, bool):

@@ -72,7 +72,10 @@ class BaseStream:
 
     @property
     def timings(self) -> Timings | None:
-        """Where the time went, in seconds; None as for `usage`."""
+        """Where the time went, in seconds; None as for `usage`.
+
+        `timings.routing` tells why the worker was chosen, one decision a broker, for requests with `explain`.
+        """
         outcome = self._mailbox.outcome
         return outcome.timings if isinstance(outcome, Ending) else None
 
@@ -86,8 +89,11 @@ class BaseStream:
     def attempts(self) -> tuple[Attempt, ...]:
         """What has happened to the request: one entry for each time that it was submitted.
 
-        An entry has `number`, `broker` (endpoint), `worker` (name), `first_token` (position where it began) and
-        `error`: what ended it, None for the present or last one if that went well.
+        An entry has `number`, `broker` (endpoint), `worker` (name), `first_token` (position where it began), `error`
+        (what ended it, None if it has not failed), `hedge` (it was made beside one that was late) and `cancelled`
+        (another one went on in its place). They stand in the order in which they ended. The last one is the one
+        that goes on or has ended well; while a hedge and the attempt that it helps are both open, these are the
+        last two.
         """
         return self._mailbox.attempts
 

@@ -1,4 +1,8 @@
-"""One open stream as the core sees it: what was asked for, what has come, and how its attempts went."""
+"""One open stream as the core sees it: what was asked for, what has come, and how its attempts went.
+
+A stream has one open attempt. While that one is hedged it has two, at the same broker: whichever brings something
+first goes on alone. Both begin at the same token, so what has come is the stream's and belongs to no attempt.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from ..protocol import limits
 from ..protocol.errors import BrokerLostError, DrainingError, ErrorCode, ProtocolError, TokenmqError, exception_for
 from ..protocol.messages import Cancel, Chunk, Credit, Envelope, Error, Finish, FinishReason, Request
 from ..protocol.payload import Prior, resumed
+from .attempt import OpenAttempt
 from .events import Attempt, Ending, Submit
 from .request import check_size
 from .settings import Settings
@@ -50,20 +55,18 @@ class OpenStream:
         submitted_at: when.
         place: where the request is.
         waits_until: how long it waits for a session; means something while WAITING.
-        attempt: the present submission, which chunks must carry to count.
+        open: its attempts that have not ended, which chunks must name to count: one, or while SENT the one that is
+            late and then its hedge.
+        last: the greatest number that an attempt has had.
         endpoint: the broker that has it; "" unless SENT.
-        worker: the worker that has it; "" before it is known.
-        first_token: how many tokens there were when the attempt began.
-        granted: the credit that the worker knows of.
-        heard_at: when the worker was last heard of this stream, or last had reason to be silent; None before STARTED.
-        tails: chunks without tokens in this attempt.
+        first_token: how many tokens there were when the open attempts began.
         tokens: the tokens so far, of all attempts.
         text_chars: characters of their text so far.
-        past: the attempts that have failed.
-        served: how many of them a worker had.
+        past: the attempts that have ended, in the order in which they did.
+        served: how many of them a worker had, and failed.
         left_at: when it left for the broker; means something while SENT.
         lost_at: since when nobody has taken it; None while a worker has it, and before the first fault.
-        barren: how many of them, since the last token, brought none.
+        barren: how often, since the last token, it had to begin anew without one.
         avoid: names of workers that failed it at the place where it is now, the latest last.
     """
 
@@ -71,13 +74,10 @@ class OpenStream:
     submitted_at: float
     place: Place = Place.WAITING
     waits_until: float = 0.0
-    attempt: int = 1
+    open: list[OpenAttempt] = field(default_factory=lambda: [OpenAttempt(1)])
+    last: int = 1
     endpoint: str = ""
-    worker: str = ""
     first_token: int = 0
-    granted: int = 0
-    heard_at: float | None = None
-    tails: int = 0
     tokens: array[int] = field(default_factory=lambda: array("i"))
     text_chars: int = 0
     past: list[Attempt] = field(default_factory=list)
@@ -99,113 +99,168 @@ class OpenStream:
         return None if seconds is None else self.submitted_at + seconds
 
     @property
+    def has_news(self) -> bool:
+        """Whether the open attempt has brought tokens."""
+        return len(self.tokens) > self.first_token
+
+    @property
     def barren_attempts(self) -> int:
-        """Attempts since the last token, if the present one has failed now."""
+        """How often it had to begin anew without a token, if it has to now."""
         return 0 if self.has_news else self.barren + 1
 
+    @property
+    def served_attempts(self) -> int:
+        """Attempts that a worker had, if the open ones fail now."""
+        return self.served + sum(attempt.served for attempt in self.open)
+
+    @property
+    def cause(self) -> TokenmqError | None:
+        """What ended the latest attempt that has failed; None where none has."""
+        return next((attempt.error for attempt in reversed(self.past) if attempt.error is not None), None)
+
     def attempts(self, error: TokenmqError | None = None) -> tuple[Attempt, ...]:
-        """Return all attempts; the present one with the error that ends it, if any."""
-        return (*self.past, Attempt(self.attempt, self.endpoint, self.worker, self.first_token, error))
+        """Return all attempts, the open ones last and with the error that ends them, if any."""
+        return (*self.past, *(self._record(attempt, error) for attempt in self.open))
+
+    def _record(self, attempt: OpenAttempt, error: TokenmqError | None, *, cancelled: bool = False) -> Attempt:
+        return Attempt(
+            attempt.number, self.endpoint, attempt.worker, self.first_token, error, attempt.hedge, cancelled
+        )
 
     # The way of an attempt
 
     def leave(self, endpoint: str, settings: Settings, now: float) -> Request:
-        """Return the REQUEST of the present attempt, which leaves for this broker.
+        """Return the REQUEST of the open attempt, which leaves for this broker.
 
         Raises:
             BadRequestError: with the tokens so far the request is too large.
         """
+        (attempt,) = self.open
+        request = self._request(attempt, self.avoid, settings, now)
+        self.place, self.endpoint, self.left_at = Place.SENT, endpoint, now
+        return request
+
+    def hedge(self, settings: Settings, now: float) -> Request:
+        """Return the REQUEST of a second attempt, which leaves for the broker that has the first one."""
+        (late,) = self.open
+        late.hedged = True
+        self.last += 1
+        second = OpenAttempt(self.last, hedge=True)
+        self.open.append(second)
+        return self._request(second, self._avoiding(late.worker), settings, now)
+
+    def _request(self, attempt: OpenAttempt, avoid: list[str], settings: Settings, now: float) -> Request:
         order, deadline, tokens = self.order, self.deadline, tuple(self.tokens)
         payload = order.payload
         if tokens:
             payload = resumed(payload, Prior(tokens, self.text_chars))
             check_size(payload, order.attachments)
-        self.place, self.endpoint, self.left_at = Place.SENT, endpoint, now
-        self.granted = order.window.limit
+        attempt.granted = order.window.limit
         envelope = Envelope(
             model=order.model,
-            attempt=self.attempt,
-            credit=self.granted,
+            attempt=attempt.number,
+            credit=attempt.granted,
             deadline_s=None if deadline is None else max(0.0, deadline - now),
             prior_tokens=len(tokens),
-            avoid=tuple(self.avoid),
+            avoid=tuple(avoid),
             queue_s=settings.queue_timeout_s,
+            expected_tokens=max(0, order.max_tokens - len(tokens)),
+            priority=order.priority,
+            affinity=order.affinity,
+            hedge=attempt.hedge,
+            explain=order.explain,
         )
         return Request(order.id, envelope, payload, order.attachments)
 
-    def started(self, worker: str, now: float) -> None:
-        """Note that a worker has the request."""
-        self.worker = worker
-        if self.heard_at is None:  # what is said twice gives no more time
-            self.heard_at = now
-        self.lost_at = None
-
-    @property
-    def served_attempts(self) -> int:
-        """Attempts that a worker had, the present one included."""
-        return self.served + (self.heard_at is not None or bool(self.worker))
+    def _avoiding(self, worker: str) -> list[str]:
+        """Return the names to avoid with this one; the latest ones, if they are too many."""
+        return ([name for name in self.avoid if name != worker] + [worker] * bool(worker))[-limits.MAX_AVOIDED :]
 
     def lost_since(self, now: float) -> float:
-        """Return since when nobody has taken the request, if the present attempt fails now."""
+        """Return since when nobody has taken the request, if it fails now."""
         waited_there = self.place is Place.SENT and now - self.left_at >= TAKEN_S
         return now if self.lost_at is None or waited_there else self.lost_at
 
-    def fail(self, error: TokenmqError, now: float) -> None:
-        """Close the present attempt and begin the next one, here."""
-        self.past.append(self.attempts(error)[-1])
+    def close(self, attempt: OpenAttempt, error: TokenmqError | None) -> None:
+        """Close one of the open attempts; None where it has not failed, but another one goes on in its place."""
+        self.open.remove(attempt)
+        self.past.append(self._record(attempt, error, cancelled=error is None))
+        if error is None:
+            return
         if self.has_news:
             self.avoid = []  # they failed at another place; since then they may have been restarted, and be free
         # A broker's end is not its worker's fault; that one may even have the tokens in its cache still. Nor has a
         # worker failed that was drained: restarted under its name, it may be the only one with a free slot.
-        if self.worker and not isinstance(error, (BrokerLostError, DrainingError)):
-            self.avoid = [name for name in self.avoid if name != self.worker] + [self.worker]
-            del self.avoid[: -limits.MAX_AVOIDED]
+        if not isinstance(error, (BrokerLostError, DrainingError)):
+            self.avoid = self._avoiding(attempt.worker)
+        self.served += attempt.served
+
+    def fail(self, error: TokenmqError, now: float) -> None:
+        """Close the only open attempt and begin the next one, here."""
         self.barren = self.barren_attempts
-        self.served = self.served_attempts
         self.lost_at = self.lost_since(now)
-        self.attempt += 1
+        self.close(self.open[0], error)
+        self.last += 1
+        self.open = [OpenAttempt(self.last)]
         self.first_token = len(self.tokens)
-        self.place, self.endpoint, self.worker = Place.WAITING, "", ""
-        self.heard_at = None
-        self.tails = 0
+        self.place, self.endpoint = Place.WAITING, ""
 
-    def silent_at(self, settings: Settings) -> float | None:
+    # What time brings
+
+    def due_at(self, settings: Settings) -> float | None:
+        """Return when a worker has been silent for too long, or late enough for a hedge; None for never."""
+        times = [self.hedge_at(settings), *(self.silent_at(attempt, settings) for attempt in self.open)]
+        return min((time for time in times if time is not None), default=None)
+
+    def silent_at(self, attempt: OpenAttempt, settings: Settings) -> float | None:
         """Return when the worker has been silent for too long; None where it is not its turn, or has all time."""
-        if self.heard_at is None or self.order.window.received >= self.granted:
-            return None
-        seconds = self._patience_s(settings)
-        return None if seconds is None else self.heard_at + seconds
+        since, seconds = attempt.owes_since(self.order.window.received), self._patience_s(settings)
+        return None if since is None or seconds is None else since + seconds
 
-    def silence(self, settings: Settings) -> TokenmqError:
+    def hedge_at(self, settings: Settings) -> float | None:
+        """Return when a second worker is to be asked as well; None where none is, or none any more."""
+        late, seconds = self.open[0], self.order.hedge_after_s
+        if seconds is None or len(self.open) > 1 or late.hedged or late.tails or self.has_news:
+            return None
+        if self.served_attempts >= settings.max_attempts:
+            return None  # both may fail, and that would be one too many
+        since = late.owes_since(self.order.window.received)
+        return None if since is None else since + seconds
+
+    def silence(self, attempt: OpenAttempt, settings: Settings) -> TokenmqError:
         """Return the error for a worker that has been silent for too long."""
         code = ErrorCode.INTER_TOKEN_TIMEOUT if self.has_news else ErrorCode.FIRST_TOKEN_TIMEOUT
         which = "token" if self.has_news else "first token"
-        message = f"worker {self.worker} brought no {which} for {self._patience_s(settings):g} s"
+        message = f"worker {attempt.worker} brought no {which} for {self._patience_s(settings):g} s"
         return self.error(code, message, retryable=True)
 
     def _patience_s(self, settings: Settings) -> float | None:
         return settings.inter_token_timeout_s if self.has_news else settings.first_token_timeout_s
 
-    @property
-    def has_news(self) -> bool:
-        """Whether the present attempt has brought tokens."""
-        return len(self.tokens) > self.first_token
+    # What its workers are told
 
-    def grant(self, limit: int, now: float) -> Credit:
+    def grant(self, attempt: OpenAttempt, limit: int, now: float) -> Credit:
         """Return the CREDIT that opens the window up to `limit`."""
-        if self.heard_at is not None and self.order.window.received >= self.granted:
-            self.heard_at = now  # the worker had nothing to say until now
-        self.granted = max(self.granted, limit)
-        return Credit(self.order.id, self.attempt, limit)
+        attempt.grant(limit, self.order.window.received, now)
+        return Credit(self.order.id, attempt.number, limit)
 
-    def cancel(self) -> Cancel:
-        """Return the CANCEL of the present attempt."""
-        return Cancel(self.order.id, self.attempt)
+    def cancel(self, attempt: OpenAttempt) -> Cancel:
+        """Return the CANCEL of an open attempt."""
+        return Cancel(self.order.id, attempt.number)
 
     # What comes
 
-    def accept(self, chunk: Chunk, now: float) -> bool:
-        """Account for a chunk of the present attempt; tell whether it is new.
+    def find(self, number: int) -> OpenAttempt | None:
+        """Return the open attempt of this number; None where it has ended, or was never made."""
+        return next((attempt for attempt in self.open if attempt.number == number), None)
+
+    def started(self, attempt: OpenAttempt, worker: str, now: float) -> None:
+        """Note that a worker has the request."""
+        attempt.started(worker, now)
+        self.lost_at = None
+
+    def accept(self, attempt: OpenAttempt, chunk: Chunk, now: float) -> bool:
+        """Account for a chunk of an open attempt; tell whether it is new.
 
         Raises:
             StreamFaultError: tokens before it are missing, it overlaps with what has come, or exceeds the credit.
@@ -221,8 +276,8 @@ class OpenStream:
             what = f"tokens {chunk.offset} to {end} came where {expected} was next"
             raise self._fault(ErrorCode.WORKER_LOST, what, retryable=True)
         if not tokens:
-            self.tails += 1
-            if self.tails > MAX_TAILS:
+            attempt.tails += 1
+            if attempt.tails > MAX_TAILS:
                 raise self._fault(ErrorCode.PROTOCOL, f"more than {MAX_TAILS} chunks without tokens")
         try:
             window.receive(tokens)
@@ -230,7 +285,7 @@ class OpenStream:
             raise self._fault(ErrorCode.PROTOCOL, error.message) from error
         self.tokens.extend(chunk.token_ids)
         self.text_chars += len(chunk.text)
-        self.heard_at = now
+        attempt.heard_at = now
         self.lost_at = None
         return True
 

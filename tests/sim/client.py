@@ -186,7 +186,9 @@ class SimClient(Peer):
         reading = self.readings[key] = self.open_readings[key] = Reading(wish, self.clock.now)
         payload = pack_generation(Generation(prompt="x", sampling=reading.sampling))
         reading.closed = self.core.closed
-        order = events.Submit(key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume)
+        order = events.Submit(
+            key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume, max_tokens=wish.max_tokens
+        )
         self._handle(order)
 
     def _cancel(self, key: bytes) -> None:

@@ -9,7 +9,8 @@ import math
 from typing import TYPE_CHECKING
 
 from tokenmq.client.events import Ending
-from tokenmq.client.exchange import DEADLINE_SLACK_S, pause_s
+from tokenmq.client.exchange import DEADLINE_SLACK_S
+from tokenmq.client.recovery import pause_s
 
 from .client import Reading, SimClient
 

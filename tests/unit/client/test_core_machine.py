@@ -32,7 +32,8 @@ from tokenmq.client.events import (
     Send,
     Submit,
 )
-from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S
+from tokenmq.client.exchange import DEADLINE_SLACK_S
+from tokenmq.client.recovery import MAX_PAUSE_S
 from tokenmq.client.settings import Settings
 from tokenmq.protocol import limits
 from tokenmq.protocol.credit import ReceiveWindow

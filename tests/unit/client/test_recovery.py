@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from tokenmq.client.events import Action, Attempt, Attempted, Close, CloseSocket, Deliver, Ended, Grant, Send
-from tokenmq.client.exchange import DEADLINE_SLACK_S, MAX_PAUSE_S, PAUSE_S, pause_s
+from tokenmq.client.exchange import DEADLINE_SLACK_S
+from tokenmq.client.recovery import MAX_PAUSE_S, PAUSE_S, pause_s
 from tokenmq.protocol import limits
 from tokenmq.protocol.errors import (
     BadRequestError,
