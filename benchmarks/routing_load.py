@@ -15,8 +15,8 @@ from random import Random
 #: Seconds that a request takes on average, on a worker of average speed: a chat answer of a model of medium size.
 SERVICE_S = 5.0
 
-#: Lengths: the share of requests above x tokens falls as x to this power, between the least and the most. Their squared
-#: coefficient of variation is 3.1 (1 for exponential ones).
+#: Lengths: the share of requests above x tokens falls as x to this power, between the least and the most. Their
+#: squared coefficient of variation is 3.1 (1 for exponential ones).
 PARETO_SHAPE = 1.5
 LEAST_TOKENS = 64
 MOST_TOKENS = 8_192

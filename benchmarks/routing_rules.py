@@ -5,8 +5,8 @@ busy. The ancestors (FastChat, LLaVA and their family) choose a worker as a requ
 queue of that worker's own. Their two rules:
 
 - lottery: at random, in proportion to speed;
-- shortest_queue: the least `queue_length / speed`, the first of equals, where `queue_length` is what the worker's last
-  heartbeat told (running and waiting), and 1 more for each request sent there since.
+- shortest_queue: the least `queue_length / speed`, the first of equals, where `queue_length` is what the worker's
+  last heartbeat told (running and waiting), and 1 more for each request sent there since.
 """
 
 from __future__ import annotations
