@@ -1,97 +1,502 @@
-"""The waiting rooms: per model, first in first out, bounded in number and in bytes.
+"""The waiting rooms: per model, fair between clients, by priority, bounded in number and in bytes.
 
-Requests that resume a stream have a line of their own, before the others: they had a slot already, and a reader waits
-in mid-sentence.
+**Classes.** Requests that resume a stream are one class, above all others: they had a slot already, and a reader waits
+in mid-sentence. Each priority is one more. The class with the most urgent next request goes first: the greater the
+class the earlier, but waiting counts, too, so that none starves. What counts is how long the *client* went without
+being served there: old requests of one that is served all the time are no reason to lift them over others.
+
+**Shares.** Within a class clients share by tokens: start-time fair queueing (Goyal, Vin, Cheng 1996). Who waits has a
+start tag, and the least is next. Being served moves it on by the request's tokens over the share's weight; who comes
+back after a while begins at the virtual time, so nobody saves up credit by staying away. Deficit round robin would
+need a quantum: one below the largest request goes round in loops that serve nobody, one above it lets a share with
+short requests send a burst of a million tokens. Tags need none and take one binary search, and two clients that both
+wait never differ by more than one request of each.
+
+The paper's virtual time, the start tag served last, has a flaw where clients come for one request each and go: all
+get the same tag, and who has been served once starves behind them (their tags could never be forgotten, either). So
+newcomers begin at the *fluid* time: each request moves it on by its tokens over the weight of all who wait, as if all
+were served at once (the idea of WF2Q+, Bennett and Zhang 1996). It puts nobody back by more than his own request, and
+so the bound above holds.
+
+**Places.** In a full room a newcomer may take the place of another client's request, of the lowest priority and the
+latest, if that client keeps at least as much as the newcomer's then has: requests where their number is the limit,
+bytes where bytes are (then of as many requests as it takes). Hence clients with equal parts never push each other
+out. Else it may take the place of its own client's requests of lower priority. Those that resume have places of their
+own.
+
+`first` changes nothing; what it passes over because no free worker may take it keeps its tag, and comes first later.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from operator import itemgetter
+from typing import Any
 
 from .requests import RequestRecord
 
-#: Prompts and images that one line of a model's waiting room may hold, whatever their number.
+#: Prompts and images that may wait for one model, whatever their number; as much again of requests that resume.
 MAX_WAITING_BYTES = 1024 * 1024 * 1024
+#: So long a client must go without being served to be lifted by one priority.
+AGEING_S = 10.0
+#: The class of requests that resume, on the scale of priorities (0 to 9): 110 s ahead of the greatest.
+_RESUMED = 20
 #: Before there is a measured rate, a caller that was turned away is told to come back after this.
 _FIRST_RETRY_S = 1.0
 _LEAST_RETRY_S = 0.05
 _MOST_RETRY_S = 30.0
 #: Weight of the newest interval in the smoothed one: the last ten or so count.
 _SMOOTHING = 0.2
+#: What a rate is computed from at least: slots that become free at once would make it infinite.
+_LEAST_INTERVAL_S = 1e-6
 
 
-class _Line:
-    """Requests in the order of their arrival, by key, and their size."""
+class _Share:
+    """One client in one class.
 
-    def __init__(self) -> None:
-        self.records: OrderedDict[bytes, RequestRecord] = OrderedDict()
-        self.bytes = 0
+    Attributes:
+        records: what waits, in the order of arrival, each with its number among all arrivals.
+        tag: the start tag of the next one; while nothing waits, the finish tag of what was served last.
+        weight: how much of the class is the client's; as of when it began to wait.
+        served_at: when a request of it was served here.
+    """
 
-    def append(self, record: RequestRecord) -> None:
-        self.records[record.key] = record
-        self.bytes += record.size_bytes
+    __slots__ = ("records", "served_at", "tag", "weight")
+
+    def __init__(self, tag: float) -> None:
+        self.records: OrderedDict[RequestRecord, int] = OrderedDict()
+        self.tag = tag
+        self.weight = 1.0
+        self.served_at = -math.inf
+
+
+class _Class:
+    """The requests of one priority: start-time fair queueing. It is forgotten when nothing waits."""
+
+    def __init__(self, weight_of: Callable[[str], float]) -> None:
+        self.shares: dict[str, _Share] = {}
+        self._weight_of = weight_of
+        #: Those that wait, by tag, then first come, first served. Sorted lists: to move a few kilobytes costs less
+        #: than the dead entries of a heap, and they can be walked.
+        self._order: list[tuple[float, int, str]] = []
+        #: Those that do not, by tag: as soon as the virtual time is there, they are as good as strangers.
+        self._idle: list[tuple[float, str]] = []
+        #: The greatest start tag that was served.
+        self._virtual_time = 0.0
+        self._fluid_time = 0.0
+        self._greatest_finish = 0.0
+        self._last_cost_tokens = 0
+        #: Of all shares that wait.
+        self._weight = 0.0
+
+    def __bool__(self) -> bool:
+        """Tell whether anything waits."""
+        return bool(self._order)
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        """Iterate over all that waits, by share."""
+        return chain.from_iterable(share.records for share in self.shares.values())
+
+    def append(self, record: RequestRecord, number: int) -> None:
+        """Let the request wait, behind all others of its share."""
+        share = self.shares.get(record.share)
+        if share is None:
+            share = self.shares[record.share] = _Share(self._virtual_time)
+        elif not share.records:
+            del self._idle[bisect_left(self._idle, (share.tag, record.share))]
+        share.records[record] = number
+        if len(share.records) == 1:
+            share.weight = self._weight_of(record.share)
+            share.tag = max(share.tag, self._joining_tag(record.cost_tokens / share.weight))
+            self._weight += share.weight
+            insort(self._order, (share.tag, number, record.share))
+
+    def first(self, servable: Callable[[RequestRecord], bool]) -> tuple[float, RequestRecord] | None:
+        """Return the next request that is servable, and since when its client waits to be served."""
+        for _, _, name in self._order:
+            share = self.shares[name]
+            for record in share.records:
+                if servable(record):
+                    return max(record.arrived_at, share.served_at), record
+        return None
+
+    def serve(self, record: RequestRecord, now: float) -> None:
+        """Take the request out and charge it to its share."""
+        share = self.shares[record.share]
+        start, cost = share.tag, record.cost_tokens
+        finish = start + cost / share.weight
+        fluid_time = min(self._fluid_time + self._last_cost_tokens / self._weight, self._greatest_finish)
+        self._fluid_time = max(start, fluid_time)
+        self._virtual_time = max(start, self._virtual_time)
+        self._greatest_finish = max(finish, self._greatest_finish)
+        self._last_cost_tokens = cost
+        share.served_at = now
+        self._take_out(record, share, finish)
+        self._forget_idle()
 
     def remove(self, record: RequestRecord) -> None:
-        del self.records[record.key]
+        """Take the request out; its share pays nothing."""
+        share = self.shares[record.share]
+        self._take_out(record, share, share.tag)
+        self._forget_idle()
+
+    def validate(self) -> None:
+        """Check every invariant of tags.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        waiting = {name: share for name, share in self.shares.items() if share.records}
+        heads = [(share.tag, next(iter(share.records.values())), name) for name, share in waiting.items()]
+        assert self._order == sorted(heads), "the order is not that of the tags"
+        idle = [(share.tag, name) for name, share in self.shares.items() if not share.records]
+        assert self._idle == sorted(idle), "an idle share is lost or left over"
+        assert all(tag > self._virtual_time for tag, _ in idle), "a share is kept that has nothing"
+        assert math.isclose(self._weight, sum(share.weight for share in waiting.values())), "weights do not add up"
+        assert self._virtual_time <= self._fluid_time <= self._greatest_finish, "time runs ahead of service"
+        for name, share in waiting.items():
+            numbers = list(share.records.values())
+            assert numbers == sorted(numbers), "a share is out of order"
+            assert all(record.share == name for record in share.records), "a request is in another's share"
+
+    def _joining_tag(self, cost: float) -> float:
+        if not self._order:
+            return self._virtual_time
+        return max(self._virtual_time, min(self._fluid_time, self._order[0][0] + cost))
+
+    def _take_out(self, record: RequestRecord, share: _Share, tag: float) -> None:
+        head = (share.tag, next(iter(share.records.values())), record.share)
+        del share.records[record]
+        del self._order[bisect_left(self._order, head)]
+        share.tag = tag
+        if share.records:
+            insort(self._order, (tag, next(iter(share.records.values())), record.share))
+        else:
+            self._weight -= share.weight
+            insort(self._idle, (tag, record.share))
+
+    def _forget_idle(self) -> None:
+        past = bisect_right(self._idle, self._virtual_time, key=itemgetter(0))
+        for _, name in self._idle[:past]:
+            del self.shares[name]
+        del self._idle[:past]
+
+
+class _Places:
+    """Who has how many of the places, and of the bytes."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.bytes = 0
+        self.number_of: dict[str, int] = {}
+        self.bytes_of: dict[str, int] = {}
+        #: The shares by their number of requests, and the greatest such number: the one with most is found at once.
+        self._by_number: dict[int, dict[str, None]] = {}
+        self._most = 0
+
+    def take(self, record: RequestRecord) -> None:
+        """Count a request in."""
+        self.taken += 1
+        self.bytes += record.size_bytes
+        self.bytes_of[record.share] = self.bytes_of.get(record.share, 0) + record.size_bytes
+        number = self._move(record.share, +1)
+        self._most = max(self._most, number)
+
+    def release(self, record: RequestRecord) -> None:
+        """Count a request out."""
+        self.taken -= 1
         self.bytes -= record.size_bytes
+        self.bytes_of[record.share] -= record.size_bytes
+        number = self._move(record.share, -1)
+        if self._most not in self._by_number:
+            self._most = number
+        if not number:
+            del self.bytes_of[record.share]
+
+    def most_requests(self) -> tuple[str, int]:
+        """Return the share with most requests, of several the latest that has got so many, and their number."""
+        return next(reversed(self._by_number[self._most])), self._most
+
+    def validate(self, records: list[RequestRecord]) -> None:
+        """Check the counts against the requests that there are.
+
+        Raises:
+            AssertionError: they do not agree.
+        """
+        assert self.taken == len(records), "places do not add up"
+        assert self.bytes == sum(record.size_bytes for record in records), "bytes do not add up"
+        assert self.number_of == Counter(record.share for record in records), "the places of a share are wrong"
+        bytes_of = dict.fromkeys(self.number_of, 0)
+        for record in records:
+            bytes_of[record.share] += record.size_bytes
+        assert self.bytes_of == bytes_of, "the bytes of a share are wrong"
+        found = {name: number for number, names in self._by_number.items() for name in names}
+        assert found == self.number_of, "a share is filed wrongly"
+        assert all(self._by_number.values()), "an empty file is kept"
+        assert self._most == max(self.number_of.values(), default=0), "another share has most"
+
+    def _move(self, share: str, change: int) -> int:
+        number = self.number_of.get(share, 0)
+        if number:
+            del self._by_number[number][share]
+            if not self._by_number[number]:
+                del self._by_number[number]
+        number += change
+        if number:
+            self.number_of[share] = number
+            self._by_number.setdefault(number, {})[share] = None
+        else:
+            del self.number_of[share]
+        return number
 
 
 class WaitingRoom:
-    """Requests of one model that wait for a slot. Every operation takes constant time."""
+    """Requests of one model that wait for a slot.
 
-    def __init__(self, limit: int) -> None:
-        """Make a room for `limit` requests, and as many that resume."""
+    To let one wait, to find the next and to take one out takes a binary search among the clients; looking further
+    because something is not servable takes as long as it is far.
+    """
+
+    def __init__(self, limit: int, weight_of: Callable[[str], float] = lambda share: 1.0) -> None:
+        """Make a room for `limit` requests, and as many that resume.
+
+        Args:
+            limit: how many; 0 lets nobody wait.
+            weight_of: how much of the workers a share gets in relation to others, greater than 0. Asked when the
+                share begins to wait.
+        """
         self.limit = limit
-        self._resumed = _Line()
-        self._fresh = _Line()
+        self._weight_of = weight_of
+        self._classes: dict[int, _Class] = {}
+        self._fresh = _Places()
+        self._resumed = _Places()
+        self._requests_of: Counter[str] = Counter()
+        self._arrivals = 0
         self._left_at: float | None = None
-        self._interval_s = _FIRST_RETRY_S
+        self._interval_s: float | None = None
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
-        return len(self._resumed.records) + len(self._fresh.records)
+        return self._fresh.taken + self._resumed.taken
 
     def __iter__(self) -> Iterator[RequestRecord]:
-        """Iterate in the order in which they are to be served."""
-        return chain(self._resumed.records.values(), self._fresh.records.values())
+        """Iterate by class, the greatest first, then by share, then in the order of arrival."""
+        return chain.from_iterable(self._classes[level] for level in sorted(self._classes, reverse=True))
 
     @property
     def bytes(self) -> int:
         """The size of all that waits."""
-        return self._resumed.bytes + self._fresh.bytes
+        return self._fresh.bytes + self._resumed.bytes
 
     def resumed(self) -> list[RequestRecord]:
         """Return those that resume a stream."""
-        return list(self._resumed.records.values())
+        return list(self._classes.get(_RESUMED, ()))
 
-    def has_place_for(self, record: RequestRecord) -> bool:
-        """Tell whether the request fits."""
-        line = self._line(record)
-        return len(line.records) < self.limit and line.bytes + record.size_bytes <= MAX_WAITING_BYTES
+    def admit(self, record: RequestRecord, now: float) -> list[RequestRecord] | None:
+        """Let a request wait, if need be in the place of others.
 
-    def append(self, record: RequestRecord) -> None:
-        """Let the request wait, behind all others of its kind."""
-        self._line(record).append(record)
+        Args:
+            record: the request; its share, priority and size stay what they are while it waits.
+            now: the time.
+
+        Returns:
+            Those that had to leave for it; they wait no more, and somebody must tell their clients. None where it has
+            no place itself: then nothing has changed.
+        """
+        pushed_out = self._in_the_way_of(record)
+        if pushed_out is None:
+            return None
+        for each in pushed_out:
+            self._take_out(each)
+        level = _level(record)
+        if level not in self._classes:
+            self._classes[level] = _Class(self._weight_of)
+        self._arrivals += 1
+        self._classes[level].append(record, self._arrivals)
+        self._places(record).take(record)
+        self._requests_of[record.share] += 1
+        return pushed_out
+
+    def first(self, servable: Callable[[RequestRecord], bool], now: float) -> tuple[float, RequestRecord] | None:
+        """Return the next request.
+
+        Args:
+            servable: whether a worker is free for a request; the others are passed over.
+            now: the time. Waiting makes all more urgent alike, and so it decides nothing.
+
+        Returns:
+            Its urgency in seconds, less for what is to be served sooner, comparable between rooms; and the request.
+            None if nothing is servable.
+        """
+        best: tuple[float, int, RequestRecord] | None = None
+        for level, each in self._classes.items():
+            found = each.first(servable)
+            if found is not None:
+                urgency = found[0] - level * AGEING_S
+                if best is None or (urgency, -level) < best[:2]:
+                    best = urgency, -level, found[1]
+        return best and (best[0], best[2])
 
     def serve(self, record: RequestRecord, now: float) -> None:
         """Take out one because a worker takes it."""
-        self._line(record).remove(record)
+        self._classes[_level(record)].serve(record, now)
+        self._count_out(record)
         if self._left_at is not None:
-            self._interval_s += _SMOOTHING * (now - self._left_at - self._interval_s)
+            former_s = _FIRST_RETRY_S if self._interval_s is None else self._interval_s
+            self._interval_s = former_s + _SMOOTHING * (now - self._left_at - former_s)
         # Only time in which somebody waited counts: an idle night says nothing of how fast places become free.
         self._left_at = now if self else None
 
     def remove(self, record: RequestRecord) -> None:
         """Take out one that will not be served."""
-        self._line(record).remove(record)
+        self._take_out(record)
         if not self:
             self._left_at = None
 
-    def retry_after_s(self) -> float:
-        """Return seconds until a place is likely to be free: the smoothed time between two that left."""
-        return min(max(self._interval_s, _LEAST_RETRY_S), _MOST_RETRY_S)
+    def retry_after_s(self, share: str) -> float:
+        """Return seconds until a place for a share is likely to be free: until all shares have had a turn.
 
-    def _line(self, record: RequestRecord) -> _Line:
+        Args:
+            share: who asks; one more to share with where it has nothing waiting.
+        """
+        interval_s = _FIRST_RETRY_S if self._interval_s is None else self._interval_s
+        shares = len(self._requests_of) + (share not in self._requests_of)
+        return min(max(interval_s * shares, _LEAST_RETRY_S), _MOST_RETRY_S)
+
+    def summary(self, now: float) -> dict[str, Any]:
+        """Return what an operator is to know of the room."""
+        rate = None if self._interval_s is None else 1 / max(self._interval_s, _LEAST_INTERVAL_S)
+        fresh = Counter(str(record.priority) for record in self if not record.resumed)
+        return {
+            "waiting": len(self),
+            "bytes": self.bytes,
+            "clients": len(self._requests_of),
+            "oldest_s": max((now - record.arrived_at for record in self), default=0.0),
+            "rate_per_s": rate,
+            "by_priority": dict(fresh),
+            "resumed": self._resumed.taken,
+        }
+
+    def validate(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        for level, each in self._classes.items():
+            each.validate()
+            assert each, "an empty class is kept"
+            assert all(_level(record) == level for record in each), "a request is in another class"
+        records = list(self)
+        self._fresh.validate([record for record in records if not record.resumed])
+        self._resumed.validate([record for record in records if record.resumed])
+        assert self._requests_of == Counter(record.share for record in records), "the requests of a share are wrong"
+        assert all(self._requests_of.values()), "a share is kept that has nothing"
+        for places in (self._fresh, self._resumed):
+            assert places.taken <= self.limit, "too many wait"
+            assert places.bytes <= MAX_WAITING_BYTES, "too much waits"
+        assert records or self._left_at is None, "time is counted in which nobody waits"
+
+    # Who has to leave for whom.
+
+    def _in_the_way_of(self, record: RequestRecord) -> list[RequestRecord] | None:
+        places = self._places(record)
+        leaving: list[RequestRecord] = []
+        if places.taken >= self.limit:
+            one = self._one_too_many(record, places)
+            if one is None:
+                return None
+            leaving.append(one)
+        excess = places.bytes + record.size_bytes - sum(each.size_bytes for each in leaving) - MAX_WAITING_BYTES
+        if excess > 0:
+            more = self._too_large(record, places, leaving, excess)
+            if more is None:
+                return None
+            leaving += more
+        return leaving
+
+    def _one_too_many(self, record: RequestRecord, places: _Places) -> RequestRecord | None:
+        if not places.taken:
+            return None
+        rival, number = places.most_requests()
+        # Both have as many afterwards, or the rival has more. So it is another share, and it has more than one.
+        if number - 1 >= places.number_of.get(record.share, 0) + 1:
+            return next(self._latest_first(rival, self._levels(record)))
+        return next(self._less_important(record), None)
+
+    def _too_large(
+        self, record: RequestRecord, places: _Places, leaving: list[RequestRecord], excess: int
+    ) -> list[RequestRecord] | None:
+        """Return what must leave for its size, beside those that leave already; None if nothing may."""
+        bytes_of = Counter(places.bytes_of)
+        for each in leaving:
+            bytes_of[each.share] -= each.size_bytes
+        rival, most = max(bytes_of.items(), key=itemgetter(1), default=(record.share, 0))
+        spare = most - bytes_of[record.share] - record.size_bytes
+        theirs = self._latest_first(rival, self._levels(record)) if spare >= excess else iter(())
+        for candidates, bound in ((theirs, float(spare)), (self._less_important(record), math.inf)):
+            chosen = _fewest((each for each in candidates if each not in leaving), excess)
+            if chosen and sum(each.size_bytes for each in chosen) <= bound:
+                return chosen
+        return None
+
+    def _less_important(self, record: RequestRecord) -> Iterator[RequestRecord]:
+        """Iterate over what waits of the same share with a lower priority."""
+        levels = [level for level in self._levels(record) if level < record.priority]
+        return self._latest_first(record.share, levels)
+
+    def _latest_first(self, share: str, levels: Iterable[int]) -> Iterator[RequestRecord]:
+        for level in levels:
+            mine = self._classes[level].shares.get(share)
+            if mine is not None:
+                yield from reversed(mine.records)
+
+    def _levels(self, record: RequestRecord) -> list[int]:
+        """Return the classes that have places in common with the request's, in ascending order."""
+        if record.resumed:
+            return [level for level in self._classes if level == _RESUMED]
+        return sorted(level for level in self._classes if level != _RESUMED)
+
+    # Inside.
+
+    def _take_out(self, record: RequestRecord) -> None:
+        self._classes[_level(record)].remove(record)
+        self._count_out(record)
+
+    def _count_out(self, record: RequestRecord) -> None:
+        level = _level(record)
+        if not self._classes[level]:
+            del self._classes[level]
+        self._places(record).release(record)
+        self._requests_of[record.share] -= 1
+        if not self._requests_of[record.share]:
+            del self._requests_of[record.share]
+
+    def _places(self, record: RequestRecord) -> _Places:
         return self._resumed if record.resumed else self._fresh
+
+
+def _level(record: RequestRecord) -> int:
+    return _RESUMED if record.resumed else record.priority
+
+
+def _fewest(candidates: Iterable[RequestRecord], excess: int) -> list[RequestRecord]:
+    """Return the first candidates that free so many bytes, but for those that are not needed; [] if all are too few."""
+    chosen: list[RequestRecord] = []
+    freed = 0
+    for each in candidates:
+        if freed >= excess:
+            break
+        chosen.append(each)
+        freed += each.size_bytes
+    if freed < excess:
+        return []
+    for each in sorted(chosen, key=lambda record: record.size_bytes):
+        if freed - each.size_bytes >= excess:
+            chosen.remove(each)
+            freed -= each.size_bytes
+    return chosen
