@@ -31,7 +31,7 @@ def affinity_of(generation: Generation, session: str | None = None) -> str:
         ProtocolError: the name cannot be written in UTF-8.
     """
     if session is not None:
-        return _key(b"session", session)
+        return session_affinity(session)
     if generation.messages is not None:
         # A conversation is sent whole with every turn, and grows at its end: up to the first user message it is the
         # same in all of them, and only there differs from others with the same system prompt.
@@ -40,6 +40,15 @@ def affinity_of(generation: Generation, session: str | None = None) -> str:
     if generation.token_ids is not None:
         return _key(b"token_ids", list(generation.token_ids[:BEGINNING_TOKENS]))
     return _key(b"prompt", (generation.prompt or "")[:BEGINNING_CHARS])
+
+
+def session_affinity(session: str) -> str:
+    """Return the affinity of all requests of a session.
+
+    Raises:
+        ProtocolError: the name cannot be written in UTF-8.
+    """
+    return _key(b"session", session)
 
 
 def _key(kind: bytes, value: object) -> str:

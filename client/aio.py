@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..protocol.messages import Chunk
 from .base import BaseClient
 from .connection import CLOSE_TIMEOUT_S, Connection
 from .events import Close
 from .mailbox import Bell, Mailbox
+from .management import Management
 from .stream import BaseStream
+
+_Answer: TypeAlias = Coroutine[Any, Any, dict[str, Any]]
+_Rows: TypeAlias = Coroutine[Any, Any, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,49 +126,14 @@ class AsyncStream(BaseStream):
         self.cancel()
 
 
-class AsyncClient(BaseClient[AsyncStream]):
+class AsyncClient(BaseClient[AsyncStream], Management[_Answer, _Rows]):
     """A client for asyncio. `generate` and `chat` are not awaited: they return the stream at once.
 
     Several event loops may share one client; each stream belongs to the loop it was made in.
     """
 
-    async def models(self) -> list[dict[str, Any]]:
-        """Return the models that are served.
-
-        Raises:
-            NoBrokerError: no broker answered within the connect timeout.
-            DeadlineError: the broker did not answer within the query timeout.
-            BrokerLostError: the connection broke before the answer.
-        """
-        return await self.query("models")  # type: ignore[no-any-return]
-
-    async def workers(self) -> list[dict[str, Any]]:
-        """Return the workers with their load; raises as `models`."""
-        return await self.query("workers")  # type: ignore[no-any-return]
-
-    async def status(self) -> dict[str, Any]:
-        """Return the broker's own figures; raises as `models`."""
-        return await self.query("status")  # type: ignore[no-any-return]
-
-    async def drain(self, worker: str, *, grace_s: float | None = None) -> dict[str, Any]:
-        """Have a worker finish what it holds and stop; what is left after the grace time goes on at other workers.
-
-        Args:
-            worker: its name, one of `workers()`.
-            grace_s: seconds; None for the worker's own.
-
-        Returns:
-            `worker`, and `in_flight`: requests that this broker has there.
-
-        Raises:
-            BadRequestError: there is no such worker.
-            TokenmqError: as `models`.
-        """
-        arguments = {} if grace_s is None else {"grace_s": grace_s}
-        return await self.query("drain", worker=worker, **arguments)  # type: ignore[no-any-return]
-
     async def query(self, method: str, **arguments: Any) -> Any:
-        """Ask any management question; return plain data. Raises as `models`, and BadRequestError."""
+        """Ask any management question; return plain data. Raises as all methods of Management."""
         return await asyncio.wrap_future(self._ask(method, arguments))
 
     async def close(self) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..protocol.messages import Chunk
 from .base import BaseClient
 from .mailbox import Bell, Mailbox
+from .management import Management
 from .stream import BaseStream
+
+_Answer: TypeAlias = dict[str, Any]
+_Rows: TypeAlias = list[dict[str, Any]]
 
 
 class _ThreadBell:
@@ -89,49 +93,14 @@ class Stream(BaseStream):
         self.cancel()
 
 
-class Client(BaseClient[Stream]):
+class Client(BaseClient[Stream], Management[_Answer, _Rows]):
     """A client for programs with threads, or with none.
 
     Use it as a context manager, or call `close`. All methods may be called from any thread.
     """
 
-    def models(self) -> list[dict[str, Any]]:
-        """Return the models that are served.
-
-        Raises:
-            NoBrokerError: no broker answered within the connect timeout.
-            DeadlineError: the broker did not answer within the query timeout.
-            BrokerLostError: the connection broke before the answer.
-        """
-        return self.query("models")  # type: ignore[no-any-return]
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Return the workers with their load; raises as `models`."""
-        return self.query("workers")  # type: ignore[no-any-return]
-
-    def status(self) -> dict[str, Any]:
-        """Return the broker's own figures; raises as `models`."""
-        return self.query("status")  # type: ignore[no-any-return]
-
-    def drain(self, worker: str, *, grace_s: float | None = None) -> dict[str, Any]:
-        """Have a worker finish what it holds and stop; what is left after the grace time goes on at other workers.
-
-        Args:
-            worker: its name, one of `workers()`.
-            grace_s: seconds; None for the worker's own.
-
-        Returns:
-            `worker`, and `in_flight`: requests that this broker has there.
-
-        Raises:
-            BadRequestError: there is no such worker.
-            TokenmqError: as `models`.
-        """
-        arguments = {} if grace_s is None else {"grace_s": grace_s}
-        return self.query("drain", worker=worker, **arguments)  # type: ignore[no-any-return]
-
     def query(self, method: str, **arguments: Any) -> Any:
-        """Ask any management question; return plain data. Raises as `models`, and BadRequestError."""
+        """Ask any management question; return plain data. Raises as all methods of Management."""
         return self._ask(method, arguments).result()
 
     def close(self) -> None:
