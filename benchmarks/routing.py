@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -54,7 +54,8 @@ class Case:
         load: what arrives over what they can do.
         arrivals: POISSON or BURSTY.
         brokers: that share the workers, each for a part of the requests.
-        report_s: seconds between heartbeats of a worker to these.
+        stale: these hear of each other's requests with a worker's heartbeats only, each 15 s, instead of when a
+            worker notices that it matters, as it is.
     """
 
     workers: int = 16
@@ -63,12 +64,13 @@ class Case:
     load: float = 0.9
     arrivals: str = POISSON
     brokers: int = 1
-    report_s: float = HEARTBEAT_S
+    stale: bool = False
 
     def __str__(self) -> str:
         """Return it for a person."""
         speeds = "equal speeds" if self.ratios == EQUAL else "speeds " + ":".join(f"{each:g}" for each in self.ratios)
-        shared = f", {self.brokers} brokers, heartbeats each {self.report_s:g} s" if self.brokers > 1 else ""
+        reports = f", {HEARTBEAT_S:g} s stale" if self.stale else ""
+        shared = f", {self.brokers} brokers{reports}" if self.brokers > 1 else ""
         return f"{self.workers} workers x {self.slots}, {speeds}, {self.arrivals}, load {self.load:g}{shared}"
 
 
@@ -83,8 +85,7 @@ def usual_cases() -> list[Case]:
     cases += [
         Case(workers=workers, slots=1, ratios=ratios) for ratios in (EQUAL, UNLIKE) for workers in (4, 16, 64, 256)
     ]
-    cases += [Case(brokers=2, report_s=report_s) for report_s in (1.0, HEARTBEAT_S)]
-    return cases
+    return cases + [Case(brokers=2, stale=stale) for stale in (False, True)]
 
 
 def all_cases() -> list[Case]:
@@ -97,8 +98,7 @@ def all_cases() -> list[Case]:
         for arrivals in ARRIVALS
         for load in LOADS
     ]
-    shared = [Case(workers=16, load=load, brokers=2) for load in LOADS]
-    return cases + [replace(case, report_s=report_s) for case in shared for report_s in (1.0, HEARTBEAT_S)]
+    return cases + [Case(load=load, brokers=2, stale=stale) for load in LOADS for stale in (False, True)]
 
 
 def rules_of(
@@ -107,7 +107,9 @@ def rules_of(
     """Return what to run, by name: the optimum first, then our policies, then the ancestors' rules."""
     rules: dict[str, Callable[[list[Job]], Outcome]] = {OPTIMUM: partial(central_queue, cluster=cluster)}
     for policy in policies:
-        rules[policy] = Simulation(cluster, policy, seed=seed, brokers=case.brokers, report_s=case.report_s).run
+        rules[policy] = Simulation(
+            cluster, policy, seed=seed, brokers=case.brokers, report_s=HEARTBEAT_S, early=not case.stale
+        ).run
     rules[LOTTERY] = partial(lottery, cluster=cluster, random=Random(f"{seed}/lottery"))
     for name, heartbeat_s in ((STALE, HEARTBEAT_S), (EXACT, None)):
         rules[name] = partial(

@@ -20,6 +20,7 @@ from routing_rules import Outcome
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.events import Action, FromClient, FromWorker, ToClient, ToWorker
 from tokenmq.broker.settings import BrokerSettings
+from tokenmq.protocol.membership import REPORT_AGAIN_S
 from tokenmq.protocol.messages import (
     Envelope,
     Error,
@@ -53,6 +54,8 @@ class _Worker:
         waiting: what brokers have sent beyond its slots.
         held: requests by broker.
         said: messages by broker, for the heartbeats to tell.
+        told_others: by broker, how many requests of others the last report told.
+        told_at: when that was.
     """
 
     def __init__(self, number: int, speed: float, slots: int, brokers: int) -> None:
@@ -64,6 +67,11 @@ class _Worker:
         self.waiting: deque[tuple[Job, int, int, float]] = deque()
         self.held = [0] * brokers
         self.said = [0] * brokers
+        self.told_others = [0] * brokers
+        self.told_at = [0.0] * brokers
+
+    def others(self, broker: int) -> int:
+        return self.running + len(self.waiting) - self.held[broker]
 
     def load(self, broker: int) -> Load:
         return Load(running=self.running, waiting=len(self.waiting), held=self.held[broker])
@@ -86,6 +94,7 @@ class Simulation:
         seed: str = "",
         brokers: int = 1,
         report_s: float = 1.0,
+        early: bool = True,
         stated_speed: bool = False,
         max_waiting: int = ENDLESS,
         clients: Sequence[str] = ("client",),
@@ -98,6 +107,7 @@ class Simulation:
             seed: of what policies draw, and of the phases of the heartbeats.
             brokers: how many know all workers; each request goes to one of them in turn.
             report_s: seconds between the heartbeats of a worker, each at a phase of its own.
+            early: workers report to a broker, as they really do, soon after others' part has changed.
             stated_speed: workers state their speed; else brokers measure it.
             max_waiting: requests that may wait at a broker.
             clients: their names; a job's client is one of them by its number.
@@ -113,6 +123,7 @@ class Simulation:
         ]
         self._ticks = [0.0] * brokers
         self._report_s = report_s
+        self._early = early and brokers > 1
         self._jobs: dict[bytes, Job] = {}
         self._left = 0
         self._began: dict[int, tuple[float, float, int]] = {}
@@ -131,7 +142,7 @@ class Simulation:
                 )  # fmt: skip
                 self._say(worker, number, ready)
         for worker in self._workers:
-            self._at(random.uniform(0, report_s), self._report, worker)
+            self._at(random.uniform(0, report_s), self._beat, worker)
 
     def run(self, jobs: Sequence[Job]) -> Outcome:
         """Let these arrive, in this order; return what became of them when all have ended."""
@@ -190,6 +201,7 @@ class Simulation:
                 worker.held[broker] += 1
                 worker.waiting.append((self._jobs[request.id], broker, request.envelope.attempt, self._now))
                 self._admit(worker)
+                self._differs(worker)
             elif isinstance(action, ToClient) and isinstance(action.message, Error):
                 error = action.message
                 if error.code != "busy":
@@ -218,11 +230,27 @@ class Simulation:
         del self._jobs[id]
         usage = Usage(0, job.tokens + 1)
         self._say(worker, broker, Finish(id, attempt, FinishReason.STOP, usage, timings, worker=""))
+        self._differs(worker)
 
-    def _report(self, worker: _Worker) -> None:
+    def _differs(self, worker: _Worker) -> None:
+        """See to it that brokers hear soon of a change that others have made."""
+        for broker in range(len(self.cores)) if self._early else ():
+            if worker.others(broker) != worker.told_others[broker]:
+                self._at(max(self._now, worker.told_at[broker] + REPORT_AGAIN_S), self._report_early, worker, broker)
+
+    def _report_early(self, worker: _Worker, broker: int) -> None:
+        due = self._now >= worker.told_at[broker] + REPORT_AGAIN_S
+        if due and worker.others(broker) != worker.told_others[broker]:
+            self._report(worker, broker)
+
+    def _beat(self, worker: _Worker) -> None:
         for broker in range(len(self.cores)):
-            self._say(worker, broker, Heartbeat(worker.said[broker], worker.load(broker)))
-        self._at(self._now + self._report_s, self._report, worker)
+            self._report(worker, broker)
+        self._at(self._now + self._report_s, self._beat, worker)
+
+    def _report(self, worker: _Worker, broker: int) -> None:
+        worker.told_others[broker], worker.told_at[broker] = worker.others(broker), self._now
+        self._say(worker, broker, Heartbeat(worker.said[broker], worker.load(broker)))
 
     def _say(self, worker: _Worker, broker: int, message: Message) -> None:
         worker.said[broker] += 1
