@@ -35,6 +35,7 @@ from ..protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Load,
     Message,
     Parked,
     Query,
@@ -45,6 +46,7 @@ from ..protocol.messages import (
 )
 from ..protocol.packing import pack
 from . import management
+from .dispatch import find_policy
 from .events import (
     Action,
     BadClient,
@@ -92,7 +94,7 @@ class BrokerCore:
         self.counters = Counters()
         self.pending = Pending()
         self.clients: dict[bytes, ClientSession] = {}
-        self.registry = Registry()
+        self.registry = Registry(find_policy(settings.policy))
         self.stopped = False
         self._outbox = Outbox()
         self.exchange = Exchange(
@@ -223,7 +225,10 @@ class BrokerCore:
         assert mine == attended, "a client's list of requests is wrong"
         for peer, client in self.clients.items():
             assert client.peer == peer
-            assert all(record.client is client and record.id == id for id, record in client.requests.items())
+            assert all(record.client is client for record in client.requests.values())
+            attempts = {record.key: record for alive in client.attempts.values() for record in alive}
+            assert attempts == client.requests, "attempts are filed wrong"
+            assert all(record.id == id for id, alive in client.attempts.items() for record in alive)
         for record in attended.values():
             assert record.client is not None
             assert self.clients.get(record.client.peer) is record.client, "a request of a client that is gone"
@@ -342,6 +347,7 @@ class BrokerCore:
             self._worker_changed(worker, message, now)
         elif isinstance(message, Draining):
             worker.draining = True
+            self.registry.changed(worker, now)
             self._outbox.log("worker_draining", worker=worker.name, in_flight=len(worker.in_flight))
             self._worker_differs(worker, now)
         elif isinstance(message, Goodbye):
@@ -375,7 +381,9 @@ class BrokerCore:
             ready=ready,
             reported=ready.load,
         )
-        self.registry.add(worker)
+        if known is not None:
+            worker.measured = known.measured
+        self.registry.add(worker, now)
         models = [info.name for info in ready.models]
         self.exchange.registered(worker)
         self._outbox.to_worker(worker, Accepted(self.settings.name, self.software, heartbeat_s, expiry_s))
@@ -395,9 +403,10 @@ class BrokerCore:
             return
         before = [info.name for info in worker.ready.models]
         after = [info.name for info in ready.models]
-        self.registry.update(worker, ready)
+        worker.draining = False  # who says READY stays
+        self.registry.update(worker, ready, now)
         self.exchange.models_served(after)
-        self._take_load(worker, ready.load)
+        self._take_load(worker, ready.load, now)
         self.exchange.workers_changed([*before, *after], now)
 
     def _worker_heartbeat(self, worker: WorkerSession, beat: Heartbeat, now: float) -> None:
@@ -405,12 +414,13 @@ class BrokerCore:
             self._disconnect_worker(worker, DisconnectCode.LOST_MESSAGES, _lost(beat, worker), now)
             return
         if beat.load is not None:
-            self._take_load(worker, beat.load)
+            self._take_load(worker, beat.load, now)
             self._worker_differs(worker, now)
 
-    def _take_load(self, worker: WorkerSession, load: Any) -> None:
+    def _take_load(self, worker: WorkerSession, load: Load, now: float) -> None:
         before = worker.state
         worker.reported = load
+        self.registry.changed(worker, now)
         if worker.state is not before:
             self._outbox.log("worker_state", worker=worker.name, state=worker.state.value, before=before.value)
 

@@ -13,16 +13,32 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from ..protocol.errors import ErrorCode
-from ..protocol.messages import Cancel, Credit, Error, Finish, FinishReason, Parked, Request, Started, Timings, Usage
+from ..protocol.limits import MAX_HOPS
+from ..protocol.messages import (
+    Cancel,
+    Credit,
+    Decision,
+    Error,
+    Finish,
+    FinishReason,
+    Parked,
+    Request,
+    Started,
+    Timings,
+    Usage,
+)
 from ..protocol.timers import Timers
-from .dispatch import POLICIES
-from .eligible import candidates, first_served
+from .breaker import ENGINE_FAULTS, State
+from .decision import explain
+from .dispatch import Job, find_policy
 from .metrics import Counters
 from .outbox import Outbox, clip
+from .pool import Free, Spare
 from .queue import WaitingRoom
 from .registry import ClientSession, Registry, WorkerSession
 from .requests import RequestRecord, key_of
@@ -30,6 +46,16 @@ from .settings import BrokerSettings
 
 #: Models that nobody serves any more are remembered up to this number: workers choose their names.
 _MAX_SEEN_MODELS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that nobody has made: somebody asks where it would go."""
+
+    model: str
+    affinity: str
+    prompt_tokens: int = 0
+    expected_tokens: int = 0
 
 
 class Exchange:
@@ -51,15 +77,19 @@ class Exchange:
         self._registry = registry
         self._outbox = outbox
         self._counters = counters
-        self._policy = POLICIES[settings.policy]
+        self.policy_name = settings.policy
         self._random = random
+        self._broker = settings.name
         self._max_waiting = settings.max_waiting
+        self._weights = dict(settings.client_weights)
         self._started_at = now
         #: Until then workers may still be on their way back to a broker that has been started again.
         self._young_until = now + settings.expiry_s
         self._rooms: dict[str, WaitingRoom] = {}
         #: When the requests that somebody waits for must be ended, by key.
         self._deadlines = Timers()
+        #: When a worker that was suspended is tried again, by its connection.
+        self._pauses = Timers()
         self._dispatches = 0
         #: Models that were served once: asking for one is no mistake of the client's. The latest come last.
         self._seen_models: OrderedDict[str, None] = OrderedDict()
@@ -69,35 +99,75 @@ class Exchange:
     def submit(self, client: ClientSession, request: Request, now: float) -> None:
         """Take a request: dispatch it, let it wait, or refuse it."""
         record = RequestRecord.of(request, client, now)
-        former = client.requests.get(record.id)
-        if former is not None and former.attempt >= record.attempt:
+        former = list(client.attempts.get(record.id, ()))
+        if any(other.attempt >= record.attempt for other in former):
             self._counters.refused += 1  # a repeat, or too late: the client has gone on
             return
-        if former is not None:
+        record.avoid |= {other.worker.name for other in former if other.worker is not None}
+        if not record.hedge:
             # Also where the new one is refused: the client waits for no other any more.
-            self._supersede(former)
-            if former.worker is not None:
-                record.avoid |= {former.worker.name}
+            for other in former:
+                self._supersede(other)
         refusal = self._refusal(record)
         if refusal is not None:
-            self._counters.refused += 1
-            self._outbox.to_client(client, refusal)
-            self._outbox.log(
-                "request_refused", record.id, model=record.model, attempt=record.attempt, code=refusal.code,
-                client=client.name,
-            )  # fmt: skip
+            self._refuse(record, refusal)
+        elif record.hedge:
+            self._submit_hedge(record, now)
+        else:
+            self._submit(record, now)
+
+    def _submit(self, record: RequestRecord, now: float) -> None:
+        room = self._room(record.model)
+        pushed_out = room.admit(record, now)
+        if pushed_out is None:
+            # The room is full, and what is there may be waiting for something else than this one.
+            free = self._candidates(record)
+            if free:
+                self._accept(record)
+                self._assign(record, free, now)
+            else:
+                self._refuse(record, self._busy(record))
             return
+        self._accept(record)
+        for other in pushed_out:
+            # It has left the room already.
+            self._forget(other)
+            other.message = None
+            self._answer(other, self._busy(other))
+        self.dispatch((record.model,), now)
+
+    def _submit_hedge(self, record: RequestRecord, now: float) -> None:
+        """Give a request to a second worker at once, or refuse it: one that waits would help nobody."""
+        free = self._candidates(record, strictly=True)
+        if free:
+            self._counters.hedges += 1
+            self._accept(record)
+            self._assign(record, free, now)
+        else:
+            message = f"no other worker of {record.model!r} has a free slot for a second attempt"
+            self._refuse(record, self._error(record, ErrorCode.BUSY, message, retryable=True))
+
+    def _accept(self, record: RequestRecord) -> None:
+        assert record.client is not None
         self._counters.requests += 1
         self.records[record.key] = record
-        client.requests[record.id] = record
+        record.client.add(record)
         self._watch(record)
-        self._room(record.model).append(record)
-        self.dispatch((record.model,), now)
+
+    def _refuse(self, record: RequestRecord, refusal: Error) -> None:
+        client = record.client
+        assert client is not None
+        self._counters.refused += 1
+        self._outbox.to_client(client, refusal)
+        self._outbox.log(
+            "request_refused", record.id, model=record.model, attempt=record.attempt, code=refusal.code,
+            client=client.name,
+        )  # fmt: skip
 
     def credit(self, client: ClientSession, message: Credit) -> None:
         """Pass a grant on, or keep it with a request that waits."""
-        record = client.requests.get(message.id)
-        if record is None or record.attempt != message.attempt:
+        record = client.find(message.id, message.attempt)
+        if record is None:
             return
         if record.worker is not None:
             self._outbox.to_worker(record.worker, message)
@@ -107,8 +177,8 @@ class Exchange:
 
     def cancel(self, client: ClientSession, message: Cancel) -> None:
         """Cancel a request for its client; what has ended already is ignored."""
-        record = client.requests.get(message.id)
-        if record is None or record.attempt != message.attempt:
+        record = client.find(message.id, message.attempt)
+        if record is None:
             return
         if record.worker is not None:
             self._cancel_at_worker(record)
@@ -140,12 +210,29 @@ class Exchange:
             return
         worker.release(record)
         self._forget(record)
+        self._judge(worker, record, answer, now)
         if record.client is not None:
             if isinstance(answer, Finish):
-                timings = replace(answer.timings, broker_queue_s=record.dispatched_at - record.arrived_at)
-                answer = replace(answer, timings=timings)
+                answer = replace(answer, timings=_timings(record, answer.timings))
             self._answer(record, replace(answer, worker=worker.name))
         self._slot_freed(worker, now)
+
+    def _judge(self, worker: WorkerSession, record: RequestRecord, answer: Finish | Error, now: float) -> None:
+        """Learn from the end of a request how its worker does."""
+        if isinstance(answer, Error):
+            if answer.code in ENGINE_FAULTS and worker.breaker.failed(now):
+                self._counters.workers_suspended += 1
+                self._pauses.set(worker.peer, worker.breaker.again_at)
+                self._outbox.log(
+                    "worker_suspended", record.id, level=logging.WARNING, worker=worker.name,
+                    failures=worker.breaker.failures, s=worker.breaker.again_at - now,
+                )  # fmt: skip
+        elif answer.reason is not FinishReason.CANCELLED:
+            if worker.breaker.succeeded():
+                self._pauses.drop(worker.peer)
+                self._outbox.log("worker_trusted", record.id, worker=worker.name)
+            tokens = answer.usage.completion_tokens - record.prior_tokens
+            self._registry.measure(worker, tokens - 1, answer.timings.decode_s, now)
 
     def parked(self, worker: WorkerSession, message: Parked, now: float) -> None:
         """Free the slot of a request whose worker has only to wait for the reader."""
@@ -157,6 +244,7 @@ class Exchange:
     def worker_lost(self, worker: WorkerSession, why: str, now: float) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
         message = f"worker {worker.name} was lost: {why}"
+        self._pauses.drop(worker.peer)
         for record in list(worker.in_flight.values()):
             worker.release(record)
             self._forget(record)
@@ -196,23 +284,55 @@ class Exchange:
         self.dispatch(here, now)
 
     def dispatch(self, models: Iterable[str], now: float) -> None:
-        """Give out the free slots for these models: resumed requests first, then by the longest wait."""
-        rooms = [room for model in models if (room := self._rooms.get(model)) and self._anyone_free(model)]
+        """Give out the free slots for these models, in the order of their waiting rooms; the most urgent first."""
+        pool = self._registry.pool
+        rooms = [room for model in models if (room := self._rooms.get(model)) and pool.anyone_free(model)]
         while rooms:
-            found = [(room, *first) for room in rooms if (first := first_served(self._registry, room))]
+            wishes: dict[tuple[str, bool, frozenset[str]], Free | Spare] = {}
+
+            def servable(record: RequestRecord, known: dict[Any, Free | Spare] = wishes) -> bool:
+                # Requests with the same wishes have the same candidates: many that must wait cost a look-up each.
+                wish = (record.model, record.resumed, record.avoid)
+                found = known.get(wish)
+                if found is None:
+                    found = known[wish] = self._candidates(record)
+                return bool(found)
+
+            found = [(first, room) for room in rooms if room and (first := room.first(servable, now))]
             if not found:
                 return
-            rooms = [room for room, *_ in found]
-            room, record, workers = min(found, key=lambda each: (not each[1].resumed, each[1].arrived_at))
+            rooms = [room for _, room in found]
+            (_, record), room = min(found, key=lambda each: each[0][0])
             room.serve(record, now)
-            worker = self._policy(workers, self._random)
-            assert isinstance(worker, WorkerSession)
-            self._assign(record, worker, now)
+            self._assign(record, wishes[record.model, record.resumed, record.avoid], now)
+
+    def _candidates(self, record: RequestRecord, *, strictly: bool = False) -> Free | Spare:
+        by_name = self._registry.by_name
+        avoided = [worker for name in record.avoid if (worker := by_name.get(name)) is not None]
+        return self._registry.pool.candidates(
+            record.model, resuming=record.resumed, avoided=avoided, strictly=strictly
+        )
+
+    def _choose(self, job: Job, free: Free | Spare) -> WorkerSession:
+        """Have the policy choose; one that was installed may be wrong, and no request is to suffer from it."""
+        policy = self._registry.pool.policy
+        try:
+            chosen = policy.choose(job, free, self._random)
+        except Exception as error:  # noqa: BLE001 (somebody else's code: whatever it raises is a line in the log)
+            why = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(chosen, WorkerSession) and chosen in free:
+                return chosen
+            why = "it chose none of the candidates"
+        self._outbox.log(
+            "policy_failed", level=logging.ERROR, policy=self.policy_name, why=why, doing="taking the least rank"
+        )
+        return free.least()
 
     # What time does.
 
     def expire(self, now: float) -> None:
-        """End the requests whose deadline has passed, or whose time in the waiting room."""
+        """End the requests whose deadline has passed, or whose time in the waiting room; try suspended workers."""
         for record in [self.records[key] for key in self._deadlines.due(now)]:
             waited = now - record.arrived_at
             if record.waits_too_long_first:
@@ -222,10 +342,16 @@ class Exchange:
             where = f"at worker {record.worker.name}" if record.worker else "in the waiting room"
             message = f"the deadline passed after {waited:.3f} s, {where}"
             self._end(record, self._error(record, ErrorCode.DEADLINE, message, retryable=False))
+        for peer in self._pauses.due(now):
+            worker = self._registry.by_peer[peer]
+            worker.breaker.try_again()
+            self._outbox.log("worker_tried_again", worker=worker.name)
+            self._slot_freed(worker, now)
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
-        return self._deadlines.next()
+        times = [time for timers in (self._deadlines, self._pauses) if (time := timers.next()) is not None]
+        return min(times, default=None)
 
     def give_up(self, why: str) -> None:
         """Fail everything that is left, because the broker stops."""
@@ -239,6 +365,60 @@ class Exchange:
     def waiting(self, model: str) -> int:
         """Return how many requests wait for a model."""
         return len(self._rooms.get(model, ()))
+
+    def rooms(self, now: float) -> list[dict[str, Any]]:
+        """Return what waits, a map for each model that something waits for."""
+        return [{"model": model, **room.summary(now)} for model, room in sorted(self._rooms.items()) if room]
+
+    def route(self, model: str, affinity: str) -> Decision | None:
+        """Return whom the policy would take for a request now; None where no worker of the model takes any.
+
+        Where nobody has a free slot it is the worker of the least rank, with no candidates: it is first to have one
+        if all requests take the same time.
+        """
+        pool = self._registry.pool
+        asked = Asked(model, affinity)
+        free = pool.candidates(model, resuming=False, avoided=())
+        if free:
+            return explain(self._broker, self.policy_name, self._choose(asked, free), free)
+        able = [worker for worker in self._registry.serving(model) if worker.takes_requests]
+        if not able:
+            return None
+        likely = min(able, key=lambda worker: (pool.policy.rank(worker), worker.last_used))
+        return explain(self._broker, self.policy_name, likely, [])
+
+    # What operators order.
+
+    def set_policy(self, name: str) -> None:
+        """Choose workers by another policy from now on.
+
+        Raises:
+            ValueError: there is none of that name; the message lists those that there are.
+        """
+        self._registry.pool.rank_anew(find_policy(name))
+        self._outbox.log("policy_changed", policy=name, before=self.policy_name)
+        self.policy_name = name
+
+    def set_speed(self, worker: WorkerSession, speed: float | None, now: float) -> None:
+        """Reckon with this speed, whatever the worker says or does; None for what it says or does again."""
+        if speed is None:
+            self._registry.speeds.pop(worker.name, None)
+        else:
+            self._registry.speeds[worker.name] = speed
+        worker.speed_set = speed
+        self._registry.changed(worker, now)
+        self._outbox.log("speed_changed", worker=worker.name, speed=worker.speed, set=speed is not None)
+
+    def hold(self, worker: WorkerSession, held: bool, now: float) -> None:
+        """Give a worker, and whoever comes back under its name, no new requests; or do so again."""
+        if held:
+            self._registry.held.add(worker.name)
+        else:
+            self._registry.held.discard(worker.name)
+        worker.held = held
+        self._registry.changed(worker, now)
+        self._outbox.log("worker_held" if held else "worker_released", worker=worker.name)
+        self.workers_changed([info.name for info in worker.ready.models], now)
 
     def tally(self) -> dict[str, int]:
         """Return how many requests wait, run, and run without anybody waiting for them."""
@@ -260,19 +440,20 @@ class Exchange:
         assert not waiting.keys() & running.keys(), "a request waits and runs"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
         for model, room in self._rooms.items():
-            resumed = room.resumed()
-            assert len(resumed) <= self._max_waiting
-            assert len(room) - len(resumed) <= self._max_waiting
-            assert room.bytes == sum(record.size_bytes for record in room)
+            room.validate()
             assert all(record.model == model for record in room)
-            assert not resumed or self._registry.resuming(model), "nobody can resume it"
+            assert not room.resumed() or self._registry.may_resume(model), "nobody can resume it"
         for record in waiting.values():
-            assert not candidates(self._registry, record), "idle slot"
+            assert not self._candidates(record), "idle slot"
+            assert not record.hedge, "a hedge waits"
             assert record.worker is None
             assert record.client is not None
             assert record.message is not None
         for worker in self._registry:
-            assert worker.parked == sum(record.parked for record in worker.in_flight.values())
+            active = [record for record in worker.in_flight.values() if not record.parked]
+            assert worker.parked == len(worker.in_flight) - len(active)
+            assert worker.outstanding_tokens == sum(record.cost_tokens for record in active)
+            assert (worker.peer in self._pauses) == (worker.breaker.state is State.OPEN)
             holds: dict[bytes, int] = {}
             for record in worker.in_flight.values():
                 assert record.worker is worker
@@ -290,16 +471,17 @@ class Exchange:
             return self._error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
         if not self._registry.serves(model):
             return self._unserved(record)
-        if record.resumed and not self._registry.resuming(model):
+        if record.resumed and not self._registry.may_resume(model):
             return self._cannot_resume(record)
         if record.deadline_at is not None and record.deadline_at <= record.arrived_at:
             return self._error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
-        room = self._room(model)
-        if not room.has_place_for(record) and not candidates(self._registry, record):
-            message = f"{len(room)} requests wait for {model!r} already"
-            refusal = self._error(record, ErrorCode.BUSY, message, retryable=True)
-            return replace(refusal, retry_after_s=room.retry_after_s())
         return None
+
+    def _busy(self, record: RequestRecord) -> Error:
+        room = self._rooms[record.model]
+        message = f"{len(room)} requests wait for {record.model!r} already"
+        busy = self._error(record, ErrorCode.BUSY, message, retryable=True)
+        return replace(busy, retry_after_s=room.retry_after_s(record.share))
 
     def _unserved(self, record: RequestRecord) -> Error:
         model, here = record.model, ", ".join(self._registry.models()) or "none"
@@ -329,8 +511,8 @@ class Exchange:
                 message = f"the last worker for {model!r} has left"
                 self._end_waiting(record, self._error(record, ErrorCode.NO_WORKER, message, retryable=True))
             del self._rooms[model]
-        elif not self._registry.resuming(model):
-            for record in room.resumed():
+        elif (resumed := room.resumed()) and not self._registry.may_resume(model):
+            for record in resumed:
                 self._end_waiting(record, self._cannot_resume(record))
 
     def _supersede(self, former: RequestRecord) -> None:
@@ -338,7 +520,7 @@ class Exchange:
         self._counters.superseded += 1
         client = former.client
         assert client is not None
-        del client.requests[former.id]
+        client.drop(former)
         if former.worker is None:
             self._forget_waiting(former)
         else:
@@ -347,14 +529,13 @@ class Exchange:
     def _room(self, model: str) -> WaitingRoom:
         room = self._rooms.get(model)
         if room is None:
-            room = self._rooms[model] = WaitingRoom(self._max_waiting)
+            room = self._rooms[model] = WaitingRoom(self._max_waiting, lambda share: self._weights.get(share, 1.0))
         return room
 
-    def _anyone_free(self, model: str) -> bool:
-        return any(worker.free for worker in self._registry.serving(model))
-
     def _slot_freed(self, worker: WorkerSession, now: float) -> None:
-        if worker.free:
+        self._registry.changed(worker, now)
+        # One that was suspended just now may have been the last but those that were suspended before.
+        if worker.free or worker.breaker.state is State.OPEN:
             self.dispatch((info.name for info in worker.ready.models), now)
 
     def _watch(self, record: RequestRecord) -> None:
@@ -364,7 +545,10 @@ class Exchange:
         else:
             self._deadlines.set(record.key, record.due_at)
 
-    def _assign(self, record: RequestRecord, worker: WorkerSession, now: float) -> None:
+    def _assign(self, record: RequestRecord, free: Free | Spare, now: float) -> None:
+        worker = self._choose(record, free)
+        if record.explain:
+            self._explain(record, worker, free)
         message, record.message = record.message, None
         assert message is not None
         left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
@@ -375,12 +559,21 @@ class Exchange:
         self._dispatches += 1
         worker.last_used = self._dispatches
         worker.charge(record)
+        self._registry.changed(worker, now)
         self._outbox.to_worker(worker, replace(message, envelope=envelope))
         assert record.client is not None
         self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name))
         self._outbox.log(
             "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
             attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
+        )  # fmt: skip
+
+    def _explain(self, record: RequestRecord, worker: WorkerSession, free: Free | Spare) -> None:
+        decision = record.decision = explain(self._broker, self.policy_name, worker, free)
+        loads = ",".join(f"{each.worker}:{each.load}/{each.slots}:{each.cost:.4g}" for each in decision.considered)
+        self._outbox.log(
+            "request_routed", record.id, model=record.model, worker=worker.name, policy=decision.policy,
+            candidates=decision.candidates, considered=loads, attempt=record.attempt,
         )  # fmt: skip
 
     def _cancel_at_worker(self, record: RequestRecord) -> None:
@@ -430,7 +623,7 @@ class Exchange:
         """Send the client its one answer."""
         client = record.client
         assert client is not None
-        del client.requests[record.id]
+        client.drop(record)
         self._outbox.to_client(client, answer)
         worker = record.worker.name if record.worker else ""
         if isinstance(answer, Finish):
@@ -455,3 +648,10 @@ class Exchange:
         # Names in it are a peer's choice; a longer message would be malformed, and end the client's session.
         worker = record.worker.name if record.worker else ""
         return Error(record.id, record.attempt, code.value, clip(message), retryable, worker=worker)
+
+
+def _timings(record: RequestRecord, timings: Timings) -> Timings:
+    """Return the timings of a request with what this broker has to add; a broker behind it has added its own part."""
+    waited_s = record.dispatched_at - record.arrived_at
+    routing = timings.routing if record.decision is None else (record.decision, *timings.routing)
+    return replace(timings, broker_queue_s=timings.broker_queue_s + waited_s, routing=routing[:MAX_HOPS])

@@ -15,6 +15,7 @@ class Counters:
         failed: ERROR messages that ended a request.
         refused: requests that were never accepted (bad, unknown model, busy, draining).
         cancelled: requests that a client cancelled, or left behind when it went.
+        hedges: requests that were given to a second worker.
         superseded: submissions whose place a later attempt of the same request took.
         chunk_messages: CHUNKS messages forwarded.
         chunk_messages_dropped: CHUNKS messages for a client that the worker has no request of.
@@ -22,6 +23,7 @@ class Counters:
         malformed: messages that could not be decoded.
         disconnected: sessions that the broker ended with DISCONNECT.
         workers_lost: workers that died, fell silent or were cut off.
+        workers_suspended: how often a worker got no requests for a while because its engine had failed.
         clients_lost: clients that died, fell silent or were cut off.
         peers_stalled: those of both that were cut off because they had stopped reading.
     """
@@ -31,6 +33,7 @@ class Counters:
     failed: int = 0
     refused: int = 0
     cancelled: int = 0
+    hedges: int = 0
     superseded: int = 0
     chunk_messages: int = 0
     chunk_messages_dropped: int = 0
@@ -38,6 +41,7 @@ class Counters:
     malformed: int = 0
     disconnected: int = 0
     workers_lost: int = 0
+    workers_suspended: int = 0
     clients_lost: int = 0
     peers_stalled: int = 0
 

@@ -1,13 +1,24 @@
-"""Sessions of clients and workers, and which worker serves which model. Knows nothing of dispatch or of messages."""
+"""Sessions of clients and workers, and which worker serves which model. Knows nothing of requests that wait."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..protocol.liveness import Liveness
-from ..protocol.messages import Load, ModelInfo, Ready, WorkerState
-from .requests import RequestRecord
+from ..protocol.messages import Load, Ready, WorkerState
+from .breaker import Breaker, State
+from .dispatch import Policy
+from .pool import Place, Pool
+from .requests import RequestRecord, key_of
+from .speed import Speed
+
+#: Requests that wait inside a worker because its cache is full weigh so much more the fuller it is above a half:
+#: vLLM's own balancer uses these figures.
+_CACHE_WEIGHT = 6.0
+_CACHE_USE = 0.5
+#: What workers usually do is taken anew for those that were not measured when it has changed by this part.
+_USUAL_CHANGE = 0.1
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -34,12 +45,31 @@ class ClientSession(Session):
     Attributes:
         name: what it calls itself, for people.
         route: what workers put into the header of CHUNKS for it.
-        requests: its requests that have no answer yet, by id: of each only the latest attempt is alive.
+        requests: its submissions that have no answer yet, by key.
+        attempts: the same by the request's id: one, or two where the client hedges.
     """
 
     name: str
     route: bytes
     requests: dict[bytes, RequestRecord] = field(default_factory=dict)
+    attempts: dict[bytes, list[RequestRecord]] = field(default_factory=dict)
+
+    def add(self, record: RequestRecord) -> None:
+        """Note a submission."""
+        self.requests[record.key] = record
+        self.attempts.setdefault(record.id, []).append(record)
+
+    def drop(self, record: RequestRecord) -> None:
+        """Forget a submission: it is answered, or nobody waits for the answer."""
+        del self.requests[record.key]
+        alive = self.attempts[record.id]
+        alive.remove(record)
+        if not alive:
+            del self.attempts[record.id]
+
+    def find(self, id: bytes, attempt: int) -> RequestRecord | None:
+        """Return a submission that has no answer yet."""
+        return self.requests.get(key_of(id, attempt))
 
     @property
     def share(self) -> str:
@@ -70,8 +100,16 @@ class WorkerSession(Session):
         draining: it wants no more requests.
         in_flight: submissions of this broker that it holds, by their key; each charges a slot unless it is parked.
         parked: how many of them are parked.
+        outstanding_tokens: what those that are not may cost at most.
         routes: clients that it may send to, by their route.
         last_used: number of the last dispatch to it.
+        breaker: suspends it when its engine fails again and again.
+        held: an operator lets it get no new requests.
+        measured: its speed as its finished requests tell it.
+        speed_set: its speed as an operator has set it; None where none has.
+        speed: what is reckoned with: set by an operator, told by the worker, measured, or usual, in this order. The
+            registry keeps it up to date.
+        place: where it stands in the pool.
     """
 
     name: str
@@ -81,8 +119,15 @@ class WorkerSession(Session):
     draining: bool = False
     in_flight: dict[bytes, RequestRecord] = field(default_factory=dict)
     parked: int = 0
+    outstanding_tokens: int = 0
     routes: dict[bytes, RouteHold] = field(default_factory=dict)
     last_used: int = 0
+    breaker: Breaker = field(default_factory=Breaker)
+    held: bool = False
+    measured: Speed = field(default_factory=Speed)
+    speed_set: float | None = None
+    speed: float = 1.0
+    place: Place = field(default_factory=Place)
 
     @property
     def others(self) -> int:
@@ -95,9 +140,22 @@ class WorkerSession(Session):
         return len(self.in_flight) - self.parked + self.others
 
     @property
-    def speed(self) -> float:
-        """Relative weight, as the worker states it."""
-        return self.ready.speed or 1.0
+    def slots(self) -> int:
+        """Requests that it runs at a time."""
+        return self.ready.slots
+
+    @property
+    def cost(self) -> float:
+        """What one more request would find: the queue with itself, and what slows the engine, over its speed."""
+        load = self.reported
+        crowded = _CACHE_WEIGHT * load.waiting * max(0.0, load.kv_use - _CACHE_USE)
+        # A long step is one that others wait for: a second of it is taken for a request.
+        return (self.load + 1 + crowded + load.step_age_s) / self.speed
+
+    @property
+    def is_broker(self) -> bool:
+        """It is a broker that has registered here with its own workers behind it."""
+        return bool(self.ready.brokers)
 
     @property
     def state(self) -> WorkerState:
@@ -115,15 +173,22 @@ class WorkerSession(Session):
         return any(info.resumes for info in self.ready.models if info.name == model)
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether it may get requests when it has a free slot."""
+        return self.reported.state is WorkerState.READY and not (self.draining or self.held)
+
+    @property
     def free(self) -> int:
-        """Slots that the broker may fill now."""
-        if self.draining or self.reported.state is not WorkerState.READY:
+        """Slots that the broker may fill now, its breaker aside; of one that is being tried, one."""
+        if not self.takes_requests:
             return 0
-        return max(0, self.ready.slots - self.load)
+        slots = 1 if self.breaker.state is State.HALF_OPEN else self.ready.slots
+        return max(0, slots - self.load)
 
     def charge(self, record: RequestRecord) -> None:
         """Give the worker the request: take a slot and open the way back to the client."""
         self.in_flight[record.key] = record
+        self.outstanding_tokens += record.cost_tokens
         hold = self.routes.setdefault(record.route, RouteHold(record.client))
         hold.count += 1
 
@@ -138,11 +203,15 @@ class WorkerSession(Session):
         if not record.parked:
             record.parked = True
             self.parked += 1
+            self.outstanding_tokens -= record.cost_tokens
 
     def release(self, record: RequestRecord) -> None:
         """Free the slot; close the way back to the client when this was its last request here."""
         del self.in_flight[record.key]
-        self.parked -= record.parked
+        if record.parked:
+            self.parked -= 1
+        else:
+            self.outstanding_tokens -= record.cost_tokens
         hold = self.routes[record.route]
         hold.count -= 1
         if hold.count == 0:
@@ -150,13 +219,25 @@ class WorkerSession(Session):
 
 
 class Registry:
-    """All workers: by connection, by name, by model."""
+    """All workers: by connection, by name, by model.
 
-    def __init__(self) -> None:
+    Attributes:
+        pool: those that may get requests, ready for dispatch.
+    """
+
+    def __init__(self, policy: Policy) -> None:
         """Make an empty registry."""
         self.by_peer: dict[bytes, WorkerSession] = {}
         self.by_name: dict[str, WorkerSession] = {}
-        self._by_model: dict[str, dict[bytes, WorkerSession]] = {}
+        self.pool = Pool(policy)
+        #: What operators have ordered, by the worker's name: it holds for whoever registers under it.
+        self.held: set[str] = set()
+        self.speeds: dict[str, float] = {}
+        #: Of the workers that were measured: how many there are, the sum of their speeds, and the average as it was
+        #: taken last.
+        self._measured = 0
+        self._measured_sum = 0.0
+        self._usual: float | None = None
 
     def __iter__(self) -> Iterator[WorkerSession]:
         """Iterate over the workers in the order of their registration."""
@@ -166,66 +247,98 @@ class Registry:
         """Return the number of workers."""
         return len(self.by_peer)
 
-    def add(self, worker: WorkerSession) -> None:
+    def add(self, worker: WorkerSession, now: float) -> None:
         """Register a worker; its name must be free."""
         assert worker.name not in self.by_name
         self.by_peer[worker.peer] = worker
         self.by_name[worker.name] = worker
-        self._index(worker, worker.ready.models)
+        worker.held = worker.name in self.held
+        worker.speed_set = self.speeds.get(worker.name)
+        self._count_measured(worker, 1)
+        self._reckon(worker, now)
+        self.pool.join(worker)
 
-    def update(self, worker: WorkerSession, ready: Ready) -> None:
+    def update(self, worker: WorkerSession, ready: Ready, now: float) -> None:
         """Take over the models, slots and speed of a READY that came within the session."""
-        self._unindex(worker)
+        self.pool.leave(worker)
         worker.ready = ready
-        self._index(worker, ready.models)
+        self._reckon(worker, now)
+        self.pool.join(worker)
 
     def remove(self, worker: WorkerSession) -> None:
         """Forget a worker."""
-        self._unindex(worker)
+        self.pool.leave(worker)
         del self.by_peer[worker.peer]
         del self.by_name[worker.name]
+        self._count_measured(worker, -1)
+
+    def changed(self, worker: WorkerSession, now: float) -> None:
+        """Take note of a change of a worker's load, state, speed or breaker."""
+        self._reckon(worker, now)
+        self.pool.changed(worker)
+
+    def measure(self, worker: WorkerSession, tokens: int, seconds: float, now: float) -> None:
+        """Take what a finished request tells of its worker's speed."""
+        before = worker.measured.measured
+        worker.measured.measure(tokens, seconds, now)
+        after = worker.measured.measured
+        if after is None:
+            return
+        self._measured += before is None
+        self._measured_sum += after - (before or 0.0)
+        self._take_usual(now)
 
     def models(self) -> list[str]:
         """Return the names of all models that are served, sorted."""
-        return sorted(self._by_model)
+        return sorted(self.pool.models())
 
     def serves(self, model: str) -> bool:
         """Tell whether any worker serves the model, in whatever state it is."""
-        return model in self._by_model
+        return bool(self.pool.groups(model))
 
-    def serving(self, model: str) -> Iterable[WorkerSession]:
+    def serving(self, model: str) -> list[WorkerSession]:
         """Return the workers of a model."""
-        return self._by_model.get(model, {}).values()
+        return [worker for group in self.pool.groups(model) for worker in group.workers.values()]
 
-    def resuming(self, model: str) -> list[WorkerSession]:
-        """Return the workers of a model that can continue what another one has begun."""
-        return [worker for worker in self.serving(model) if worker.resumes(model)]
+    def may_resume(self, model: str) -> bool:
+        """Tell whether any worker can continue what another one has begun with the model, as far as it is known."""
+        if self.pool.groups(model, resuming=True):
+            return True
+        return any(worker.resumes(model) for worker in self.serving(model))
 
     def validate(self) -> None:
-        """Check that the three views agree.
+        """Check that the views agree.
 
         Raises:
             AssertionError: they do not.
         """
         assert {worker.name for worker in self.by_peer.values()} == set(self.by_name)
-        for model, workers in self._by_model.items():
-            assert workers, f"{model} is listed without workers"
-            for peer, worker in workers.items():
-                assert self.by_peer.get(peer) is worker
-                assert any(info.name == model for info in worker.ready.models)
         for peer, worker in self.by_peer.items():
             assert worker.peer == peer
             assert self.by_name[worker.name] is worker
-            assert all(peer in self._by_model[info.name] for info in worker.ready.models)
+            group = worker.place.group
+            assert group is not None
+            assert group.workers.get(peer) is worker
+            assert group.serves == {(info.name, info.resumes) for info in worker.ready.models}
+        grouped = [worker for model in self.models() for worker in self.serving(model)]
+        assert {worker.peer for worker in grouped} <= self.by_peer.keys()
+        self.pool.validate()
 
-    def _index(self, worker: WorkerSession, models: Iterable[ModelInfo]) -> None:
-        for info in models:
-            self._by_model.setdefault(info.name, {})[worker.peer] = worker
+    def _reckon(self, worker: WorkerSession, now: float) -> None:
+        told = worker.speed_set or worker.ready.speed
+        worker.speed = worker.measured.at(now, self._usual) if told is None else told
 
-    def _unindex(self, worker: WorkerSession) -> None:
-        for info in worker.ready.models:
-            # A worker may list a name twice; the second look finds nothing.
-            workers = self._by_model.get(info.name, {})
-            workers.pop(worker.peer, None)
-            if not workers:
-                self._by_model.pop(info.name, None)
+    def _count_measured(self, worker: WorkerSession, sign: int) -> None:
+        speed = worker.measured.measured
+        if speed is not None:
+            self._measured += sign
+            self._measured_sum += sign * speed
+
+    def _take_usual(self, now: float) -> None:
+        """Take the usual speed anew where it differs, and rank those that are reckoned by it."""
+        before, usual = self._usual, self._measured_sum / self._measured
+        if before is not None and abs(usual - before) <= _USUAL_CHANGE * before:
+            return
+        self._usual = usual
+        for worker in self.by_peer.values():
+            self.changed(worker, now)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, is_local
-from .dispatch import DEFAULT_POLICY, POLICIES
+from .dispatch import DEFAULT_POLICY, find_policy
 
 #: Requests that wait for one model: at 10 finished a second, the last of them waits for under two minutes.
 MAX_WAITING = 1_000
+#: Weights of clients: a millionth is nothing, and sums of larger ones lose the smaller.
+MIN_WEIGHT = 1e-6
+MAX_WEIGHT = 1e6
 #: Seconds that a broker waits for running requests when it is told to stop.
 GRACE_S = 10.0
 #: What is kept for a peer that does not take it: two of the longest bodies; ordinary streams are a few kilobytes.
@@ -31,10 +35,11 @@ class BrokerSettings:
         frontend: endpoints for clients.
         backend: endpoints for workers.
         name: the broker's name in answers and logs.
-        policy: name of the dispatch policy, one of dispatch.POLICIES.
+        policy: name of the dispatch policy, one of dispatch.policy_names().
         heartbeat_s: seconds between heartbeats.
         expiry_s: seconds of silence after which a peer is given up.
         max_waiting: requests that may wait for one model.
+        client_weights: how much of the workers' time clients get in relation to others, by name; 1 for the rest.
         grace_s: seconds that running requests get when the broker stops.
         pending_bytes: bytes that are kept for a peer that does not take them; with more it is cut off.
         write_timeout_s: seconds after which a peer that takes nothing of what is kept for it is cut off.
@@ -48,6 +53,7 @@ class BrokerSettings:
     heartbeat_s: float = HEARTBEAT_S
     expiry_s: float = EXPIRY_S
     max_waiting: int = MAX_WAITING
+    client_weights: Mapping[str, float] = field(default_factory=dict)
     grace_s: float = GRACE_S
     pending_bytes: int = PENDING_BYTES
     write_timeout_s: float = WRITE_TIMEOUT_S
@@ -61,8 +67,12 @@ class BrokerSettings:
         """
         if not 0 < len(self.name) <= MAX_NAME_CHARS or not self.name.isprintable():
             raise ValueError(f"the name must have 1 to {MAX_NAME_CHARS} printable characters, got {self.name!r:.80}")
-        if self.policy not in POLICIES:
-            raise ValueError(f"unknown policy {self.policy!r}; known are {', '.join(sorted(POLICIES))}")
+        find_policy(self.policy)
+        for client, weight in self.client_weights.items():
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+                raise ValueError(
+                    f"the weight of {client!r} must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, got {weight}"
+                )
         # Written so that NaN fails too.
         if not self.heartbeat_s >= MIN_HEARTBEAT_S:
             raise ValueError(f"the heartbeat interval must be at least {MIN_HEARTBEAT_S} s, got {self.heartbeat_s}")

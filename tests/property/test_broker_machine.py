@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tokenmq.broker.core import BrokerCore
+from tokenmq.broker.dispatch import POLICIES
 from tokenmq.broker.events import (
     Action,
     BadClient,
@@ -129,7 +130,7 @@ class BrokerMachine(RuleBasedStateMachine):
     """Peers come, speak, break and leave; after each step everything must add up."""
 
     @initialize(
-        policy=st.sampled_from(["shortest-queue", "lottery"]), max_waiting=st.sampled_from([0, 1, 5, 100, 100]),
+        policy=st.sampled_from(sorted(POLICIES)), max_waiting=st.sampled_from([0, 1, 5, 100, 100]),
         seed=st.integers(0, 1000),
     )  # fmt: skip
     def begin(self, policy: str, max_waiting: int, seed: int) -> None:
@@ -464,6 +465,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def worker_changes(self, index: int, models: tuple[str, ...], slots: int, resumes: bool) -> None:
         worker = self.some_worker(index)
         worker.models, worker.slots, worker.resumes = models, slots, resumes
+        worker.draining = False  # who says READY stays
         self.from_worker(worker, self.ready(worker))
         assert worker.session
 

@@ -20,7 +20,10 @@ def test_the_defaults_are_valid_and_local() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"policy": "fastest"}, "unknown policy 'fastest'; known are lottery, shortest-queue"),
+        (
+            {"policy": "fastest"},
+            "unknown policy 'fastest'; known are least-tokens, lottery, power-of-two, prefix-aff",
+        ),
         ({"heartbeat_s": 0.0}, "at least 0.01 s, got 0.0"),
         ({"heartbeat_s": math.nan}, "at least 0.01 s, got nan"),
         ({"heartbeat_s": 3.0}, r"expiry \(5.0 s\) must be at least twice the heartbeat interval \(3.0 s\)"),

@@ -1,0 +1,72 @@
+"""A worker's breaker: after repeated failures of its engine it gets nothing for a while, then one request to try.
+
+    CLOSED --failures in a row--> OPEN --pause over--> HALF_OPEN --success--> CLOSED
+                                   ^                       |
+                                   +-------failure---------+   (each time a longer pause)
+
+Only what the engine does counts: an error that is the client's fault says nothing of the worker, and one that says
+`busy` or `draining` lives (Nygard, Release It!, 2007; what is new is who may be suspended: see pool.py, which still
+uses the last worker of a model).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ..protocol.errors import ErrorCode
+
+#: Errors that are the engine's own.
+ENGINE_FAULTS = frozenset({ErrorCode.ENGINE_FAILED.value, ErrorCode.OUT_OF_MEMORY.value})
+#: One failure may be the request's, two a coincidence.
+FAILURES = 3
+#: The first pause; an engine that was reset needs about as long.
+PAUSE_S = 1.0
+MAX_PAUSE_S = 30.0
+
+
+class State(str, Enum):
+    """Where a breaker stands; see the module."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+
+
+@dataclass(slots=True)
+class Breaker:
+    """The breaker of one worker.
+
+    Attributes:
+        state: where it stands.
+        failures: engine failures since the last success.
+        again_at: when the worker is tried again; means something while OPEN.
+        pause_s: how long it is left alone after the next opening.
+    """
+
+    state: State = State.CLOSED
+    failures: int = 0
+    again_at: float = 0.0
+    pause_s: float = PAUSE_S
+
+    def failed(self, now: float) -> bool:
+        """Note that the engine has failed a request; tell whether this opened the breaker."""
+        self.failures += 1
+        if self.state is State.OPEN or (self.state is State.CLOSED and self.failures < FAILURES):
+            return False  # what it still ran when it was opened says nothing new
+        self.state = State.OPEN
+        self.again_at = now + self.pause_s
+        self.pause_s = min(2 * self.pause_s, MAX_PAUSE_S)
+        return True
+
+    def succeeded(self) -> bool:
+        """Note that the engine has finished a request; tell whether this closed the breaker."""
+        closed = self.state is not State.CLOSED
+        self.state = State.CLOSED
+        self.failures = 0
+        self.pause_s = PAUSE_S
+        return closed
+
+    def try_again(self) -> None:
+        """Let one request through: the pause is over."""
+        self.state = State.HALF_OPEN

@@ -1,0 +1,309 @@
+"""The workers that may take a request, always at hand.
+
+Workers that serve the same models in the same way are one group. A group keeps those with a free slot in a list, for
+policies that draw or compare, and in a heap by the policy's rank, for those that want the least: a worker that
+changes is put in once more, and what is out of date is passed over when it comes up. So a decision takes logarithmic
+time, and a worker's change, too, however many models it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+from .breaker import State
+from .dispatch import Policy
+
+if TYPE_CHECKING:
+    from .registry import WorkerSession
+
+#: What is out of date may outnumber the workers so often before a heap is made anew.
+_STALE = 4
+_STALE_SPARE = 64
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where a worker stands in its group.
+
+    Attributes:
+        group: the group; None before it is in one.
+        index: its index in the list of free workers; -1 where it has no free slot.
+        version: counts its changes: entries of the heap with another one are out of date.
+        counted: it counts to its group's `ready`.
+        spare: its breaker is open, and it would be free.
+    """
+
+    group: Group | None = None
+    index: int = -1
+    version: int = 0
+    counted: bool = False
+    spare: bool = False
+
+
+#: Rank, last use, a number that is never equal, version, worker.
+_Entry = tuple[float, int, int, int, "WorkerSession"]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Workers that serve the same models in the same way.
+
+    Attributes:
+        serves: the models' names, each with whether the workers resume it.
+        workers: all of them, in whatever state, by connection.
+        free: those that may get a request now.
+        spare: those that might, were their breakers not open.
+        ready: how many take requests, now or when a slot is free, and are not suspended.
+    """
+
+    serves: frozenset[tuple[str, bool]]
+    workers: dict[bytes, WorkerSession] = field(default_factory=dict)
+    free: list[WorkerSession] = field(default_factory=list)
+    spare: dict[bytes, WorkerSession] = field(default_factory=dict)
+    ready: int = 0
+    _heap: list[_Entry] = field(default_factory=list)
+    _entries: int = 0
+
+    def put(self, worker: WorkerSession, policy: Policy) -> None:
+        """File a worker of this group anew after a change: whether it is free, and its rank."""
+        place = worker.place
+        place.version += 1
+        ready = worker.takes_requests
+        suspended = worker.breaker.state is State.OPEN
+        self.ready += (ready and not suspended) - place.counted
+        place.counted = ready and not suspended
+        free = worker.free > 0
+        if place.spare != (free and suspended):
+            place.spare = free and suspended
+            if place.spare:
+                self.spare[worker.peer] = worker
+            else:
+                del self.spare[worker.peer]
+        if free and not suspended:
+            if place.index < 0:
+                place.index = len(self.free)
+                self.free.append(worker)
+            self._push(worker, policy)
+        elif place.index >= 0:
+            last = self.free.pop()
+            if last is not worker:
+                self.free[place.index] = last
+                last.place.index = place.index
+            place.index = -1
+
+    def least(self, excluded: frozenset[WorkerSession]) -> _Entry | None:
+        """Return the entry of the worker of the least rank; None where none is free but the excluded ones."""
+        passed = []
+        found = None
+        while self._heap:
+            entry = self._heap[0]
+            if entry[3] != entry[4].place.version or entry[4].place.index < 0:
+                heappop(self._heap)
+            elif entry[4] in excluded:
+                passed.append(heappop(self._heap))
+            else:
+                found = entry
+                break
+        for entry in passed:
+            heappush(self._heap, entry)
+        return found
+
+    def rank_anew(self, policy: Policy) -> None:
+        """Rank the free workers by another policy, or after something that concerns them all."""
+        self._heap = [self._entry(worker, policy) for worker in self.free]
+        heapify(self._heap)
+
+    def _push(self, worker: WorkerSession, policy: Policy) -> None:
+        if len(self._heap) > _STALE * len(self.free) + _STALE_SPARE:
+            self.rank_anew(policy)
+        else:
+            heappush(self._heap, self._entry(worker, policy))
+
+    def _entry(self, worker: WorkerSession, policy: Policy) -> _Entry:
+        self._entries += 1
+        return policy.rank(worker), worker.last_used, self._entries, worker.place.version, worker
+
+
+class Free:
+    """The workers of some groups that may take a request now: what a policy chooses from."""
+
+    def __init__(self, groups: Iterable[Group], excluded: frozenset[WorkerSession]) -> None:
+        """Make the view; it holds until a worker changes."""
+        self._groups = [group for group in groups if group.free]
+        self._excluded = excluded
+
+    def __bool__(self) -> bool:
+        """Tell whether there is one."""
+        if not self._excluded:
+            return bool(self._groups)
+        return any(group.least(self._excluded) is not None for group in self._groups)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        excluded = sum(worker.place.index >= 0 and worker.place.group in self._groups for worker in self._excluded)
+        return sum(len(group.free) for group in self._groups) - excluded
+
+    def __iter__(self) -> Iterator[WorkerSession]:
+        """Go through them."""
+        return (worker for group in self._groups for worker in group.free if worker not in self._excluded)
+
+    def __getitem__(self, index: int) -> WorkerSession:
+        """Return one, by a number from 0."""
+        if self._excluded or index < 0:
+            return list(self)[index]
+        for group in self._groups:
+            if index < len(group.free):
+                return group.free[index]
+            index -= len(group.free)
+        raise IndexError("no worker has this number")
+
+    def least(self) -> WorkerSession:
+        """Return the one of the least rank; of several the one that was used longest ago."""
+        entries = [entry for group in self._groups if (entry := group.least(self._excluded)) is not None]
+        # Ranks of two groups are compared with their last use; the numbers behind these are each group's own.
+        return min(entries, key=lambda entry: entry[:2])[4]
+
+
+class Spare:
+    """The workers whose breakers are open, where a model has no others: the same view, in linear time."""
+
+    def __init__(self, workers: list[WorkerSession], policy: Policy) -> None:
+        """Make the view of these."""
+        self._workers = workers
+        self._policy = policy
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[WorkerSession]:
+        """Go through them."""
+        return iter(self._workers)
+
+    def __getitem__(self, index: int) -> WorkerSession:
+        """Return one, by a number from 0."""
+        return self._workers[index]
+
+    def least(self) -> WorkerSession:
+        """Return the one of the least rank; of several the one that was used longest ago."""
+        return min(self._workers, key=lambda worker: (self._policy.rank(worker), worker.last_used))
+
+
+class Pool:
+    """All groups, by model."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Have no workers yet."""
+        self.policy = policy
+        self._groups: dict[frozenset[tuple[str, bool]], Group] = {}
+        self._by_model: dict[str, list[Group]] = {}
+
+    def join(self, worker: WorkerSession) -> None:
+        """Take a worker in; it must be in no group."""
+        serves = frozenset((info.name, info.resumes) for info in worker.ready.models)
+        group = self._groups.get(serves)
+        if group is None:
+            group = self._groups[serves] = Group(serves)
+            for model in {name for name, _ in serves}:
+                self._by_model.setdefault(model, []).append(group)
+        group.workers[worker.peer] = worker
+        worker.place.group = group
+        group.put(worker, self.policy)
+
+    def leave(self, worker: WorkerSession) -> None:
+        """Let a worker go."""
+        group = worker.place.group
+        assert group is not None
+        del group.workers[worker.peer]
+        if worker.place.index >= 0:
+            last = group.free.pop()
+            if last is not worker:
+                group.free[worker.place.index] = last
+                last.place.index = worker.place.index
+        if worker.place.spare:
+            del group.spare[worker.peer]
+        group.ready -= worker.place.counted
+        # Its entries in the heap are out of date by their version.
+        worker.place = Place(version=worker.place.version + 1)
+        if not group.workers:
+            del self._groups[group.serves]
+            for model in {name for name, _ in group.serves}:
+                self._by_model[model].remove(group)
+                if not self._by_model[model]:
+                    del self._by_model[model]
+
+    def changed(self, worker: WorkerSession) -> None:
+        """File a worker anew, since its load, state, speed or breaker has changed."""
+        group = worker.place.group
+        if group is not None:
+            group.put(worker, self.policy)
+
+    def rank_anew(self, policy: Policy | None = None) -> None:
+        """Rank all workers, by another policy where one is given."""
+        self.policy = policy or self.policy
+        for group in self._groups.values():
+            group.rank_anew(self.policy)
+
+    def models(self) -> Iterable[str]:
+        """Return the names of all models that are served."""
+        return self._by_model
+
+    def groups(self, model: str, *, resuming: bool = False) -> list[Group]:
+        """Return the groups whose workers serve a model, or those that can resume it."""
+        groups = self._by_model.get(model, [])
+        return [group for group in groups if (model, True) in group.serves] if resuming else groups
+
+    def anyone_free(self, model: str) -> bool:
+        """Tell whether a worker of the model has a free slot; it may still be none for a certain request."""
+        return any(group.free or group.spare for group in self._by_model.get(model, ()))
+
+    def candidates(
+        self, model: str, *, resuming: bool, avoided: Iterable[WorkerSession], strictly: bool = False
+    ) -> Free | Spare:
+        """Return the workers that may take a request now: none, or what a policy may choose from.
+
+        A worker whose breaker is open may, if the model has no other that is ready. So may one that is avoided,
+        unless it is `strictly`: while there is another one, the request waits for that one's slot.
+        """
+        groups = self.groups(model, resuming=resuming)
+        shunned = frozenset(worker for worker in avoided if worker.place.group in groups)
+        ready = sum(group.ready for group in groups)
+        if not ready:
+            spare = [worker for group in groups for worker in group.spare.values()]
+            others = [worker for worker in spare if worker not in shunned]
+            able = sum(worker.takes_requests for group in groups for worker in group.workers.values())
+            # All are suspended. Those that are not avoided and have no slot at the moment are waited for.
+            waited_for = able > sum(worker.takes_requests for worker in shunned)
+            return Spare(others if strictly or waited_for else spare, self.policy)
+        if not strictly and ready <= sum(worker.place.counted for worker in shunned):
+            shunned = frozenset()
+        return Free(groups, shunned)
+
+    def validate(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        for serves, group in self._groups.items():
+            assert group.serves == serves
+            assert group.workers, "a group without workers"
+            suspended = {peer for peer, worker in group.workers.items() if worker.breaker.state is State.OPEN}
+            free = {peer for peer, worker in group.workers.items() if worker.free > 0}
+            assert {worker.peer for worker in group.free} == free - suspended, "who is free"
+            assert group.spare.keys() == free & suspended, "who is spare"
+            assert all(group.free[worker.place.index] is worker for worker in group.free)
+            counted = [worker for worker in group.workers.values() if worker.place.counted]
+            assert group.ready == len(counted)
+            assert all(worker.takes_requests and worker.peer not in suspended for worker in counted)
+            assert all(worker.place.group is group for worker in group.workers.values())
+            ranked = {entry[4].peer for entry in group._heap if entry[3] == entry[4].place.version}
+            assert ranked >= free - suspended, "a free worker that the heap does not know"
+            least = group.least(frozenset())
+            assert (least is None) == (not group.free)
+            assert least is None or least[0] == self.policy.rank(least[4]), "a rank that is out of date"
+            for model, _ in serves:
+                assert group in self._by_model[model]

@@ -1,0 +1,50 @@
+"""How fast a worker is: tokens a second of one stream, from what its finished requests tell."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: Weight of the newest request: the last dozen or so count.
+_SMOOTHING = 0.15
+#: A measurement counts half after this time without a new one: a worker that was slow once is not left out for ever.
+_HALF_LIFE_S = 60.0
+
+
+@dataclass(slots=True)
+class Speed:
+    """The exponentially weighted speed of a worker.
+
+    It is the speed of a stream, not the sum over streams, which says how much a worker has to do rather than how fast
+    it does it: an idle worker would look slow and stay idle. Both sums are smoothed, and not their ratio, so that
+    long streams count more than short ones.
+    """
+
+    _tokens: float = 0.0
+    _seconds: float = 0.0
+    _measured_at: float = -math.inf
+
+    @property
+    def measured(self) -> float | None:
+        """Tokens a second; None before the first measurement."""
+        return self._tokens / self._seconds if self._seconds > 0 else None
+
+    def measure(self, tokens: int, seconds: float, now: float) -> None:
+        """Take the decoding of one request: `tokens` after the first one, in so many seconds."""
+        if tokens < 1 or seconds <= 0:
+            return  # a single token has no pace
+        if self._seconds == 0:
+            self._tokens, self._seconds = float(tokens), seconds
+        else:
+            self._tokens += _SMOOTHING * (tokens - self._tokens)
+            self._seconds += _SMOOTHING * (seconds - self._seconds)
+        self._measured_at = now
+
+    def at(self, now: float, usual: float | None) -> float:
+        """Return what to reckon with; `usual` is what workers here do, None where nobody was measured."""
+        measured = self.measured
+        if measured is None:
+            return usual or 1.0
+        if usual is None:
+            return measured
+        return float(usual + (measured - usual) * 0.5 ** ((now - self._measured_at) / _HALF_LIFE_S))
