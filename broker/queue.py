@@ -1,8 +1,8 @@
 """The waiting rooms: per model, fair between clients, by priority, bounded in number and in bytes.
 
-**Classes.** Requests that resume a stream are one class, above all others: they had a slot already, and a reader waits
-in mid-sentence. Each priority is one more. The class with the most urgent next request goes first: the greater the
-class the earlier, but waiting counts, too, so that none starves. What counts is how long the *client* went without
+**Classes.** Requests that resume a stream are one class, above all others: they had a slot already, and their readers
+wait in mid-sentence. Each priority is one more. The class with the most urgent next request goes first: the greater
+the class the earlier, but waiting counts, too, so that none starves. It counts how long the *client* went without
 being served there: old requests of one that is served all the time are no reason to lift them over others.
 
 **Shares.** Within a class clients share by tokens: start-time fair queueing (Goyal, Vin, Cheng 1996). Who waits has a
@@ -60,16 +60,17 @@ class _Share:
 
     Attributes:
         records: what waits, in the order of arrival, each with its number among all arrivals.
-        tag: the start tag of the next one; while nothing waits, the finish tag of what was served last.
+        finish: the finish tag of what was served last.
+        tag: the start tag of the next one; `finish` while nothing waits.
         weight: how much of the class is the client's; as of when it began to wait.
         served_at: when a request of it was served here.
     """
 
-    __slots__ = ("records", "served_at", "tag", "weight")
+    __slots__ = ("finish", "records", "served_at", "tag", "weight")
 
-    def __init__(self, tag: float) -> None:
+    def __init__(self) -> None:
         self.records: OrderedDict[RequestRecord, int] = OrderedDict()
-        self.tag = tag
+        self.finish = self.tag = 0.0
         self.weight = 1.0
         self.served_at = -math.inf
 
@@ -105,13 +106,13 @@ class _Class:
         """Let the request wait, behind all others of its share."""
         share = self.shares.get(record.share)
         if share is None:
-            share = self.shares[record.share] = _Share(self._virtual_time)
+            share = self.shares[record.share] = _Share()
         elif not share.records:
             del self._idle[bisect_left(self._idle, (share.tag, record.share))]
         share.records[record] = number
         if len(share.records) == 1:
             share.weight = self._weight_of(record.share)
-            share.tag = max(share.tag, self._joining_tag(record.cost_tokens / share.weight))
+            share.tag = max(share.finish, self._joining_tag(record.cost_tokens / share.weight))
             self._weight += share.weight
             insort(self._order, (share.tag, number, record.share))
 
@@ -128,14 +129,14 @@ class _Class:
         """Take the request out and charge it to its share."""
         share = self.shares[record.share]
         start, cost = share.tag, record.cost_tokens
-        finish = start + cost / share.weight
+        share.finish = start + cost / share.weight
         fluid_time = min(self._fluid_time + self._last_cost_tokens / self._weight, self._greatest_finish)
         self._fluid_time = max(start, fluid_time)
         self._virtual_time = max(start, self._virtual_time)
-        self._greatest_finish = max(finish, self._greatest_finish)
+        self._greatest_finish = max(share.finish, self._greatest_finish)
         self._last_cost_tokens = cost
         share.served_at = now
-        self._take_out(record, share, finish)
+        self._take_out(record, share, share.finish)
         self._forget_idle()
 
     def remove(self, record: RequestRecord) -> None:
@@ -161,6 +162,7 @@ class _Class:
         for name, share in waiting.items():
             numbers = list(share.records.values())
             assert numbers == sorted(numbers), "a share is out of order"
+            assert share.tag >= share.finish, "a share does not pay for what was served"
             assert all(record.share == name for record in share.records), "a request is in another's share"
 
     def _joining_tag(self, cost: float) -> float:
@@ -172,12 +174,13 @@ class _Class:
         head = (share.tag, next(iter(share.records.values())), record.share)
         del share.records[record]
         del self._order[bisect_left(self._order, head)]
-        share.tag = tag
         if share.records:
+            share.tag = tag
             insort(self._order, (tag, next(iter(share.records.values())), record.share))
         else:
+            share.tag = share.finish
             self._weight -= share.weight
-            insort(self._idle, (tag, record.share))
+            insort(self._idle, (share.tag, record.share))
 
     def _forget_idle(self) -> None:
         past = bisect_right(self._idle, self._virtual_time, key=itemgetter(0))
@@ -485,7 +488,7 @@ def _level(record: RequestRecord) -> int:
 
 
 def _fewest(candidates: Iterable[RequestRecord], excess: int) -> list[RequestRecord]:
-    """Return the first candidates that free so many bytes, but for those that are not needed; [] if all are too few."""
+    """Return the first that free so many bytes, but for those that are not needed; [] if all of them are too few."""
     chosen: list[RequestRecord] = []
     freed = 0
     for each in candidates:
