@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -20,8 +21,10 @@ from ..client.settings import (
     RECOVERY_TIMEOUT_S,
 )
 from ..protocol.errors import TokenmqError
+from ..protocol.limits import MAX_PRIORITY, NORMAL_PRIORITY
 from ..protocol.payload import Sampling
 from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
+from .explain import decision_line
 from .lifecycle import fail
 from .options import option, settings, version_option
 from .tables import table
@@ -117,6 +120,19 @@ _SAMPLING: list[Callable[[Any], Any]] = [
         help="Give the request up after so many seconds.",
     ),
     option("--no-resume", is_flag=True, help="Fail when a worker or broker does, instead of going on elsewhere."),
+    option(
+        "--priority", type=click.IntRange(0, MAX_PRIORITY), default=NORMAL_PRIORITY, metavar="N",
+        help="While workers are busy, requests of a greater one are served first.",
+    ),
+    option(
+        "--session", show_default="the beginning of the prompt", metavar="NAME",
+        help="Have one worker serve all requests of this name, where the broker's policy goes by it.",
+    ),
+    option(
+        "--hedge-after", type=click.FloatRange(min=0, min_open=True), show_default="never", metavar="S",
+        help="Seconds without a first token until a second worker is asked, too; the first to answer goes on.",
+    ),
+    option("--explain", is_flag=True, help="Say at the end, on standard error, why the worker was chosen."),
 ]  # fmt: skip
 
 
@@ -129,7 +145,14 @@ def _sampling_options(command: Any) -> Any:
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     arguments = {name: values[name] for name in names}
-    more = {"deadline_s": values["deadline"], "resume": not values["no_resume"]}
+    more = {
+        "deadline_s": values["deadline"],
+        "resume": not values["no_resume"],
+        "priority": values["priority"],
+        "session": values["session"],
+        "hedge_after_s": values["hedge_after"],
+        "explain": values["explain"],
+    }
     return {**arguments, **more, "stop": list(values["stop"])}
 
 
@@ -176,23 +199,30 @@ def _print_stream(stream: Stream, *, as_json: bool) -> str:
             click.echo()  # an error stands on a line of its own
     if as_json:
         click.echo(json.dumps(_summary(stream), ensure_ascii=False))
+    else:
+        for decision in stream.timings.routing if stream.timings else ():
+            click.echo(decision_line(decision), err=True)
     return "".join(pieces)
 
 
 def _summary(stream: Stream) -> dict[str, Any]:
-    usage = stream.usage
+    usage, timings = stream.usage, stream.timings
     return {
         "request": stream.id,
         "finish_reason": stream.finish_reason,
         "worker": stream.worker,
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "completion_tokens": usage.completion_tokens if usage else 0,
+        "routing": [asdict(decision) for decision in timings.routing] if timings else [],
         "attempts": [
             {
+                "number": attempt.number,
                 "broker": attempt.broker,
                 "worker": attempt.worker,
                 "first_token": attempt.first_token,
                 "error": attempt.error.code if attempt.error else None,
+                "hedge": attempt.hedge,
+                "cancelled": attempt.cancelled,
             }
             for attempt in stream.attempts
         ],

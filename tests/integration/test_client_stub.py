@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import logging
+import math
 import queue
 import subprocess
 import sys
@@ -41,7 +42,9 @@ from tokenmq.protocol.messages import (
     Cancel,
     Chunk,
     Chunks,
+    Considered,
     Credit,
+    Decision,
     Error,
     Finish,
     FinishReason,
@@ -152,14 +155,17 @@ class StubBroker:
             self._say(peer, Started(message.id, envelope.attempt, "stub-worker"))
             self._streams[message.id] = (peer, envelope.attempt, envelope.prior_tokens, envelope.credit)
             self._advance(message.id)
-        elif isinstance(message, Credit) and message.id in self._streams:
+        elif isinstance(message, Credit) and self._runs(message):
             _, attempt, done, _ = self._streams[message.id]
             self._streams[message.id] = (peer, attempt, done, message.limit)
             self._advance(message.id)
-        elif isinstance(message, Cancel):
+        elif isinstance(message, Cancel) and self._runs(message):
             self._end(message.id, FinishReason.CANCELLED)
         elif isinstance(message, Goodbye):
             del self._sent[peer]
+
+    def _runs(self, message: Credit | Cancel) -> bool:
+        return message.id in self._streams and self._streams[message.id][1] == message.attempt
 
     def _advance(self, request_id: bytes) -> None:
         peer, attempt, done, limit = self._streams[request_id]
@@ -286,6 +292,7 @@ def test_the_request_leaves_before_anybody_reads(new_broker: NewBroker) -> None:
         ({"resume": 1}, BadRequestError, "resume: expected true or false"),
         ({"max_attempts": 0}, BadRequestError, "max_attempts: expected an integer from 1"),
         ({"queue_timeout_s": 0.0}, BadRequestError, "queue_timeout_s: expected seconds"),
+        ({"hedge_after_s": 0}, BadRequestError, "hedge_after_s: expected seconds, more than 0"),
         ({"first_token_timeout_s": "1"}, BadRequestError, "first_token_timeout_s: expected seconds"),
         ({"inter_token_timeout_s": float("inf")}, BadRequestError, "inter_token_timeout_s: expected seconds"),
     ],
@@ -308,6 +315,10 @@ def test_a_wrong_setting_is_named_at_once(
         ({"prompt": "x", "stop": [""]}, "stop"),
         ({"prompt": "x", "seed": -1}, "seed"),
         ({"prompt": "x", "deadline_s": -1.0}, "deadline_s"),
+        ({"prompt": "x", "priority": 10}, "priority"),
+        ({"prompt": "x", "session": ""}, "session"),
+        ({"prompt": "x", "hedge_after_s": 0.0}, "hedge_after_s"),
+        ({"prompt": "x", "explain": "yes"}, "explain"),
         ({"prompt": "x", "attachments": ["text"]}, "attachments"),
         ({"prompt": "x", "attachments": b"bytes"}, "attachments"),
         ({"prompt": "x", "token_ids": [1]}, "prompt and token_ids"),
@@ -465,6 +476,55 @@ def test_a_worker_that_falls_silent_between_tokens_is_left(new_broker: NewBroker
         again = broker.wait_for(Request)
         assert isinstance(again, Request)
         assert (again.envelope.attempt, again.envelope.avoid) == (2, ("stub-worker",))
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["client", "request"])
+def test_a_late_worker_is_hedged_and_the_first_answer_counts(new_broker: NewBroker, wide: bool) -> None:
+    broker = new_broker(20)
+    broker.stops_at, broker.stops_attempts = 0, 1
+    of_client, of_request = ({"hedge_after_s": 0.1}, {}) if wide else ({}, {"hedge_after_s": 0.1})
+    with Client(broker.endpoint, **of_client) as client:  # type: ignore[arg-type]
+        stream = client.generate("m", "x", **of_request)  # type: ignore[arg-type]
+        assert stream.text() == numbers(20)
+        first, second = broker.wait_for(Request), broker.wait_for(Request)
+        assert isinstance(first, Request)
+        assert isinstance(second, Request)
+        assert (first.envelope.hedge, second.envelope.hedge) == (False, True)
+        assert second.envelope.avoid == ("stub-worker",)
+        cancel = broker.wait_for(Cancel)
+        assert isinstance(cancel, Cancel)
+        assert cancel.attempt == 1
+        assert stream.attempts == (
+            Attempt(1, broker.endpoint, "stub-worker", cancelled=True),
+            Attempt(2, broker.endpoint, "stub-worker", hedge=True),
+        )
+
+
+def test_a_request_may_do_without_the_clients_hedges(new_broker: NewBroker) -> None:
+    broker = new_broker(5)
+    broker.stops_at, broker.stops_attempts = 0, 1
+    with Client(broker.endpoint, hedge_after_s=0.05, first_token_timeout_s=0.5) as client:
+        stream = client.generate("m", "x", hedge_after_s=math.inf)
+        assert stream.text() == "0 1 2 3 4 "
+        assert isinstance(stream.attempts[0].error, FirstTokenTimeoutError)
+        assert not any(attempt.hedge for attempt in stream.attempts)
+
+
+def test_decisions_come_to_the_reader(new_broker: NewBroker) -> None:
+    broker = new_broker()
+    decision = Decision("stub", "shortest-queue", "w", 2, (Considered("w", 0, 4, 50.0, 0.0),))
+
+    def answer(message: Message) -> Message:
+        assert isinstance(message, Request)
+        routing = (decision,) if message.envelope.explain else ()
+        return Finish(message.id, 1, FinishReason.STOP, Usage(), Timings(routing=routing), "w")
+
+    broker.answers[Request] = answer
+    with Client(broker.endpoint) as client:
+        told, untold = client.generate("m", "x", explain=True), client.generate("m", "x")
+        assert told.text() == untold.text() == ""
+        assert told.timings == Timings(routing=(decision,))
+        assert untold.timings == Timings()
 
 
 def test_a_worker_that_never_speaks_is_told_of_after_the_last_attempt(new_broker: NewBroker) -> None:

@@ -33,6 +33,7 @@ from tokenmq.protocol.messages import (
     Error,
     Finish,
     FinishReason,
+    Heartbeat,
     Message,
     Request,
     Started,
@@ -129,9 +130,10 @@ class Story:
         resume: bool = True,
         payload: bytes = PAYLOAD,
         attachments: tuple[bytes, ...] = (b"image",),
+        **more: Any,
     ) -> list[Action]:
         self.windows[key(number)] = ReceiveWindow(window)
-        order = Submit(key(number), "m", payload, self.windows[key(number)], attachments, deadline_s, resume)
+        order = Submit(key(number), "m", payload, self.windows[key(number)], attachments, deadline_s, resume, **more)
         return self.handle(order)
 
     def ask(self, number: int = 9) -> list[Action]:
@@ -170,6 +172,23 @@ class Story:
         at: str = ONE,
     ) -> list[Action]:
         return self.receive(Error(key(number), attempt, code, f"it was {code}", retryable, retry_after_s, worker), at)
+
+
+def heartbeats(story: Story) -> None:
+    """Every broker that is there says that it lives."""
+    for session in story.core.sessions:
+        if session.open:
+            story.receive(Heartbeat(sent=session.received), session.endpoint)
+
+
+def patience(story: Story, seconds: float) -> list[Action]:
+    """Let time pass in which brokers live and workers say nothing; return what left but heartbeats."""
+    end, actions = story.now + seconds, list[Action]()
+    while story.now < end:
+        heartbeats(story)
+        step = story.tick(min(1.0, end - story.now))
+        actions += [a for a in step if not (isinstance(a, Send) and isinstance(a.message, Heartbeat))]
+    return actions
 
 
 def make_chunk(offset: int, tokens: int = 1, *, number: int = 1, attempt: int = 1, index: int = 0) -> Chunk:
@@ -226,6 +245,11 @@ def ending(actions: list[Action]) -> Ending:
     outcome = ended(actions).outcome
     assert isinstance(outcome, Ending)
     return outcome
+
+
+def told_attempts(actions: list[Action]) -> tuple[Attempt, ...]:
+    """Return the attempts as the last Attempted or Ended tells of them."""
+    return [action for action in actions if isinstance(action, (Attempted, Ended))][-1].attempts
 
 
 def history(actions: list[Action]) -> tuple[Attempt, ...]:

@@ -15,6 +15,7 @@ from tokenmq.client.events import (
     Action,
     Answered,
     Ask,
+    Attempt,
     Attempted,
     CancelStream,
     Close,
@@ -112,13 +113,18 @@ class Reader:
 
     window: ReceiveWindow
     resume: bool
+    hedge_after_s: float | None = None
     tokens: list[int] = field(default_factory=list)
     text_chars: int = 0
-    #: The attempt that was sent last, and the broker that has it; "" once it has failed.
-    attempt: int = 0
+    #: How many attempts were made, the broker that has the open ones ("" where none is), and the credit of each.
+    last: int = 0
     at: str = ""
-    credit: int = 0
+    open: dict[int, int] = field(default_factory=dict)
     workers: set[str] = field(default_factory=set)
+
+    def some_attempt(self, number: int) -> int:
+        """Return the number of one of the open attempts."""
+        return sorted(self.open)[number % len(self.open)]
 
 
 #: For what workers do: it takes a client that is not closed.
@@ -162,16 +168,7 @@ class Machine(RuleBasedStateMachine):
             elif isinstance(action, Deliver):
                 self.check_delivery(action)
             elif isinstance(action, Attempted):
-                reader = self.readers[action.id]
-                if action.attempts[-1].worker:  # it has come to one
-                    assert reader.at
-                    assert reader.attempt == len(action.attempts)
-                    continue
-                assert reader.resume
-                assert reader.attempt == len(action.attempts) - 1
-                assert action.attempts[-2].broker == reader.at
-                assert action.attempts[-1].first_token == len(reader.tokens)
-                reader.at = ""
+                self.check_attempts(self.readers[action.id], action.attempts)
             elif isinstance(action, Ended):
                 self.ends[action.id] += 1
                 self.check_end(action)
@@ -189,24 +186,31 @@ class Machine(RuleBasedStateMachine):
             self.check_request(endpoint, message)
         elif isinstance(message, Credit):
             reader = self.readers[message.id]
-            assert (message.attempt, endpoint) == (reader.attempt, reader.at)
-            assert message.limit > reader.credit
-            reader.credit = message.limit
+            assert endpoint == reader.at
+            assert message.limit > reader.open[message.attempt]
+            reader.open[message.attempt] = message.limit
         elif isinstance(message, Cancel):
             reader = self.readers[message.id]
-            assert (message.attempt, endpoint) == (reader.attempt, reader.at)
+            assert endpoint == reader.at
+            del reader.open[message.attempt]
         elif isinstance(message, Query):
             assert not self.questions[message.id]
             self.questions[message.id] = endpoint
 
     def check_request(self, endpoint: str, message: Request) -> None:
         reader, envelope = self.readers[message.id], message.envelope
-        takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
-        assert endpoint == takers[0]
-        assert not reader.at, "two attempts at once"
-        assert envelope.attempt == reader.attempt + 1
-        assert reader.resume or envelope.attempt == 1
-        reader.attempt, reader.at, reader.credit = envelope.attempt, endpoint, envelope.credit
+        if envelope.hedge:
+            assert reader.hedge_after_s is not None
+            assert endpoint == reader.at
+            assert len(reader.open) == 1
+        else:
+            takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
+            assert endpoint == takers[0]
+            assert not reader.at, "two attempts at once"
+            assert reader.resume or envelope.attempt == 1
+        assert envelope.attempt == reader.last + 1
+        reader.last, reader.at = envelope.attempt, endpoint
+        reader.open[envelope.attempt] = envelope.credit
         assert envelope.credit == reader.window.limit
         assert envelope.prior_tokens == len(reader.tokens)
         prior = unpack_generation(message.payload).prior
@@ -214,23 +218,47 @@ class Machine(RuleBasedStateMachine):
         assert len(envelope.avoid) == len(set(envelope.avoid)) <= limits.MAX_AVOIDED
         assert reader.workers.issuperset(envelope.avoid)
 
+    def check_attempts(self, reader: Reader, attempts: tuple[Attempt, ...]) -> None:
+        assert sorted(attempt.number for attempt in attempts) == list(range(1, len(attempts) + 1))
+        past = [attempt for attempt in attempts if attempt.error is not None or attempt.cancelled]
+        present = attempts[len(past) :]
+        assert list(attempts[: len(past)]) == past, "those that have ended come first"
+        for attempt in past:
+            assert attempt.cancelled == (attempt.error is None)
+            reader.open.pop(attempt.number, None)
+        if reader.open:
+            assert {attempt.number for attempt in present} == set(reader.open)
+            assert {attempt.broker for attempt in present} == {reader.at}
+        else:
+            (following,) = present
+            assert reader.resume
+            assert following == Attempt(reader.last + 1, "", "", len(reader.tokens))
+            assert past[-1].error is not None
+            assert past[-1].broker == reader.at
+            reader.at = ""
+
     def takes_requests(self, endpoint: str) -> bool:
         socket = self.sockets.get(endpoint)
         return socket is not None and socket.welcomed and not socket.draining
 
     def check_delivery(self, delivery: Deliver) -> None:
         reader, chunk = self.readers[delivery.id], delivery.chunk
-        assert (chunk.attempt, self.speaker) == (reader.attempt, reader.at)
+        assert self.speaker == reader.at
+        assert set(reader.open) == {chunk.attempt}, "another attempt is open, and was not told to stop"
         assert chunk.offset == len(reader.tokens)
         reader.tokens.extend(chunk.token_ids)
         reader.text_chars += len(chunk.text)
 
     def check_end(self, end: Ended) -> None:
         reader, outcome = self.readers[end.id], end.outcome
-        assert len(end.attempts) in (reader.attempt, reader.attempt + 1)
-        assert [attempt.number for attempt in end.attempts] == list(range(1, len(end.attempts) + 1))
-        assert all(attempt.error is not None for attempt in end.attempts[:-1])
+        assert len(end.attempts) in (reader.last, reader.last + 1)
+        assert sorted(attempt.number for attempt in end.attempts) == list(range(1, len(end.attempts) + 1))
         assert (end.attempts[-1].error is None) == isinstance(outcome, Ending)
+        failed = [attempt for attempt in end.attempts if attempt.error is not None]
+        assert all(not attempt.cancelled for attempt in failed)
+        open_ones = [attempt for attempt in end.attempts if attempt.error is None and not attempt.cancelled]
+        assert len(open_ones) <= (2 if outcome == Ending(FinishReason.CANCELLED) else 1)
+        assert sum(bool(attempt.worker) for attempt in failed) <= SETTINGS.max_attempts
         if isinstance(outcome, Ending) and outcome.usage is not None and outcome.reason is FinishReason.STOP:
             assert outcome.usage.completion_tokens <= len(reader.tokens)
 
@@ -259,20 +287,25 @@ class Machine(RuleBasedStateMachine):
         """Return one of the streams that a broker has; where there is none, make one."""
         if not any(reader.at for reader in self.readers.values()):
             self.up(ONE)
-            self.submit(None, True)
+            self.submit(None, True, 0.5)
         known = sorted(request_id for request_id, reader in self.readers.items() if reader.at)
         request_id = known[number % len(known)]
         return request_id, self.readers[request_id]
 
     # What the application does
 
-    @rule(deadline_s=st.one_of(st.none(), st.floats(0.0, 10.0)), resume=st.sampled_from([True, True, True, False]))
-    def submit(self, deadline_s: float | None, resume: bool) -> None:
+    @rule(
+        deadline_s=st.one_of(st.none(), st.floats(0.0, 10.0)),
+        resume=st.sampled_from([True, True, True, False]),
+        hedge_after_s=st.sampled_from([None, 0.5, 0.5, 8.0]),
+    )
+    def submit(self, deadline_s: float | None, resume: bool, hedge_after_s: float | None) -> None:
         self.made += 1
         request_id = self.made.to_bytes(16, "big")
         window = ReceiveWindow(WINDOW)
-        self.readers[request_id] = Reader(window, resume)
-        self.event(Submit(request_id, "m", PAYLOAD, window, (), deadline_s, resume))
+        self.readers[request_id] = Reader(window, resume, hedge_after_s)
+        order = Submit(request_id, "m", PAYLOAD, window, (), deadline_s, resume, hedge_after_s=hedge_after_s)
+        self.event(order)
 
     @rule()
     def ask(self) -> None:
@@ -371,7 +404,20 @@ class Machine(RuleBasedStateMachine):
     def started(self, number: int, worker: str) -> None:
         request_id, reader = self.running(number)
         reader.workers.add(worker)
-        self.says(reader.at, Started(request_id, reader.attempt, worker))
+        self.says(reader.at, Started(request_id, reader.some_attempt(number), worker))
+
+    @living
+    @rule(number=pick)
+    def late(self, number: int) -> None:
+        """A worker says nothing for so long that another one is asked, too, and that one has begun."""
+        request_id, reader = self.running(number)
+        for attempt in sorted(reader.open):
+            reader.workers.add("v")
+            self.says(reader.at, Started(request_id, attempt, "v"))
+        self.tick(0.6)
+        if request_id in self.readers and len(reader.open) > 1:
+            reader.workers.add("w")
+            self.says(reader.at, Started(request_id, max(reader.open), "w"))
 
     @living
     @rule(number=pick, tokens=st.integers(0, 3), text=st.text(max_size=2), lost=st.sampled_from([False] * 5 + [True]))
@@ -380,7 +426,8 @@ class Machine(RuleBasedStateMachine):
         request_id, reader = self.running(number)
         offset = reader.window.received
         ids = tuple(range(offset, min(offset + tokens, reader.window.limit)))
-        self.says(reader.at, Chunks(NO_ID, (Chunk(request_id, reader.attempt, 0, offset, ids, text),)), lost=lost)
+        attempt = reader.some_attempt(number)
+        self.says(reader.at, Chunks(NO_ID, (Chunk(request_id, attempt, 0, offset, ids, text),)), lost=lost)
 
     @living
     @rule(
@@ -392,14 +439,16 @@ class Machine(RuleBasedStateMachine):
         at = (TWO if reader.at == ONE else ONE) if elsewhere else reader.at
         offset = max(0, reader.window.received + ahead)
         ids = tuple(range(offset, offset + tokens))
-        self.says(at, Chunks(NO_ID, (Chunk(request_id, max(1, reader.attempt - late), 0, offset, ids, "x"),)))
+        attempt = max(1, reader.some_attempt(number) - late)
+        self.says(at, Chunks(NO_ID, (Chunk(request_id, attempt, 0, offset, ids, "x"),)))
 
     @living
     @rule(number=pick, missing=st.sampled_from([0, 0, 1]))
     def finish(self, number: int, missing: int) -> None:
         request_id, reader = self.running(number)
         usage = Usage(1, len(reader.tokens) + missing)
-        self.says(reader.at, Finish(request_id, reader.attempt, FinishReason.STOP, usage, Timings(), "w"))
+        attempt = reader.some_attempt(number)
+        self.says(reader.at, Finish(request_id, attempt, FinishReason.STOP, usage, Timings(), "w"))
 
     @living
     @rule(
@@ -411,7 +460,8 @@ class Machine(RuleBasedStateMachine):
     def error(self, number: int, known: bool, after_s: float | None, worker: str) -> None:
         request_id, reader = self.running(number)
         reader.workers.add(worker)
-        self.says(reader.at, Error(request_id, reader.attempt * known, "busy", "full", True, after_s, worker))
+        attempt = reader.some_attempt(number) if known else 0
+        self.says(reader.at, Error(request_id, attempt, "busy", "full", True, after_s, worker))
 
     @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(0, 4), good=st.booleans())
     def wild_end(self, number: int, at: str, known: bool, attempt: int, good: bool) -> None:
@@ -465,9 +515,9 @@ class Machine(RuleBasedStateMachine):
             for request_id, reader in list(self.readers.items()):
                 reader.window.consume(reader.window.received - reader.window.consumed)
                 self.event(Grant(request_id, reader.window.limit))
-                if reader.at:
+                for attempt in sorted(reader.open):
                     reader.workers.add("v")
-                    self.says(reader.at, Started(request_id, reader.attempt, "v"))
+                    self.says(reader.at, Started(request_id, attempt, "v"))
             self.sleep()
             assert self.now <= end, "a silent worker is never given up"
 

@@ -41,6 +41,7 @@ def test_imports_stay_light(blocked: str, statement: str) -> None:
         {"connect_timeout_s": 0},
         {"query_timeout_s": float("nan")},
         {"heartbeat_s": -1.0},
+        {"hedge_after_s": 0.0},
         {"window_tokens": 0},
         {"window_tokens": 1.5},
         {"name": "x" * 1000},

@@ -53,9 +53,11 @@ from .story import (
     ending,
     failure,
     grants,
+    heartbeats,
     history,
     key,
     make_chunk,
+    patience,
     prior,
     request,
     requests,
@@ -69,23 +71,6 @@ def story() -> Story:
     story = Story(ONE, TWO)
     story.open_sessions()
     return story
-
-
-def heartbeats(story: Story) -> None:
-    """Every broker that is there says that it lives."""
-    for session in story.core.sessions:
-        if session.open:
-            story.receive(Heartbeat(sent=session.received), session.endpoint)
-
-
-def patience(story: Story, seconds: float) -> list[Action]:
-    """Let time pass in which brokers live and workers say nothing; return what left but heartbeats."""
-    end, actions = story.now + seconds, list[Action]()
-    while story.now < end:
-        heartbeats(story)
-        step = story.tick(min(1.0, end - story.now))
-        actions += [a for a in step if not (isinstance(a, Send) and isinstance(a.message, Heartbeat))]
-    return actions
 
 
 # What the next attempt carries
