@@ -220,8 +220,8 @@ class OpenStream:
     def hedge_at(self, settings: Settings) -> float | None:
         """Return when a second worker is to be asked as well; None where none is, or none any more."""
         late, seconds = self.open[0], self.order.hedge_after_s
-        if seconds is None or len(self.open) > 1 or late.hedged or late.tails or self.has_news:
-            return None
+        if seconds is None or late.hedge or late.hedged or late.tails or self.has_news:
+            return None  # one hedge an attempt, and none for a hedge: so it never more than doubles the load
         if self.served_attempts >= settings.max_attempts:
             return None  # both may fail, and that would be one too many
         since = late.owes_since(self.order.window.received)

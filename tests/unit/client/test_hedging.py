@@ -169,6 +169,17 @@ def test_a_client_that_was_stopped_itself_finds_nobody_late(story: Story) -> Non
     assert len(requests(patience(story, AFTER_S))) == 1
 
 
+def test_a_client_that_was_stopped_itself_finds_neither_of_both_silent() -> None:
+    story = new_story(first_token_timeout_s=10.0)
+    hedged(story)
+    story.started("other", attempt=2)
+    story.now += 50.0
+    story.core.forgive(50.0)
+    assert sent(story.tick()) == []
+    assert cancels(patience(story, 8.0)) == [Cancel(key(1), 1)]
+    assert cancels(patience(story, 2.0)) == [Cancel(key(1), 2)]
+
+
 @pytest.mark.parametrize(("max_attempts", "hedges"), [(1, 0), (2, 1)])
 def test_a_hedge_that_would_be_one_attempt_too_many_is_not_made(max_attempts: int, hedges: int) -> None:
     story = new_story(max_attempts=max_attempts)
