@@ -12,7 +12,7 @@ from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
 from ..worker.server import WorkerServer
-from ..worker.settings import GRACE_S, READER_TIMEOUT_S, SLOTS, SPEED, STALL_AFTER_S, WorkerSettings, default_name
+from ..worker.settings import GRACE_S, READER_TIMEOUT_S, SLOTS, STALL_AFTER_S, WorkerSettings, default_name
 from . import logs
 from .lifecycle import fail, leave, on_signals
 from .options import logging_options, option, settings
@@ -42,7 +42,11 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 )  # fmt: skip
 @option("--worker-name", show_default="HOST-PID", metavar="NAME", help="This worker's own name.")
 @option("--slots", type=int, default=SLOTS, metavar="N", help="Requests to run at a time.")
-@option("--speed", type=float, default=SPEED, metavar="X", help="Relative weight for the broker's policies.")
+@option(
+    "--speed", type=float, show_default="measured by the broker", metavar="X",
+    help="Tokens a second of one stream, for the broker's policies. Only relations between workers count: give it to "
+    "all of them, or to none.",
+)  # fmt: skip
 @option("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first of them that is there.")
 @option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
 @option(
@@ -85,7 +89,7 @@ def main(
     broker: tuple[str, ...],
     worker_name: str | None,
     slots: int,
-    speed: float,
+    speed: float | None,
     device: str,
     dtype: str,
     max_context: int | None,

@@ -118,9 +118,12 @@ class Membership:
         self.sessions[broker].sent += 1
 
     def register(self, now: float, brokers: Iterable[str] | None = None) -> None:
-        """Say READY to those of these brokers (None: of all) that are there, since there is news."""
+        """Say READY to those of these brokers (None: of all) that are there, since there is news.
+
+        Not where the member has withdrawn, since READY would take that back: `stay` brings the news then.
+        """
         for session in self._chosen(brokers):
-            if session.registered or session.phase is Phase.CONNECTED:
+            if session.wanted and (session.registered or session.phase is Phase.CONNECTED):
                 self._register(session, now)
 
     def report(self, now: float) -> None:
@@ -155,6 +158,17 @@ class Membership:
             if session.has_socket:
                 self._orders.add(Shut(session.broker))
             session.bar()
+
+    def validate(self) -> None:
+        """Check every invariant that holds between two events.
+
+        Raises:
+            AssertionError: one does not; its argument is the session at fault.
+        """
+        for broker, session in self.sessions.items():
+            assert session.broker == broker, session
+            assert session.sent if session.registered else session.phase is not Phase.ACTIVE, session
+            assert session.wanted or session.phase not in (Phase.OPENING, Phase.CONNECTED), session
 
     # --- time -------------------------------------------------------------------------------------------------------
 

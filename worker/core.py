@@ -9,6 +9,8 @@ It knows neither zmq, nor a clock, nor a thread. The rules:
 
       loading -> ready <-> stalled      a step lasts longer than `stall_after_s`, and ends
       any -> draining -> stopped        nothing new is taken; what is held ends, or is given back after the grace time
+
+  A drain that a broker asked for can be taken back by a broker; one of the worker's own cannot.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..protocol.errors import ErrorCode
@@ -39,6 +42,7 @@ from .desk import Desk
 from .engines.base import EngineStats
 from .events import (
     Action,
+    Changed,
     Drain,
     EngineDied,
     EngineFailed,
@@ -46,6 +50,7 @@ from .events import (
     EngineOutputs,
     EngineProgress,
     Event,
+    Resize,
     Stop,
 )
 from .settings import WorkerSettings
@@ -76,6 +81,10 @@ class WorkerCore:
         self._stalled = False
         #: When a drain gives back what is left; None while there is no drain.
         self._drain_until: float | None = None
+        #: The drain is the worker's own.
+        self._leaving = False
+        #: Requests that are held at most: those that the settings allow, or that they allowed when they came.
+        self._most_held = settings.most_held
         self._stopped = False
         self._announced = WorkerState.LOADING
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
@@ -85,6 +94,7 @@ class WorkerCore:
             EngineProgress: self._on_progress,
             EngineFailed: self._on_failed,
             EngineDied: self._on_died,
+            Changed: self._on_changed,
             Drain: self._on_drain,
         }
         self._receivers: dict[type[Any], Callable[[str, Any, float], None]] = {
@@ -150,10 +160,12 @@ class WorkerCore:
             AssertionError: one does not; its argument is what is at fault.
         """
         self._streams.validate()
+        self._membership.validate()
         for broker, session in self._membership.sessions.items():
             assert self._membership.active(broker) or not self._streams.held(broker), session
             assert not (self._stopped and session.has_socket), session
-        assert len(self._streams) - self._streams.parked <= self._settings.most_held, len(self._streams)
+        assert len(self._streams) - self._streams.parked <= self._most_held, len(self._streams)
+        assert self._drain_until is not None or not self._leaving, "a drain of the worker's own was taken back"
         if not self._stopped:
             assert self._announced is self.state, (self._announced, self.state)
             assert self._streams or self._drain_until is None, "nothing is held, and the drain has not ended"
@@ -161,8 +173,8 @@ class WorkerCore:
     # --- what the membership asks -----------------------------------------------------------------------------------
 
     def ready(self, broker: str, now: float) -> Ready | None:
-        """Return the READY of the moment; without a model's name there is nothing to say yet."""
-        if not self._models:
+        """Return the READY of the moment; while it loads, there is nothing to say without a model's name."""
+        if not (self._models or self._loaded):
             return None
         settings = self._settings
         return Ready(
@@ -210,8 +222,13 @@ class WorkerCore:
 
     def barred(self, code: DisconnectCode, now: float) -> None:
         """Stop: no broker is left to work for."""
-        if self._drain_until is None:
-            self._stop(1, f"superseded: a newer worker named {self._settings.name!r} has registered at every broker")
+        if self._drain_until is not None:
+            return  # nothing is held any more: it ends as a drain
+        name = self._settings.name
+        if code is DisconnectCode.REMOVED:
+            self._stop(1, f"removed: an operator has removed worker {name!r}, and no other broker is left")
+        else:
+            self._stop(1, f"superseded: a newer worker named {name!r} has registered at every broker")
 
     def _on_request(self, broker: str, message: Request, now: float) -> None:
         closed = None
@@ -222,7 +239,14 @@ class WorkerCore:
         self._desk.request(broker, message, self._models, closed, now)
 
     def _on_drain_message(self, broker: str, message: DrainMessage, now: float) -> None:
-        self._drain(message.grace_s, now, broker=broker)
+        if not message.undo:
+            self._drain(message.grace_s, now, broker=broker)
+        elif self._drain_until is None or self._leaving:
+            reason = "the worker leaves by its own will" if self._leaving else "it does not drain"
+            self._orders.log("drain_undo_ignored", level=logging.WARNING, broker=broker, reason=reason)
+        else:
+            self._drain_until = None
+            self._orders.log("drain_undone", broker=broker, held=len(self._streams))
 
     # --- the engine -------------------------------------------------------------------------------------------------
 
@@ -255,9 +279,28 @@ class WorkerCore:
         self._desk.give_back(ErrorCode.ENGINE_FAILED, f"the engine failed: {event.message}", now)
         self._stop(1, name)
 
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    def _on_changed(self, event: Changed, now: float) -> None:
+        """Serve something else from now on; what is held ends as it would have."""
+        asked: dict[str, Any] = {"slots": event.slots, "speed": event.speed}
+        settings = replace(self._settings, **{name: value for name, value in asked.items() if value is not None})
+        models = self._models if event.models is None else event.models
+        if (settings, models) == (self._settings, self._models):
+            return
+        if settings.slots != self._settings.slots:
+            self._orders.add(Resize(settings.slots))
+        self._settings, self._models = settings, models
+        self._desk.change(settings)
+        self._most_held = max(settings.most_held, len(self._streams) - self._streams.parked)
+        names = ",".join(model.name for model in models)
+        self._orders.log("changed", models=names, slots=settings.slots, speed=settings.speed)
+        self._membership.register(now)
+
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _on_drain(self, event: Drain, now: float) -> None:
+        self._leaving = True
         self._drain(event.grace_s, now)
 
     def _drain(self, grace_s: float | None, now: float, **asked_by: Any) -> None:
@@ -292,6 +335,8 @@ class WorkerCore:
         self._orders.log("state", level=level, before=before.value, now=state.value)
         if state is WorkerState.DRAINING:
             self._membership.withdraw(now)
+        elif before is WorkerState.DRAINING:
+            self._membership.stay(now)
         elif before is WorkerState.LOADING:
             self._membership.register(now)
         else:

@@ -55,6 +55,10 @@ class Desk:
         self._send = send
         self._tickets = count(1)
 
+    def change(self, settings: WorkerSettings) -> None:
+        """Go by other settings; what is held stays, even where it is more than may be held now."""
+        self._settings = settings
+
     # --- from brokers -----------------------------------------------------------------------------------------------
 
     def request(
@@ -98,9 +102,10 @@ class Desk:
         wanted = message.envelope.model
         model = next((model for model in models if model.name == wanted), None)
         if model is None:
-            names = ", ".join(model.name for model in models)
+            names = ", ".join(model.name for model in models) or "none"
             text = f"this worker does not serve {wanted!r}; models here: {names}"
-            return error(message, ErrorCode.MODEL_NOT_FOUND, text)
+            # The broker did not know yet: it has the READY that says so before this answer, and chooses better then.
+            return error(message, ErrorCode.MODEL_NOT_FOUND, text, retryable=True)
         if message.envelope.prior_tokens and not model.resumes:
             text = f"{wanted!r} cannot go on with another worker's {message.envelope.prior_tokens} tokens here"
             return error(message, ErrorCode.CANNOT_RESUME, text)
@@ -277,4 +282,8 @@ def _generation(message: Request) -> Generation:
     found = 0 if generation.prior is None else len(generation.prior.token_ids)
     if told != found:
         raise BadRequestError(f"request.prior: {found} tokens, but prior_tokens in the envelope is {told}")
+    expected, left = message.envelope.expected_tokens, generation.sampling.max_tokens - found
+    if expected not in (0, left):  # brokers share their workers out by it: who tells less would get more than others
+        text = f"{left} tokens are left to generate, but expected_tokens in the envelope is {expected}"
+        raise BadRequestError(f"request.sampling.max_tokens: {text}")
     return generation

@@ -16,11 +16,21 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..protocol.errors import ErrorCode
-from ..protocol.messages import FinishReason
+from ..protocol.messages import FinishReason, ModelInfo
 from .engines.base import Done, Engine, EngineLoadError, Failed, Job, Output, Tokens
-from .events import CancelJob, EngineDied, EngineFailed, EngineLoaded, EngineOutputs, EngineProgress, Submit
+from .events import (
+    CancelJob,
+    Changed,
+    EngineAction,
+    EngineDied,
+    EngineFailed,
+    EngineLoaded,
+    EngineOutputs,
+    EngineProgress,
+    Submit,
+)
 
-EngineEvent = EngineLoaded | EngineOutputs | EngineFailed | EngineDied
+EngineEvent = EngineLoaded | EngineOutputs | EngineFailed | EngineDied | Changed
 #: How quickly the tokens/s figure follows: it forgets two thirds of the past in so many seconds.
 RATE_MEMORY_S = 5.0
 
@@ -38,13 +48,13 @@ class EngineThread:
 
         Args:
             engine: the engine; from `start` on only the thread touches it.
-            deliver: called in the thread with each event.
+            deliver: called in the thread with each event; for models that the engine announces, in any thread.
             clock: the clock of EngineProgress, in seconds.
         """
         self._engine = engine
         self._deliver = deliver
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Submit | CancelJob | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[EngineAction | None] = queue.SimpleQueue()
         self._stopping = False
         #: Tickets that the engine has and that have not ended.
         self._live: set[int] = set()
@@ -55,13 +65,15 @@ class EngineThread:
         # A daemon: a step that never ends must not keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tokenmq-engine", daemon=True)
 
+        engine.announce = self._announced
+
     # --- called by the I/O thread -----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to load the model."""
         self._thread.start()
 
-    def post(self, command: Submit | CancelJob) -> None:
+    def post(self, command: EngineAction) -> None:
         """Hand a command to the engine; never waits."""
         self._inbox.put(command)
 
@@ -131,8 +143,18 @@ class EngineThread:
             wait = False
             if command is None:
                 break
-            outputs.extend(self._submit(command.job) if isinstance(command, Submit) else self._cancel(command.ticket))
+            outputs.extend(self._carry_out(command))
         return outputs
+
+    def _carry_out(self, command: EngineAction) -> Sequence[Output]:
+        if isinstance(command, Submit):
+            return self._submit(command.job)
+        if isinstance(command, CancelJob):
+            return self._cancel(command.ticket)
+        slots = max(1, self._engine.resize(command.slots))
+        if slots < command.slots:
+            self._deliver(Changed(slots=slots))
+        return []
 
     def _submit(self, job: Job) -> Sequence[Output]:
         self._live.add(job.ticket)
@@ -147,6 +169,9 @@ class EngineThread:
         if ticket in self._live and not any(isinstance(output, (Done, Failed)) for output in outputs):
             return [*outputs, Done(ticket, FinishReason.CANCELLED, 0, 0)]
         return outputs
+
+    def _announced(self, models: Sequence[ModelInfo]) -> None:
+        self._deliver(Changed(tuple(models)))
 
     def _step(self) -> Sequence[Output]:
         self._step_started = self._clock()

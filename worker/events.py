@@ -65,13 +65,27 @@ class EngineDied:
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """From now on the worker serves these models, with these slots, at this speed; None for what stays as it is."""
+
+    models: tuple[ModelInfo, ...] | None = None
+    slots: int | None = None
+    speed: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
-    """Finish what is held, then stop; after `grace_s` seconds (None: as in the settings) give the rest back."""
+    """Finish what is held, then stop; after `grace_s` seconds (None: as in the settings) give the rest back.
+
+    It comes from the worker's own side: no broker can take it back.
+    """
 
     grace_s: float | None = None
 
 
-Event: TypeAlias = LinkEvent | EngineLoaded | EngineOutputs | EngineProgress | EngineFailed | EngineDied | Drain
+Event: TypeAlias = (
+    LinkEvent | EngineLoaded | EngineOutputs | EngineProgress | EngineFailed | EngineDied | Changed | Drain
+)
 
 # --- actions --------------------------------------------------------------------------------------------------------
 
@@ -91,6 +105,13 @@ class CancelJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Resize:
+    """Have the engine run so many jobs at a time."""
+
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The worker is done: exit with this code."""
 
@@ -98,4 +119,5 @@ class Stop:
     reason: str
 
 
-Action: TypeAlias = LinkAction | Submit | CancelJob | Stop | Log
+EngineAction: TypeAlias = Submit | CancelJob | Resize
+Action: TypeAlias = LinkAction | EngineAction | Stop | Log

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import zmq
@@ -14,6 +15,7 @@ from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.links import Connected, Lost, Malformed, Open, Received, Refused, Send, Shut
 from ..protocol.log import Log, write
+from ..protocol.messages import ModelInfo
 from ..transport.endpoints import check_destination
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
@@ -22,7 +24,7 @@ from ..transport.rounds import Rounds
 from .core import WorkerCore
 from .engine_thread import EngineThread
 from .engines.base import Engine
-from .events import Action, CancelJob, Drain, EngineOutputs, Event, Stop, Submit
+from .events import Action, CancelJob, Changed, Drain, EngineOutputs, Event, Resize, Stop, Submit
 from .settings import WorkerSettings
 
 LOGGER = logging.getLogger("tokenmq.worker")
@@ -55,6 +57,7 @@ class WorkerServer:
         for broker in settings.brokers:
             check_destination(broker)
         self._clock = clock
+        self._settings = settings
         self._core = WorkerCore(settings, engine.name, time.time_ns())
         self._pump = Pump()
         #: Events from other threads and signal handlers; appending is atomic.
@@ -78,7 +81,7 @@ class WorkerServer:
         self.close()
 
     def run(self) -> int:
-        """Serve until a drain, a newer worker of the same name at every broker, or an engine that cannot go on.
+        """Serve until a drain, an engine that cannot go on, or the last broker has sent the worker away for good.
 
         Returns:
             The exit code: 0 after a drain, else 1; the log has told why.
@@ -105,6 +108,28 @@ class WorkerServer:
         May be called from any thread, from a signal handler, and before `run`.
         """
         self._post(Drain(grace_s))
+
+    def change(
+        self, *, models: Sequence[ModelInfo] | None = None, slots: int | None = None, speed: float | None = None
+    ) -> None:
+        """Serve something else from now on, and tell all brokers at once; what is held ends as it would have.
+
+        May be called from any thread.
+
+        Args:
+            models: all that the engine serves now; None leaves it as it is, as with the others.
+            slots: requests to run at a time. Where the engine cannot run so many, as many as it can.
+            speed: tokens a second of one stream; see WorkerSettings.
+
+        Raises:
+            ValueError: a value cannot be used; the message says which and why.
+        """
+        names = self._settings.models if models is None else tuple(model.name for model in models)
+        if len(set(names)) != len(names):
+            raise ValueError(f"models: expected each name once, got {', '.join(names)}")
+        # Made only to be checked, here, where the caller can be told.
+        replace(self._settings, models=names, slots=self._settings.slots if slots is None else slots, speed=speed)
+        self._post(Changed(None if models is None else tuple(models), slots, speed))
 
     def close(self) -> None:
         """Close sockets and engine; a step that does not end is left to itself. `run` calls it."""
@@ -178,7 +203,7 @@ class WorkerServer:
         for action in actions:
             if isinstance(action, Send):
                 self._send(action)
-            elif isinstance(action, (Submit, CancelJob)):
+            elif isinstance(action, (Submit, CancelJob, Resize)):
                 self._engine.post(action)
             elif isinstance(action, Log):
                 write(LOGGER, action)

@@ -11,8 +11,6 @@ from ..protocol.limits import MAX_MODELS, MAX_NAME_CHARS, MAX_NEW_TOKENS, MAX_SL
 
 #: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
 SLOTS = 16
-#: Relative weight for the broker's policies.
-SPEED = 1.0
 #: Time for held requests to end after a drain began; supervisors commonly kill after 30 s.
 GRACE_S = 10.0
 #: A step of a healthy engine takes well under a second, a first step that compiles some ten seconds.
@@ -48,7 +46,8 @@ class WorkerSettings:
             Without any, the worker registers only when the model is loaded.
         name: the worker's name, one process's own.
         slots: requests that the engine runs at a time.
-        speed: relative weight for the dispatch policies; 1 is normal.
+        speed: tokens a second of one stream. Only relations between workers count, so either all workers of a broker
+            have one, or none: None has the broker measure it.
         heartbeat_s: a wish for a longer heartbeat interval in seconds; None for the broker's own.
         grace_s: seconds that a drain gives to held requests.
         stall_after_s: seconds after which an engine step that has not ended makes the worker `stalled`.
@@ -62,7 +61,7 @@ class WorkerSettings:
     models: tuple[str, ...] = ()
     name: str = field(default_factory=default_name)
     slots: int = SLOTS
-    speed: float = SPEED
+    speed: float | None = None
     heartbeat_s: float | None = None
     grace_s: float = GRACE_S
     stall_after_s: float = STALL_AFTER_S
@@ -78,7 +77,7 @@ class WorkerSettings:
             raise ValueError(f"name: expected 1 to {MAX_NAME_CHARS} characters, got {len(self.name)}")
         if not 1 <= self.slots <= MAX_SLOTS:
             raise ValueError(f"slots: expected 1 to {MAX_SLOTS}, got {self.slots}")
-        if not 1e-6 <= self.speed <= 1e6:
+        if self.speed is not None and not 1e-6 <= self.speed <= 1e6:
             raise ValueError(f"speed: expected a number from 1e-6 to 1e6, got {self.speed}")
         if self.heartbeat_s is not None and not 0.001 <= self.heartbeat_s < math.inf:
             raise ValueError(f"heartbeat_s: expected 0.001 or more, got {self.heartbeat_s}")

@@ -386,6 +386,79 @@ def test_two_brokers_may_send_the_same_request_id(broker: Broker, start: Any) ->
             assert stub.text(request_id(1)) == expected_text(number, 20)
 
 
+def test_removed_from_its_only_broker_it_stops(broker: Broker, start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tokenmq.worker"):
+        worker = start(toy(), broker.endpoint)
+        broker.send(broker.ready(), Disconnect(DisconnectCode.REMOVED, "by ann"))
+        assert worker.exit_code() == 1
+    assert "an operator has removed worker 'w1'" in caplog.records[-1].getMessage()
+
+
+def test_a_broker_hears_at_once_what_another_one_sends_here(start: Any) -> None:
+    """The interval is so long that no heartbeat that is due can be the one that is waited for."""
+    with contextlib.closing(Broker(heartbeat_s=60.0)) as one, contextlib.closing(Broker(heartbeat_s=60.0)) as other:
+        engine = Gate(hold_steps=True)
+        start(engine, one.endpoint, other.endpoint)
+        peer = one.ready()
+        other.ready()
+        one.request(peer)
+        other.until(Heartbeat, lambda beat: beat.load is not None and beat.load.running + beat.load.waiting == 1)
+        engine.go.set()
+        one.until(Finish)
+        other.until(Heartbeat, lambda beat: beat.load is not None and beat.load.running + beat.load.waiting == 0)
+
+
+def test_what_is_changed_from_another_thread_is_told_and_holds(broker: Broker, start: Any) -> None:
+    engine = Gate(hold_steps=True)
+    worker = start(engine, broker.endpoint, slots=1)
+    peer = broker.ready()
+    worker.server.change(models=[Model("toy"), Model("new")], slots=3, speed=40.0)
+    _, ready = broker.until(Ready, lambda message: message.slots == 3)
+    assert (ready.models, ready.speed) == ((Model("toy"), Model("new")), 40.0)
+    for number in range(4):
+        broker.request(peer, number)
+    broker.until(Heartbeat, lambda beat: beat.load is not None and beat.load.running + beat.load.waiting == 4)
+    engine.go.set()
+    for _ in range(4):
+        broker.until(Finish)
+    engine.announce([Model("new")])
+    broker.until(Ready, lambda message: message.models == (Model("new"),))
+    broker.request(peer, 9)
+    assert broker.until(Error)[1].code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"slots": 0}, "slots: expected 1 to"),
+        ({"speed": -1.0}, "speed: expected"),
+        ({"models": [Model("")]}, "models: expected"),
+        ({"models": [Model("a"), Model("a")]}, "each name once, got a, a"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused_where_it_is_asked_for(
+    broker: Broker, start: Any, values: Any, told: str
+) -> None:
+    worker = start(toy(), broker.endpoint)
+    broker.ready()
+    with pytest.raises(ValueError, match=told):
+        worker.server.change(**values)
+
+
+def test_a_drain_that_is_taken_back_leaves_it_at_work(broker: Broker, start: Any) -> None:
+    engine = Gate(hold_steps=True)
+    start(engine, broker.endpoint)
+    peer = broker.ready()
+    broker.request(peer, 1)
+    broker.send(peer, DrainMessage(WAIT_S))
+    broker.until(Draining)
+    broker.send(peer, DrainMessage(undo=True))
+    assert broker.ready() == peer
+    engine.go.set()
+    broker.request(peer, 2)
+    assert [broker.until(Finish)[1].id for _ in range(2)] == [request_id(1), request_id(2)]
+
+
 def test_drain_finishes_what_is_held_says_goodbye_and_exits_with_0(broker: Broker, start: Any) -> None:
     worker = start(toy(tokens_per_second=100.0), broker.endpoint)
     peer = broker.ready()

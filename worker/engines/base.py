@@ -25,7 +25,7 @@ For a job whose `generation.prior` is there,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -119,11 +119,22 @@ class EngineStats:
     kv_use: float = 0.0
 
 
+def _to_nobody(models: Sequence[ModelInfo]) -> None:
+    """Stand in for `Engine.announce` where there is no worker."""
+
+
 class Engine(ABC):
-    """What turns jobs into tokens; see the module for who calls what and when."""
+    """What turns jobs into tokens; see the module for who calls what and when.
+
+    Attributes:
+        announce: put here by the worker before `load`. An engine that comes to serve other models than it loaded
+            calls it with all that it serves then; any thread may do so. A job for a model that is gone may be on its
+            way still: that is Failed with model_not_found, retryable. Jobs that it has end as they would have.
+    """
 
     #: The engine's name, shown to people.
     name: str
+    announce: Callable[[Sequence[ModelInfo]], None] = staticmethod(_to_nobody)
 
     @abstractmethod
     def load(self) -> Sequence[ModelInfo]:
@@ -172,6 +183,15 @@ class Engine(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """Return the engine's present figures."""
+
+    def resize(self, slots: int) -> int:
+        """Run at most `slots` jobs at a time from now on; those that run go on.
+
+        Returns:
+            How many it will run: fewer where it has no room for so many. As it stands here, for an engine without a
+            bound of its own, it runs what comes.
+        """
+        return slots
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing that must be freed)
         """Free what the engine holds; called last."""

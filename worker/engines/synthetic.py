@@ -190,6 +190,12 @@ class SyntheticEngine(Engine):
             heapq.heappop(self._due)
         return max(0.0, self._due[0][0] - self._clock())
 
+    def resize(self, slots: int) -> int:
+        """Run as many as asked for."""
+        self._slots = slots
+        self._admit()
+        return slots
+
     def reset(self) -> None:
         """Drop all jobs."""
         self._waiting.clear()
@@ -199,7 +205,7 @@ class SyntheticEngine(Engine):
     def stats(self) -> EngineStats:
         """Return the present figures."""
         running = len(self._running)
-        return EngineStats(running, len(self._waiting), running / self._slots)
+        return EngineStats(running, len(self._waiting), min(1.0, running / self._slots))
 
     def _resume(self, row: _Row, prior: Prior) -> list[Output]:
         """Bring a row to where the prior ends; return its end where that is there already."""

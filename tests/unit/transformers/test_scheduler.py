@@ -60,8 +60,11 @@ class Slots(RuleBasedStateMachine):
             self.write(slot, row, row.stored + tokens)
         for slot, row in enumerate(self.scheduler.running):
             self.write(slot, row, row.stored + 1)
-        idle = self.scheduler.partial is None and len(self.scheduler.running) < 3 and bool(self.scheduler.waiting)
+        running, slots = len(self.scheduler.running), self.scheduler.slots
+        idle = self.scheduler.partial is None and running < slots and bool(self.scheduler.waiting)
         plan = self.scheduler.plan(used)
+        newcomers = len(plan.whole) + (plan.chunk is not None and not plan.chunk.stored)
+        assert newcomers <= max(0, slots - running), "nobody begins without a slot"
         work = plan.chunk_tokens + sum(len(row.head) for row in plan.whole)
         assert used + work <= 10
         assert used or work > 0 or not (idle or plan.chunk), "a free slot and a waiting prompt must give work"
@@ -83,6 +86,10 @@ class Slots(RuleBasedStateMachine):
         for row in self.scheduler.running:
             if row.complete:
                 row.generated.append(5)
+
+    @rule(slots=st.integers(1, 5))
+    def resize(self, slots: int) -> None:
+        assert self.scheduler.resize(slots) == min(slots, 3)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())

@@ -35,6 +35,7 @@ def request(number: int = 1, *, attempt: int = 1, credit: int = 256, **values: A
         credit,
         route=values.get("route", ROUTE),
         prior_tokens=values.get("prior_tokens", len(prior)),
+        expected_tokens=values.get("expected_tokens", 0),
     )
     generation = Generation(
         prompt="hello",

@@ -23,7 +23,16 @@ from tokenmq.worker.engines.base import (
     Tokens,
 )
 from tokenmq.worker.engines.synthetic import SyntheticEngine, text_of
-from tokenmq.worker.events import CancelJob, EngineDied, EngineFailed, EngineLoaded, EngineOutputs, Submit
+from tokenmq.worker.events import (
+    CancelJob,
+    Changed,
+    EngineDied,
+    EngineFailed,
+    EngineLoaded,
+    EngineOutputs,
+    Resize,
+    Submit,
+)
 
 WAIT_S = 10.0
 
@@ -126,6 +135,33 @@ def test_it_loads_runs_a_job_and_counts_its_steps(rig: Any) -> None:
     assert progress.steps == 2
     assert progress.step_started is None
     assert 0.0 < progress.tokens_per_s <= 2 / 5.0
+
+
+class Narrow(ScriptedEngine):
+    """Has room for four jobs."""
+
+    def resize(self, slots: int) -> int:
+        return min(slots, 4)
+
+
+def test_an_engine_that_cannot_run_so_many_says_how_many_it_can(rig: Any) -> None:
+    one = rig(Narrow())
+    one.next()
+    one.thread.post(Resize(3))
+    one.thread.post(Resize(9))
+    assert one.next() == Changed(slots=4)  # and nothing for the 3
+
+
+def test_an_engine_announces_what_it_serves_now_from_any_thread(rig: Any) -> None:
+    engine = ScriptedEngine()
+    one = rig(engine)
+    one.next()
+    engine.announce([ModelInfo("toy"), ModelInfo("new")])
+    assert one.next() == Changed((ModelInfo("toy"), ModelInfo("new")))
+
+
+def test_what_is_announced_where_there_is_no_worker_is_for_nobody() -> None:
+    ScriptedEngine().announce([ModelInfo("toy")])
 
 
 @pytest.mark.parametrize(

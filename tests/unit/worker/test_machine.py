@@ -24,6 +24,7 @@ from tokenmq.protocol.messages import (
     Parked,
     Ready,
     Request,
+    WorkerState,
 )
 from tokenmq.protocol.messages import Drain as DrainMessage
 from tokenmq.protocol.payload import Generation, Prior, pack_generation
@@ -31,11 +32,13 @@ from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output, Tokens
 from tokenmq.worker.events import (
     CancelJob,
+    Changed,
     Drain,
     EngineFailed,
     EngineLoaded,
     EngineOutputs,
     EngineProgress,
+    Resize,
     Stop,
     Submit,
 )
@@ -84,6 +87,9 @@ class WorkerMachine(RuleBasedStateMachine):
         self.numbers = 0
         self.cancels: list[int] = []
         self.loaded = False
+        self.slots = self.engine_slots = 2
+        #: None, or who asked for the drain: "broker" or "own".
+        self.drained: str | None = None
         self.stopped: Stop | None = None
         self.pending: Key | None = None
         self.perform(self.core.start(self.now))
@@ -113,6 +119,8 @@ class WorkerMachine(RuleBasedStateMachine):
                 self.jobs[action.job.ticket] = Made()
             elif isinstance(action, CancelJob):
                 self.cancels.append(action.ticket)
+            elif isinstance(action, Resize):
+                self.engine_slots = action.slots
             elif isinstance(action, Stop):
                 self.stopped = action
         self.core.validate()
@@ -136,6 +144,8 @@ class WorkerMachine(RuleBasedStateMachine):
             assert message.load.held == len(held) or self.pending in held
         self.received[broker] += 1
         if isinstance(message, Ready):
+            assert message.slots == self.slots
+            assert self.drained is None, "READY says that it does not drain"
             self.phase[broker] = "joined" if self.phase[broker] == "connected" else self.phase[broker]
         elif isinstance(message, Chunks):
             for chunk in message.chunks:
@@ -310,9 +320,21 @@ class WorkerMachine(RuleBasedStateMachine):
     @rule(grace=st.sampled_from([0.0, 5.0]), chance=st.integers(0, 29), broker=st.sampled_from(BROKERS))
     def drain(self, grace: float, chance: int, broker: str) -> None:
         if chance == 7:
+            self.drained = "own"
             self.tell(Drain(grace))
-        elif chance == 8 and self.phase[broker] == "joined" and self.accepted(broker):
-            self.hear(broker, DrainMessage(grace))
+        elif (chance == 8 or chance >= 20) and self.phase[broker] == "joined" and self.accepted(broker):
+            undo = chance >= 20
+            if self.drained != "own":
+                self.drained = None if undo else "broker"
+            self.hear(broker, DrainMessage(grace, undo))
+            assert (self.core.state is WorkerState.DRAINING) == (self.drained is not None)
+
+    @rule(slots=st.integers(1, 3))
+    def change(self, slots: int) -> None:
+        if self.stopped is None:
+            self.slots = slots
+            self.tell(Changed(slots=slots))
+            assert self.engine_slots == slots
 
     def teardown(self) -> None:
         """Let everything end: full credit, the engine's last words; then no request is without its answer."""

@@ -66,9 +66,10 @@ def test_one_step_is_one_message_for_each_client(ready: Any, say: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "code", "retryable"),
     [
-        ({"model": "other"}, "model_not_found", False),
+        ({"model": "other"}, "model_not_found", True),
         ({"payload": b"\xc1"}, "bad_request", False),
         ({"route": None}, "bad_request", False),
+        ({"max_tokens": 16, "expected_tokens": 1}, "bad_request", False),
     ],
 )
 def test_what_cannot_be_taken_is_answered(ready: Any, say: Any, values: Any, code: str, retryable: bool) -> None:
@@ -77,6 +78,14 @@ def test_what_cannot_be_taken_is_answered(ready: Any, say: Any, values: Any, cod
     if code == "model_not_found":
         assert "'other'" in error.message
         assert error.message.endswith("toy")
+
+
+def test_expected_tokens_must_be_what_the_payload_asks_for_where_they_are_told(ready: Any, say: Any) -> None:
+    ready.take(say.request(1, max_tokens=40, expected_tokens=40))
+    ready.take(say.request(2, max_tokens=40))
+    message = the_error(ready.hear(say.request(3, max_tokens=40, expected_tokens=39))).message
+    assert "40 tokens are left" in message
+    assert "is 39" in message
 
 
 def test_a_loading_worker_takes_nothing(fresh: Any, say: Any) -> None:

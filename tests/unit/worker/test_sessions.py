@@ -21,7 +21,9 @@ from tokenmq.protocol.messages import (
     Heartbeat,
     Hello,
     ModelInfo,
+    Query,
     Ready,
+    Reply,
     WorkerState,
 )
 from tokenmq.worker.events import CancelJob, EngineProgress, Stop
@@ -119,6 +121,8 @@ def test_a_long_step_makes_it_stalled_until_the_step_ends(ready: Any, say: Any) 
         (lambda broker: Received(broker, Heartbeat(9)), "messages lost: 9 sent, 2 received"),
         (lambda broker: Received(broker, Hello("c", "s")), "unexpected HELLO"),
         (lambda broker: Received(broker, Draining()), "unexpected DRAINING"),
+        (lambda broker: Received(broker, Query(bytes(16), "models")), "unexpected QUERY"),
+        (lambda broker: Received(broker, Reply(bytes(16), None)), "unexpected REPLY"),
         (lambda broker: Malformed(broker, ProtocolError("no magic")), "malformed message: no magic"),
     ],
 )
@@ -181,22 +185,23 @@ def test_the_brokers_intervals_hold(fresh: Any, say: Any) -> None:
     assert Shut(say.broker) in fresh.tick(1.0)
 
 
-def test_superseded_is_for_good(say: Any) -> None:
+@pytest.mark.parametrize("code", [DisconnectCode.SUPERSEDED, DisconnectCode.REMOVED])
+def test_superseded_and_removed_are_for_good(say: Any, code: DisconnectCode) -> None:
     story = say.story(brokers=(say.broker, say.other))
     story.start()
     story.join(say.broker)
     story.join(say.other)
     story.loaded()
-    superseded = Disconnect(DisconnectCode.SUPERSEDED, "newer")
-    assert story.hear(superseded, say.broker) == [Shut(say.broker)]
+    for_good = Disconnect(code, "newer")
+    assert story.hear(for_good, say.broker) == [Shut(say.broker)]
     assert Open(say.broker) not in story.tick(3.0)
     job = story.take(say.request(), say.other)  # the other broker is served on
-    orders = story.hear(superseded, say.other)
+    orders = story.hear(for_good, say.other)
     assert orders[:2] == [CancelJob(job.ticket), Shut(say.other)]
     [stop] = orders[2:]
     assert isinstance(stop, Stop)
     assert stop.exit_code == 1
-    assert "superseded" in stop.reason
+    assert stop.reason.startswith(f"{code.value}: ")
     assert "'w1'" in stop.reason
     assert story.core.next_deadline() == math.inf
     assert story.tick(10.0) == []

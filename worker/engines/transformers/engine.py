@@ -188,6 +188,10 @@ class TransformersEngine(Engine):
         stats = self.stats()
         return 0.0 if stats.running or stats.waiting else None
 
+    def resize(self, slots: int) -> int:
+        """Run as many as asked for, and no more than the cache was allocated for."""
+        return self._ready().batch.scheduler.resize(slots)
+
     def reset(self) -> None:
         """Drop all jobs."""
         self._ready().batch.reset()

@@ -43,7 +43,7 @@ class Scheduler:
     """The engine's sequences.
 
     Attributes:
-        slots: most sequences in the cache.
+        slots: most sequences that may run; those that ran when it was lowered go on.
         budget: most tokens to prefill in a step, 1 or more.
         waiting: sequences without a slot, oldest first.
         running: sequences whose prefill is done; the index is the slot.
@@ -53,10 +53,16 @@ class Scheduler:
     def __init__(self, slots: int, budget: int) -> None:
         """Schedule for `slots` rows and `budget` prefill tokens a step."""
         self.slots = slots
+        self._rows = slots
         self.budget = budget
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.partial: Sequence | None = None
+
+    def resize(self, slots: int) -> int:
+        """Let at most `slots` sequences run, and no more than the cache has room for; return how many that is."""
+        self.slots = min(slots, self._rows)
+        return self.slots
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -89,7 +95,7 @@ class Scheduler:
         if used and self.partial is not None:
             return Plan(None, 0, ())
         left = self.budget - used
-        free = self.slots - len(self.running)
+        free = max(0, self.slots - len(self.running))
         if not used and self.partial is None and self.waiting and free and len(self.waiting[0].head) > left:
             self.partial = self.waiting.popleft()
         tokens = 0
@@ -98,7 +104,7 @@ class Scheduler:
             left -= tokens
             free -= 1
         whole = []
-        while self.waiting and free and len(self.waiting[0].head) <= left:
+        while self.waiting and free > 0 and len(self.waiting[0].head) <= left:
             sequence = self.waiting.popleft()
             left -= len(sequence.head)
             free -= 1
@@ -144,7 +150,7 @@ class Scheduler:
         partial = [] if self.partial is None else [self.partial]
         everyone = [*self.running, *partial, *self.waiting]
         _demand(len({sequence.ticket for sequence in everyone}) == len(everyone), "a ticket is there twice")
-        _demand(len(self.running) + len(partial) <= self.slots, "more rows than slots")
+        _demand(len(self.running) + len(partial) <= self._rows, "more rows than slots")
         for row in self.running:
             _demand(bool(row.generated), "a running row has no token")
             _demand(len(row.head) <= row.stored < row.length, "the cache lacks the prompt, or holds the newest token")
