@@ -175,7 +175,7 @@ def test_a_client_that_was_stopped_itself_finds_neither_of_both_silent() -> None
     story.started("other", attempt=2)
     story.now += 50.0
     story.core.forgive(50.0)
-    assert sent(story.tick()) == []
+    assert cancels(story.tick()) == []
     assert cancels(patience(story, 8.0)) == [Cancel(key(1), 1)]
     assert cancels(patience(story, 2.0)) == [Cancel(key(1), 2)]
 
