@@ -20,6 +20,7 @@ from routing_rules import Outcome
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.events import Action, FromClient, FromWorker, ToClient, ToWorker
 from tokenmq.broker.settings import BrokerSettings
+from tokenmq.client.recovery import pause_s
 from tokenmq.protocol.membership import REPORT_AGAIN_S
 from tokenmq.protocol.messages import (
     Envelope,
@@ -83,7 +84,7 @@ class Simulation:
     Attributes:
         cores: the brokers.
         outcome: what became of the requests that have ended, in the order of arrival once `run` has returned.
-        refused: ERROR `busy`; each was sent again after the time that the answer told.
+        refused: ERROR `busy`; each was sent again after a pause, as the client library does it.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Simulation:
         self._now = 0.0
         self._events: list[tuple[float, int, Any, tuple[Any, ...]]] = []
         self._order = count()
-        random = Random(f"{seed}/broker")
+        self._random = Random(f"{seed}/peers")
         settings = BrokerSettings(policy=policy, heartbeat_s=report_s, expiry_s=_EXPIRY_S, max_waiting=max_waiting)
         self.cores = [
             BrokerCore(settings, software="sim", now=0.0, random=Random(f"{seed}/{number}"))
@@ -142,7 +143,7 @@ class Simulation:
                 )  # fmt: skip
                 self._say(worker, number, ready)
         for worker in self._workers:
-            self._at(random.uniform(0, report_s), self._beat, worker)
+            self._at(self._random.uniform(0, report_s), self._beat, worker)
 
     def run(self, jobs: Sequence[Job]) -> Outcome:
         """Let these arrive, in this order; return what became of them when all have ended."""
@@ -182,7 +183,9 @@ class Simulation:
         id = job.number.to_bytes(16, "big")
         self._jobs[id] = job
         affinity = f"conversation-{job.conversation}"
-        envelope = Envelope(MODEL, attempt, 1, expected_tokens=job.bound_tokens, affinity=affinity)
+        envelope = Envelope(
+            MODEL, attempt, 1, expected_tokens=job.bound_tokens, affinity=affinity, priority=job.priority
+        )
         broker = job.number % len(self.cores)
         self._handle(broker, FromClient(_client_peer(job.client), Request(id, envelope, b"")))
 
@@ -207,8 +210,8 @@ class Simulation:
                 if error.code != "busy":
                     raise SystemExit(f"error: a simulated request failed: {error.code}: {error.message}")
                 self.refused += 1
-                retry_at = self._now + (error.retry_after_s or 0.0)
-                self._at(retry_at, self._submit, self._jobs[error.id], error.attempt + 1)
+                pause = pause_s(error.attempt, error.retry_after_s, self._random.random)
+                self._at(self._now + pause, self._submit, self._jobs[error.id], error.attempt + 1)
 
     # What workers do.
 

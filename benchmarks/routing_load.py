@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
+from tokenmq.protocol.limits import NORMAL_PRIORITY
+
 #: Seconds that a request takes on average, on a worker of average speed: a chat answer of a model of medium size.
 SERVICE_S = 5.0
 
@@ -73,6 +75,7 @@ class Job:
             than these.
         conversation: which one it belongs to.
         client: who sends it.
+        priority: of the request.
     """
 
     number: int
@@ -80,6 +83,7 @@ class Job:
     tokens: int
     conversation: int = 0
     client: int = 0
+    priority: int = NORMAL_PRIORITY
 
     @property
     def bound_tokens(self) -> int:
