@@ -1,34 +1,145 @@
-"""The answers to management queries: plain data, made from the registry and the exchange.
+"""Queries: what a broker is asked and told by clients, operators and the broker above it, and what it answers.
 
-One query does something, too: `drain` asks a worker to leave.
+Here stand the methods with their arguments, and who may use them. What they show is made in `views.py`, what they
+change in `changes.py`; what concerns the brokers below this one is in `tree.py`. Answers that take time are errands.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING, Any
 
-from ..protocol.errors import BadRequestError, ProtocolError
-from ..protocol.messages import ModelInfo, WorkerState
-from ..protocol.schema import Check, seconds, text
+from ..protocol.errors import BadRequestError, ForbiddenError, ModelNotFoundError, ProtocolError, TokenmqError
+from ..protocol.limits import MAX_BODY_BYTES
+from ..protocol.messages import Error, Query, Reply
+from ..protocol.packing import pack
+from ..protocol.schema import Check, boolean, fail, number, seconds, text
+from ..transport.endpoints import is_local
+from . import changes, views
+from .errands import MAX_OF_CLIENT, Answer, Asker, Errand, Errands
+from .hops import name_there
+from .ordering import MODEL_ORDERS
+from .outbox import Outbox, clip
+from .registry import ClientSession, WorkerSession
+from .settings import BrokerSettings
+from .tree import LEAST_S, MOST_S, ORDER_S, TREE_S, relayed, route_below, status_below, workers_below
 
 if TYPE_CHECKING:
     from .core import BrokerCore
 
+#: What a REPLY's body has besides the result.
+_REPLY_MARGIN_BYTES = 1024
 
-def answer(core: BrokerCore, method: str, arguments: Mapping[str, Any], now: float) -> Any:
-    """Return the answer to a query.
 
-    Raises:
-        BadRequestError: there is no such method, or it does not take these arguments.
+def clients_may_change(settings: BrokerSettings) -> bool:
+    """Tell whether clients may change things, and not only look.
+
+    There are no keys that would tell an administrator from others. Whoever reaches a socket of this machine alone is
+    taken for one, since that needs an account here. Where other machines reach any of the frontends, nobody is: the
+    one ROUTER behind them all does not tell by which a client has come.
     """
-    found = _METHODS.get(method)
-    if found is None:
-        raise BadRequestError(f"unknown query {method!r}; known are {', '.join(sorted(_METHODS))}")
-    return found.answer(core, now, **_checked(method, found, arguments))
+    return settings.insecure_admin or all(map(is_local, settings.frontend))
+
+
+class Management:
+    """All queries."""
+
+    def __init__(self, core: BrokerCore, outbox: Outbox, random: Random) -> None:
+        """Have been asked nothing. `random` makes the ids of queries to other brokers."""
+        self._core = core
+        self._outbox = outbox
+        self._errands = Errands(outbox, random, self._settle)
+
+    def client(self, client: ClientSession) -> Asker:
+        """Return a client as one who asks."""
+        return Asker(
+            session=client,
+            name=client.name,
+            say=lambda answer: self._outbox.to_client(client, answer),
+            admin=clients_may_change(self._core.settings),
+            at_a_time=MAX_OF_CLIENT,
+        )
+
+    def ask(self, asker: Asker, query: Query, now: float) -> None:
+        """Answer a query, now or later: exactly once, unless the asker's session ends before."""
+        self._settle(asker, query.id, lambda: self._answer(asker, query, now))
+
+    def answered(self, worker: WorkerSession, answer: Answer) -> bool:
+        """Take what a broker below says; tell whether it was asked. What comes too late was asked once."""
+        return self._errands.answered(worker, answer)
+
+    def worker_lost(self, worker: WorkerSession, why: str) -> None:
+        """Wait no longer for what this one was asked."""
+        self._errands.worker_lost(worker, why)
+
+    def asker_lost(self, session: Hashable) -> None:
+        """Answer nothing more in this session."""
+        self._errands.asker_lost(session)
+
+    def expire(self, now: float) -> None:
+        """Answer what has taken its time."""
+        self._errands.expire(now)
+
+    def next_deadline(self) -> float | None:
+        """Return when `expire` is next needed, None for never."""
+        return self._errands.next_deadline()
+
+    def validate(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            AssertionError: one is broken.
+        """
+        self._errands.validate()
+
+    def _settle(self, asker: Asker, id: bytes, make: Callable[[], Any]) -> None:
+        try:
+            result = make()
+            if isinstance(result, Errand):
+                self._errands.begin(asker, id, result, self._outbox.now)
+                return
+            size_bytes = len(pack(result))
+            if size_bytes > MAX_BODY_BYTES - _REPLY_MARGIN_BYTES:
+                # Workers choose what they are called and serve; a client would end its session over it.
+                raise BadRequestError(f"the answer is too large for one message: {size_bytes} bytes")
+        except TokenmqError as error:
+            message = clip(error.message)
+            asker.say(Error(id, 0, error.code, message, error.retryable, error.retry_after_s))
+        else:
+            asker.say(Reply(id, result))
+
+    def _answer(self, asker: Asker, query: Query, now: float) -> Any:
+        method = _METHODS.get(query.method)
+        if method is None:
+            raise BadRequestError(f"unknown query {query.method!r}; known are {', '.join(sorted(_METHODS))}")
+        if method.changes and not asker.admin:
+            raise ForbiddenError(
+                f"{query.method!r} is for administrators, and this broker cannot tell who is one, since other "
+                "machines reach it: start it with local frontends only, or let everybody with --insecure-admin"
+            )
+        arguments = _checked(query.method, method, query.arguments)
+        if method.changes:
+            self._outbox.log("ordered", what=query.method, by=asker.name, **arguments)
+        if "worker" in method.required:
+            within_s = arguments.pop("within_s", ORDER_S)
+            child, name = self._behind(arguments["worker"])
+            if child is not None:
+                return relayed(child, query.method, {**arguments, "worker": name}, within_s)
+        return method.answer(self._core, now, **arguments)
+
+    def _behind(self, name: str) -> tuple[WorkerSession | None, str]:
+        """Return the broker below that a worker is behind, None if it is here; and what the worker is called there.
+
+        Names may have slashes of their own: whoever is called just so here comes first, then the broker with the
+        longest name.
+        """
+        if changes.knows(self._core, name):
+            return None, name
+        brokers = [worker for worker in self._core.registry if worker.is_broker and name_there(worker.name, name)]
+        child = max(brokers, key=lambda worker: len(worker.name), default=None)
+        return child, name_there(child.name, name) if child else name
 
 
 def _checked(method: str, found: _Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,94 +156,60 @@ def _checked(method: str, found: _Method, arguments: Mapping[str, Any]) -> dict[
         raise BadRequestError(f"query {method!r}: {error.message}") from error
 
 
-def _models(core: BrokerCore, _now: float) -> list[dict[str, Any]]:
-    # One pass over the workers: a worker may serve a thousand models, and anybody may ask.
-    running = Counter(record.model for worker in core.registry for record in worker.in_flight.values())
-    infos: dict[str, list[ModelInfo]] = {}
-    for worker in core.registry:
-        for info in worker.ready.models:
-            infos.setdefault(info.name, []).append(info)
-    return [_model(core, name, infos[name], running[name]) for name in core.registry.models()]
+def _models(core: BrokerCore, _now: float, order: str | None = None) -> Any:
+    return views.models(core, order or core.settings.model_order)
 
 
-def _model(core: BrokerCore, name: str, infos: Sequence[ModelInfo], running: int) -> dict[str, Any]:
-    workers = list(core.registry.serving(name))
-    return {
-        "name": name,
-        "workers": len(workers),
-        "ready": sum(worker.state is WorkerState.READY for worker in workers),
-        "slots": sum(worker.ready.slots for worker in workers),
-        "running": running,
-        "waiting": core.exchange.waiting(name),
-        # Workers may differ: a request that fits the smallest fits all. 0 is no bound.
-        "context_tokens": min((info.context_tokens for info in infos if info.context_tokens), default=0),
-        "chat": all(info.chat for info in infos),
-    }
+def _workers(core: BrokerCore, now: float, tree: bool = False, within_s: float = TREE_S) -> Any:
+    return workers_below(core, now, within_s) if tree else views.workers(core, now)
 
 
-def _workers(core: BrokerCore, now: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": worker.name,
-            "state": worker.state.value,
-            "engine": worker.ready.engine,
-            "models": [info.name for info in worker.ready.models],
-            "slots": worker.ready.slots,
-            "in_flight": len(worker.in_flight),
-            "parked": worker.parked,
-            "running": worker.reported.running,
-            "waiting": worker.reported.waiting,
-            "speed": worker.speed,
-            "tokens_per_s": worker.reported.tokens_per_s,
-            "kv_use": worker.reported.kv_use,
-            "steps": worker.reported.steps,
-            "step_age_s": worker.reported.step_age_s,
-            "heard_s": max(0.0, now - worker.liveness.heard_at),
-            "incarnation": worker.incarnation,
-            "software": worker.ready.software,
-        }
-        for worker in sorted(core.registry, key=lambda worker: worker.name)
-    ]
+def _status(core: BrokerCore, now: float, tree: bool = False, within_s: float = TREE_S) -> Any:
+    return status_below(core, now, within_s) if tree else views.status(core, now)
 
 
-def _status(core: BrokerCore, now: float) -> dict[str, Any]:
-    return {
-        "broker": core.settings.name,
-        "software": core.software,
-        "uptime_s": now - core.started_at,
-        "draining": core.exchange.draining,
-        "policy": core.settings.policy,
-        "clients": len(core.clients),
-        "workers": len(core.registry),
-        "models": core.registry.models(),
-        "slots": sum(worker.ready.slots for worker in core.registry),
-        "pending": dataclasses.asdict(core.pending),
-        "requests": core.exchange.tally(),
-        "counters": dataclasses.asdict(core.counters),
-    }
+def _route(core: BrokerCore, _now: float, model: str, affinity: str = "", within_s: float = TREE_S) -> Any:
+    if not core.registry.serves(model):
+        here = ", ".join(core.registry.models()) or "none"
+        raise ModelNotFoundError(f"no worker serves {model!r}; models here: {here}")
+    return route_below(core, model, affinity, within_s)
 
 
-def _drain(core: BrokerCore, _now: float, worker: str, grace_s: float | None = None) -> dict[str, Any]:
-    session = core.registry.by_name.get(worker)
-    if session is None:
-        here = ", ".join(sorted(core.registry.by_name)) or "none"
-        raise BadRequestError(f"no worker {worker!r} here; workers: {here}")
-    core.drain_worker(session, grace_s)
-    return {"worker": worker, "in_flight": len(session.in_flight)}
+def _one_of(known: Iterable[str]) -> Check:
+    names = tuple(known)
+
+    def check(value: Any, path: str) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise fail(path, f"one of {', '.join(names)}", value)
+        return value
+
+    return check
 
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """How to answer a query, and the checks of the arguments that it takes."""
+    """How to answer a query, the checks of the arguments that it takes, and whether it changes anything.
+
+    One that needs the name of a worker, `worker`, goes to the broker that this worker is behind.
+    """
 
     answer: Callable[..., Any]
     required: Mapping[str, Check] = field(default_factory=dict)
     optional: Mapping[str, Check] = field(default_factory=dict)
+    changes: bool = False
 
 
+_WORKER = {"worker": text(empty=False)}
+_WITHIN = {"within_s": number(LEAST_S, MOST_S)}
 _METHODS = {
-    "models": _Method(_models),
-    "workers": _Method(_workers),
-    "status": _Method(_status),
-    "drain": _Method(_drain, {"worker": text(empty=False)}, {"grace_s": seconds}),
+    "models": _Method(_models, {}, {"order": _one_of(MODEL_ORDERS)}),
+    "workers": _Method(_workers, {}, {"tree": boolean, **_WITHIN}),
+    "status": _Method(_status, {}, {"tree": boolean, **_WITHIN}),
+    "route": _Method(_route, {"model": text(empty=False)}, {"affinity": text(), **_WITHIN}),
+    "refresh": _Method(changes.refresh, changes=True),
+    "remove": _Method(changes.remove, _WORKER, _WITHIN, changes=True),
+    "drain": _Method(changes.drain, _WORKER, {"grace_s": seconds, "stay": boolean, **_WITHIN}, changes=True),
+    "undrain": _Method(changes.undrain, _WORKER, _WITHIN, changes=True),
+    "set_policy": _Method(changes.set_policy, {"policy": text(empty=False)}, changes=True),
+    "set_speed": _Method(changes.set_speed, _WORKER, {"speed": number(1e-6, 1e6), **_WITHIN}, changes=True),
 }
