@@ -23,8 +23,10 @@ from random import Random
 from typing import Protocol
 
 #: With affinity a worker gets at most this much more than its part of all requests (bounded loads: Mirrokni, Thorup,
-#: Zadimoghaddam 2016): more sends them to where nothing is cached, less does not spare a prefill.
+#: Zadimoghaddam 2016): more overloads it, less sends too many to where nothing is cached.
 AFFINITY_SLACK = 0.25
+#: A worker that has so much of its slots free is not overloaded, however idle the others are.
+AFFINITY_FREE = 0.5
 ENTRY_POINTS = "tokenmq.policies"
 
 
@@ -150,7 +152,11 @@ def _prefix_affinity(job: Job, workers: Candidates, _random: Random) -> Candidat
         return workers.least()
     each = (1 + AFFINITY_SLACK) * (sum(worker.load for worker in workers) + 1)
     each /= sum(worker.speed for worker in workers)
-    able = [worker for worker in workers if worker.load < math.ceil(each * worker.speed)]
+    able = [
+        worker
+        for worker in workers
+        if worker.load < max(math.ceil(each * worker.speed), AFFINITY_FREE * worker.slots)
+    ]
     return max(able, key=lambda worker: _kinship(job.affinity, worker.name))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ..broker.dispatch import DEFAULT_POLICY, POLICIES
+from ..broker.ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
 from ..broker.server import BrokerServer
 from ..broker.settings import GRACE_S, MAX_WAITING, PENDING_BYTES, WRITE_TIMEOUT_S, BrokerSettings
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
@@ -26,8 +27,9 @@ from .options import logging_options, option, settings
 )  # fmt: skip
 @option("--name", default="broker", help="The broker's name in answers and logs.")
 @option(
-    "--policy", type=click.Choice(sorted(POLICIES)), default=DEFAULT_POLICY,
-    help="How a worker is chosen among those with a free slot.",
+    "--policy", default=DEFAULT_POLICY, metavar="NAME",
+    help=f"How a worker is chosen among those with a free slot: {', '.join(POLICIES)}, or one that an installed "
+    "package brings (entry point tokenmq.policies). `zmq-client set-policy` changes it while the broker runs.",
 )  # fmt: skip
 @option("--heartbeat-interval", type=float, default=HEARTBEAT_S, metavar="S", help="Seconds between heartbeats.")
 @option(
@@ -37,6 +39,10 @@ from .options import logging_options, option, settings
 @option(
     "--max-waiting", type=click.IntRange(min=0), default=MAX_WAITING, metavar="N",
     help="Requests that may wait for one model; more are refused as `busy`.",
+)  # fmt: skip
+@option(
+    "--client-weight", "client_weights", multiple=True, metavar="NAME=W", show_default="1 each",
+    help="Clients of this name get W times the share of the workers that others get while requests wait. Repeatable.",
 )  # fmt: skip
 @option(
     "--grace", type=click.FloatRange(min=0), default=GRACE_S, metavar="S",
@@ -51,8 +57,16 @@ from .options import logging_options, option, settings
     help="Seconds after which a peer that takes nothing of what is kept for it is cut off.",
 )  # fmt: skip
 @option(
+    "--model-order", type=click.Choice(sorted(MODEL_ORDERS)), default=DEFAULT_MODEL_ORDER,
+    help="How models are listed. `internvl` is the rule of InternVL's controller.",
+)  # fmt: skip
+@option(
     "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
 )
+@option(
+    "--insecure-admin", is_flag=True,
+    help="Let every client drain and remove workers and change the policy, also where other machines reach a frontend.",
+)  # fmt: skip
 @logging_options
 def main(
     frontend: tuple[str, ...],
@@ -62,10 +76,13 @@ def main(
     heartbeat_interval: float,
     expiry: float,
     max_waiting: int,
+    client_weights: tuple[str, ...],
     grace: float,
     pending_bytes: int,
     write_timeout: float,
+    model_order: str,
     insecure: bool,
+    insecure_admin: bool,
     log_format: str,
     log_level: str,
 ) -> None:
@@ -85,10 +102,13 @@ def main(
                 heartbeat_s=heartbeat_interval,
                 expiry_s=expiry,
                 max_waiting=max_waiting,
+                client_weights=_weights(client_weights),
                 grace_s=grace,
                 pending_bytes=pending_bytes,
                 write_timeout_s=write_timeout,
+                model_order=model_order,
                 insecure=insecure,
+                insecure_admin=insecure_admin,
             ),
             software=SOFTWARE,
         )
@@ -96,6 +116,24 @@ def main(
         fail(str(error))
     on_signals(server.drain)
     server.run()
+
+
+def _weights(pairs: tuple[str, ...]) -> dict[str, float]:
+    """Return the weights of clients by name.
+
+    Raises:
+        ValueError: one is not NAME=W; the message shows it.
+    """
+    weights = {}
+    for pair in pairs:
+        name, found, weight = pair.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            found = ""
+        if not (found and name):
+            raise ValueError(f"--client-weight: expected NAME=W, such as batch=0.5, got {pair!r}")
+    return weights
 
 
 if __name__ == "__main__":

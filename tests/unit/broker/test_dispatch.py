@@ -21,7 +21,7 @@ class Worker:
     load: int = 0
     speed: float = 1.0
     last_used: int = 0
-    slots: int = 100
+    slots: int = 8
     outstanding_tokens: int = 0
 
     @property
