@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from ..client import Client, Stream
+from ..client import Stream
 from ..client.settings import (
     CONNECT_TIMEOUT_S,
     FIRST_TOKEN_TIMEOUT_S,
@@ -20,19 +18,15 @@ from ..client.settings import (
     MAX_ATTEMPTS,
     RECOVERY_TIMEOUT_S,
 )
-from ..protocol.errors import TokenmqError
 from ..protocol.limits import MAX_PRIORITY, NORMAL_PRIORITY
 from ..protocol.payload import Sampling
-from ..transport.endpoints import DEFAULT_FRONTEND, EndpointError
+from ..transport.endpoints import DEFAULT_FRONTEND
+from .asking import broker_option, connected, json_option
 from .explain import decision_line
-from .lifecycle import fail
+from .manage import COMMANDS
 from .options import option, settings, version_option
-from .tables import table
 
 _DEFAULTS = Sampling()
-_EXIT_INTERRUPTED = 130
-#: How often `drain --wait` looks whether the worker has left.
-_LOOK_S = 0.1
 
 
 @click.group(context_settings=settings("TOKENMQ_CLIENT"))
@@ -86,19 +80,6 @@ def main(
         "max_attempts": max_attempts,
         "recovery_timeout_s": recovery_timeout,
     }
-
-
-def _broker_option(command: Any) -> Any:
-    """Let --broker stand behind the command's name too, where people type it."""
-    return option(
-        "--broker", multiple=True, metavar="ENDPOINT", show_envvar=False, help="As before the command's name."
-    )(command)
-
-
-def _json_option(command: Any) -> Any:
-    return option(
-        "--json", "as_json", is_flag=True, envvar="TOKENMQ_CLIENT_JSON", help="Print JSON, one object a line."
-    )(command)
 
 
 _SAMPLING: list[Callable[[Any], Any]] = [
@@ -156,32 +137,6 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, **more, "stop": list(values["stop"])}
 
 
-@contextmanager
-def _client(broker: tuple[str, ...]) -> Iterator[Client]:
-    """Give a client; end the command with one line on an error, after a cancel on Ctrl-C."""
-    chosen: dict[str, Any] = dict(click.get_current_context().obj)
-    if broker:
-        chosen["endpoints"] = list(broker)
-    try:
-        with Client(**chosen) as client:
-            yield client
-    except TokenmqError as error:
-        request = f" [request {error.request_id}]" if error.request_id else ""
-        fail(f"{error.message} ({error.code}){request}")
-    except EndpointError as error:
-        fail(str(error))
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone (head, less): no complaint, as other tools do
-        sys.exit(1)
-    except OSError as error:
-        fail(f"cannot read or write: {error.strerror}")
-    except UnicodeError as error:
-        fail(f"cannot read or write: {error}")
-    except KeyboardInterrupt:
-        click.echo(err=True)  # what follows stands below the terminal's ^C; the output gets no line more
-        sys.exit(_EXIT_INTERRUPTED)
-
-
 def _print_stream(stream: Stream, *, as_json: bool) -> str:
     """Print a stream as it comes; return its text."""
     pieces = []
@@ -233,11 +188,11 @@ def _summary(stream: Stream) -> dict[str, Any]:
 @click.argument("model")
 @click.argument("prompt")
 @_sampling_options
-@_json_option
-@_broker_option
+@json_option
+@broker_option
 def generate(model: str, prompt: str, as_json: bool, broker: tuple[str, ...], **values: Any) -> None:
     """Continue PROMPT with MODEL; the text appears as it is generated. PROMPT - reads standard input."""
-    with _client(broker) as client:
+    with connected(broker) as client:
         text = sys.stdin.read() if prompt == "-" else prompt
         _print_stream(client.generate(model, prompt=text, **_arguments(values)), as_json=as_json)
 
@@ -247,14 +202,14 @@ def generate(model: str, prompt: str, as_json: bool, broker: tuple[str, ...], **
 @click.argument("message", required=False)
 @option("--system", show_default="none", metavar="TEXT", help="A system prompt.")
 @_sampling_options
-@_json_option
-@_broker_option
+@json_option
+@broker_option
 def chat(
     model: str, message: str | None, system: str | None, as_json: bool, broker: tuple[str, ...], **values: Any
 ) -> None:
     """Chat with MODEL: one MESSAGE, or a conversation, a line each, until end of input (Ctrl-D)."""
     history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    with _client(broker) as client:
+    with connected(broker) as client:
         for line in [message] if message is not None else _lines():
             history.append({"role": "user", "content": line})
             answer = _print_stream(client.chat(model, messages=history, **_arguments(values)), as_json=as_json)
@@ -276,97 +231,8 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-@main.command()
-@_json_option
-@_broker_option
-def models(as_json: bool, broker: tuple[str, ...]) -> None:
-    """List the models that the broker's workers serve."""
-    with _client(broker) as client:
-        columns = ("name", "workers", "ready", "slots", "running", "waiting", "context_tokens", "chat")
-        _print_rows(client.models(), columns, as_json=as_json)
-
-
-@main.command()
-@_json_option
-@_broker_option
-def workers(as_json: bool, broker: tuple[str, ...]) -> None:
-    """List the broker's workers with their load."""
-    with _client(broker) as client:
-        columns = ("name", "state", "engine", "models", "slots", "in_flight", "waiting", "speed", "tokens_per_s")
-        rows = client.workers()
-        if not as_json:
-            rows = [{**row, "tokens_per_s": round(row["tokens_per_s"], 1)} for row in rows]
-        _print_rows(rows, columns, as_json=as_json)
-
-
-@main.command()
-@_json_option
-@_broker_option
-def status(as_json: bool, broker: tuple[str, ...]) -> None:
-    """Show the broker's state and counters."""
-    with _client(broker) as client:
-        values = client.status()
-        if as_json:
-            click.echo(json.dumps(values, ensure_ascii=False))
-        else:
-            for name, value in values.items():
-                click.echo(f"{name:<10} {_status_text(value)}")
-
-
-@main.command()
-@click.argument("worker")
-@option(
-    "--grace", type=click.FloatRange(min=0), show_default="the worker's own", metavar="S",
-    help="Seconds that its running requests get; what is left then goes on at other workers.",
-)  # fmt: skip
-@option(
-    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="S",
-    help="Wait so many seconds at most until it has left; exit with 1 if it has not.",
-)  # fmt: skip
-@_broker_option
-def drain(worker: str, grace: float | None, wait: float, broker: tuple[str, ...]) -> None:
-    """Have WORKER (a name that `workers` lists) finish what it holds and exit.
-
-    No request fails by it while others serve its model.
-    """
-    with _client(broker) as client:
-        before = _worker_row(client, worker)
-        held = client.drain(worker, grace_s=grace)["in_flight"]
-        click.echo(f"{worker} drains; requests in flight: {held}")
-        until = time.monotonic() + wait
-        while wait:
-            row = _worker_row(client, worker)
-            if row is None or before is None or row["incarnation"] != before["incarnation"]:
-                click.echo(f"{worker} has left")
-                return
-            if row["in_flight"] != held:
-                held = row["in_flight"]
-                click.echo(f"{worker}: requests in flight: {held}", err=True)
-            if time.monotonic() > until:
-                fail(f"{worker} has not left within {wait:g} s; requests in flight: {held}")
-            time.sleep(_LOOK_S)
-
-
-def _worker_row(client: Client, name: str) -> dict[str, Any] | None:
-    return next((row for row in client.workers() if row["name"] == name), None)
-
-
-def _status_text(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{inner}={number}" for inner, number in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def _print_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], *, as_json: bool) -> None:
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(row, ensure_ascii=False))
-    else:
-        click.echo(table(rows, columns))
+for command in COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

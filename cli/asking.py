@@ -1,0 +1,58 @@
+"""What all commands of zmq-client share: the client, its broker, and how they end when something is wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..client import Client
+from ..protocol.errors import TokenmqError
+from ..transport.endpoints import EndpointError
+from .lifecycle import fail
+from .options import option
+
+_EXIT_INTERRUPTED = 130
+
+
+def broker_option(command: Any) -> Any:
+    """Let --broker stand behind the command's name too, where people type it."""
+    return option(
+        "--broker", multiple=True, metavar="ENDPOINT", show_envvar=False, help="As before the command's name."
+    )(command)
+
+
+def json_option(command: Any) -> Any:
+    """Add --json."""
+    return option(
+        "--json", "as_json", is_flag=True, envvar="TOKENMQ_CLIENT_JSON", help="Print JSON, one object a line."
+    )(command)
+
+
+@contextmanager
+def connected(broker: tuple[str, ...]) -> Iterator[Client]:
+    """Give a client; end the command with one line on an error, after a cancel on Ctrl-C."""
+    chosen: dict[str, Any] = dict(click.get_current_context().obj)
+    if broker:
+        chosen["endpoints"] = list(broker)
+    try:
+        with Client(**chosen) as client:
+            yield client
+    except TokenmqError as error:
+        request = f" [request {error.request_id}]" if error.request_id else ""
+        fail(f"{error.message} ({error.code}){request}")
+    except EndpointError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone (head, less): no complaint, as other tools do
+        sys.exit(1)
+    except OSError as error:
+        fail(f"cannot read or write: {error.strerror}")
+    except UnicodeError as error:
+        fail(f"cannot read or write: {error}")
+    except KeyboardInterrupt:
+        click.echo(err=True)  # what follows stands below the terminal's ^C; the output gets no line more
+        sys.exit(_EXIT_INTERRUPTED)
