@@ -185,7 +185,10 @@ def test_an_unknown_query_is_refused_with_those_that_are_known(stage: Stage) -> 
         ("route", {}, "query 'route' needs model"),
         ("route", {"model": ""}, "query 'route': model: expected a string of 1 to 256 characters, got ''"),
         ("set_policy", {}, "query 'set_policy' needs policy"),
-        ("set_speed", {"worker": "w1", "speed": 0}, "query 'set_speed': speed: expected a number from 1e-06 to 1e+06, got 0"),
+        (
+            "set_speed", {"worker": "w1", "speed": 0},
+            "query 'set_speed': speed: expected a number from 1e-06 to 1e+06, got 0",
+        ),
     ],
 )  # fmt: skip
 def test_arguments_that_a_query_does_not_take_are_refused(
