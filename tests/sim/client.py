@@ -34,6 +34,7 @@ class Wish:
         pause_s: how long that is; infinity for a reader that has lost interest without saying so.
         deadline_s: as in generate().
         resume: as in generate().
+        hedge_after_s: as in generate().
     """
 
     max_tokens: int
@@ -44,6 +45,7 @@ class Wish:
     pause_s: float = 0.0
     deadline_s: float | None = None
     resume: bool = True
+    hedge_after_s: float | None = None
 
 
 class Reading:
@@ -110,6 +112,7 @@ class SimClient(Peer):
         readings: all its streams by request id.
         open_readings: those of them that have not ended.
         resumes: how often an attempt was followed by another one.
+        hedges: the attempts that were made beside another one, of streams that have ended.
         was_paused: it has not listened for a while.
         asked: its questions to brokers without an answer, and when they were asked.
         answers: what came for the others: the error's code, "" for a good answer.
@@ -124,6 +127,7 @@ class SimClient(Peer):
         self.readings: dict[bytes, Reading] = {}
         self.open_readings: dict[bytes, Reading] = {}
         self.resumes = 0
+        self.hedges: list[events.Attempt] = []
         self.was_paused = False
         self._started: set[tuple[bytes, int]] = set()
         self.asked: dict[bytes, float] = {}
@@ -187,8 +191,9 @@ class SimClient(Peer):
         payload = pack_generation(Generation(prompt="x", sampling=reading.sampling))
         reading.closed = self.core.closed
         order = events.Submit(
-            key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume, max_tokens=wish.max_tokens
-        )
+            key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume, max_tokens=wish.max_tokens,
+            hedge_after_s=wish.hedge_after_s,
+        )  # fmt: skip
         self._handle(order)
 
     def _cancel(self, key: bytes) -> None:
@@ -229,7 +234,8 @@ class SimClient(Peer):
     def _ended(self, reading: Reading, end: events.Ended) -> None:
         reading.end(end.outcome)
         reading.attempts = end.attempts
-        self.resumes += len(end.attempts) - 1
+        self.resumes += sum(not attempt.hedge for attempt in end.attempts) - 1
+        self.hedges += [attempt for attempt in end.attempts if attempt.hedge]
         reading.ended_at = self.clock.now
         reading.lonely_s = self.clock.now - self._lonely_since
 

@@ -174,6 +174,7 @@ class World:
             pause_s=random.choice([3.0, 60.0, math.inf] if self.reader_timeout_s < 60.0 else [3.0, 60.0]),
             deadline_s=random.choice([None, None, None, None, 0.2, 5.0]),
             resume=self.kind.sure or random.random() < 0.85,
+            hedge_after_s=random.choice([None, None, 0.05, 0.5]),
         )
 
     def _cancel(self) -> None:
@@ -237,6 +238,8 @@ class World:
         sums = Counter(self.faults.struck)
         for client in self.clients:
             sums["resumes"] += client.resumes
+            for hedge in client.hedges:
+                sums["hedges " + ("cancelled" if hedge.cancelled else "failed" if hedge.error else "won")] += 1
             for reading in client.readings.values():
                 outcome = reading.outcome
                 sums["streams"] += 1
