@@ -19,7 +19,7 @@ from random import Random
 from chaos_figures import percentile
 from routing_broker import Simulation
 from routing_figures import Estimate
-from routing_load import POISSON, SERVICE_S, Cluster, Job, draw_tokens, jobs_of
+from routing_load import PARETO, POISSON, SERVICE_S, Cluster, Job, bound_of, draw_tokens, jobs_of
 from routing_rules import Outcome, central_queue
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
@@ -62,7 +62,8 @@ class Harm:
 def with_flood(jobs: Sequence[Job], flood: int, at: float, seed: str) -> list[Job]:
     """Put requests of one more client among the others, all at one moment; number all anew."""
     sizes = Random(f"{seed}/flood")
-    burst = [Job(0, at, draw_tokens("pareto", sizes), client=CLIENTS) for _ in range(flood)]
+    lengths = [draw_tokens(PARETO, sizes) for _ in range(flood)]
+    burst = [Job(0, at, tokens, bound_of(tokens), client=CLIENTS) for tokens in lengths]
     ordered = sorted([*jobs, *burst], key=lambda job: job.arrived_at)
     return [replace(job, number=number) for number, job in enumerate(ordered)]
 

@@ -73,6 +73,7 @@ class Job:
         arrived_at: seconds.
         tokens: its length. What takes time is each token but the first, which is there at once; there is one more
             than these.
+        bound_tokens: the bound on it that the client gives.
         conversation: which one it belongs to.
         client: who sends it.
         priority: of the request.
@@ -81,14 +82,15 @@ class Job:
     number: int
     arrived_at: float
     tokens: int
+    bound_tokens: int
     conversation: int = 0
     client: int = 0
     priority: int = NORMAL_PRIORITY
 
-    @property
-    def bound_tokens(self) -> int:
-        """The bound on its length that its client gives: the next power of two, and 256 at least."""
-        return max(_LEAST_BOUND, 1 << self.tokens.bit_length())
+
+def bound_of(tokens: int) -> int:
+    """Return the bound that a client gives for a request of this length: the next power of two, 256 at least."""
+    return max(_LEAST_BOUND, 1 << tokens.bit_length())
 
 
 def mean_tokens() -> float:
@@ -147,7 +149,8 @@ def jobs_of(
     times = arrival_times(arrivals, rate, Random(f"{seed}/times"))
     sizes, talks = Random(f"{seed}/lengths"), Random(f"{seed}/conversations")
     conversations = CONVERSATIONS_PER_SLOT * cluster.slots * len(cluster.speeds)
+    drawn = ((at, draw_tokens(lengths, sizes)) for at in islice(times, count))
     return [
-        Job(number, at, draw_tokens(lengths, sizes), talks.randrange(conversations))
-        for number, at in enumerate(islice(times, count))
+        Job(number, at, tokens, bound_of(tokens), talks.randrange(conversations))
+        for number, (at, tokens) in enumerate(drawn)
     ]
