@@ -8,7 +8,7 @@ time, and a worker's change, too, however many models it serves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 #: What is out of date may outnumber the workers so often before a heap is made anew.
 _STALE = 4
 _STALE_SPARE = 64
+_NOBODY: frozenset[WorkerSession] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -71,18 +72,20 @@ class Group:
         """File a worker of this group anew after a change: whether it is free, and its rank."""
         place = worker.place
         place.version += 1
-        ready = worker.takes_requests
         suspended = worker.breaker.state is State.OPEN
-        self.ready += (ready and not suspended) - place.counted
-        place.counted = ready and not suspended
+        counted = worker.takes_requests and not suspended
+        if counted is not place.counted:
+            self.ready += counted - place.counted
+            place.counted = counted
         free = worker.free > 0
-        if place.spare != (free and suspended):
-            place.spare = free and suspended
-            if place.spare:
+        spare = free and suspended
+        if spare is not place.spare:
+            place.spare = spare
+            if spare:
                 self.spare[worker.peer] = worker
             else:
                 del self.spare[worker.peer]
-        if free and not suspended:
+        if free and counted:
             if place.index < 0:
                 place.index = len(self.free)
                 self.free.append(worker)
@@ -261,7 +264,7 @@ class Pool:
         return any(group.free or group.spare for group in self._by_model.get(model, ()))
 
     def candidates(
-        self, model: str, *, resuming: bool, avoided: Iterable[WorkerSession], strictly: bool = False
+        self, model: str, *, resuming: bool, avoided: Collection[WorkerSession], strictly: bool = False
     ) -> Free | Spare:
         """Return the workers that may take a request now: none, or what a policy may choose from.
 
@@ -269,7 +272,7 @@ class Pool:
         unless it is `strictly`: while there is another one, the request waits for that one's slot.
         """
         groups = self.groups(model, resuming=resuming)
-        shunned = frozenset(worker for worker in avoided if worker.place.group in groups)
+        shunned = frozenset(worker for worker in avoided if worker.place.group in groups) if avoided else _NOBODY
         ready = sum(group.ready for group in groups)
         if not ready:
             spare = [worker for group in groups for worker in group.spare.values()]
@@ -278,8 +281,8 @@ class Pool:
             # All are suspended. Those that are not avoided and have no slot at the moment are waited for.
             waited_for = able > sum(worker.takes_requests for worker in shunned)
             return Spare(others if strictly or waited_for else spare, self.policy)
-        if not strictly and ready <= sum(worker.place.counted for worker in shunned):
-            shunned = frozenset()
+        if shunned and not strictly and ready <= sum(worker.place.counted for worker in shunned):
+            shunned = _NOBODY
         return Free(groups, shunned)
 
     def validate(self) -> None:

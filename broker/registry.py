@@ -96,7 +96,9 @@ class WorkerSession(Session):
         name: the worker's name.
         incarnation: which start of it.
         ready: its last READY: models, slots, speed.
-        reported: its last load report.
+        reported: its last load report; `report` takes a new one.
+        others: requests of other brokers at the worker, as last reported.
+        drag: what slows its engine down, as last reported, in requests.
         draining: it wants no more requests.
         in_flight: submissions of this broker that it holds, by their key; each charges a slot unless it is parked.
         parked: how many of them are parked.
@@ -124,15 +126,24 @@ class WorkerSession(Session):
     last_used: int = 0
     breaker: Breaker = field(default_factory=Breaker)
     held: bool = False
+    others: int = field(init=False)
+    drag: float = field(init=False)
     measured: Speed = field(default_factory=Speed)
     speed_set: float | None = None
     speed: float = 1.0
     place: Place = field(default_factory=Place)
 
-    @property
-    def others(self) -> int:
-        """Requests of other brokers at the worker, as last reported."""
-        return max(0, self.reported.running + self.reported.waiting - self.reported.held)
+    def __post_init__(self) -> None:
+        """Take the first report."""
+        self.report(self.reported)
+
+    def report(self, load: Load) -> None:
+        """Take a load report. What follows from it alone is computed here, and not with each decision."""
+        self.reported = load
+        self.others = max(0, load.running + load.waiting - load.held)
+        crowded = _CACHE_WEIGHT * load.waiting * max(0.0, load.kv_use - _CACHE_USE)
+        # A long step is one that others wait for: a second of it is taken for a request.
+        self.drag = crowded + load.step_age_s
 
     @property
     def load(self) -> int:
@@ -147,10 +158,7 @@ class WorkerSession(Session):
     @property
     def cost(self) -> float:
         """What one more request would find: the queue with itself, and what slows the engine, over its speed."""
-        load = self.reported
-        crowded = _CACHE_WEIGHT * load.waiting * max(0.0, load.kv_use - _CACHE_USE)
-        # A long step is one that others wait for: a second of it is taken for a request.
-        return (self.load + 1 + crowded + load.step_age_s) / self.speed
+        return (len(self.in_flight) - self.parked + self.others + 1 + self.drag) / self.speed
 
     @property
     def is_broker(self) -> bool:

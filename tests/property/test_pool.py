@@ -76,7 +76,8 @@ class Pools(RuleBasedStateMachine):
     def reports(self, data: st.DataObject, load: Load, draining: bool, held: bool, passed: float) -> None:
         worker = data.draw(st.sampled_from(self.workers()))
         self.now += passed
-        worker.reported, worker.draining, worker.held = load, draining and held, held
+        worker.report(load)
+        worker.draining, worker.held = draining and held, held
         self.registry.changed(worker, self.now)
 
     @precondition(lambda self: len(self.registry))
@@ -172,7 +173,7 @@ def test_a_heap_does_not_grow_with_the_number_of_changes() -> None:
         )
     for _ in range(10_000):
         worker = random.choice(list(registry))
-        worker.reported = Load(running=random.randrange(5))
+        worker.report(Load(running=random.randrange(5)))
         registry.changed(worker, 0.0)
     [group] = registry.pool.groups("a")
     assert len(group._heap) < 200
