@@ -8,7 +8,7 @@ The rules:
   called in time, nobody is given up for the time in which nobody listened.
 - A session ends with all that hangs on it: a client's requests are cancelled, a worker's requests fail.
 
-Requests themselves are in `exchange.py`.
+Requests themselves are in `exchange.py`; what this broker is to brokers above it, in `uplink.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from random import Random
+from secrets import token_hex
 from typing import Any
 
-from ..protocol.errors import BadRequestError, ErrorCode, ProtocolError
-from ..protocol.limits import MAX_BODY_BYTES
+from ..protocol.errors import ErrorCode, ProtocolError
+from ..protocol.links import Connected, LinkEvent, Lost, Malformed, Received, Refused
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Accepted,
@@ -42,11 +43,11 @@ from ..protocol.messages import (
     Ready,
     Reply,
     Request,
+    Started,
     Welcome,
 )
-from ..protocol.packing import pack
-from . import management
 from .dispatch import find_policy
+from .errands import MAX_OF_PARENT, Asker
 from .events import (
     Action,
     BadClient,
@@ -60,16 +61,19 @@ from .events import (
     WorkerGone,
 )
 from .exchange import Exchange
+from .guests import Guest
+from .management import Management
 from .metrics import Counters, Pending
 from .outbox import Outbox, clip
 from .probe import CLIENT_DELAYS_S, WORKER_DELAYS_S, Probe
 from .registry import ClientSession, Registry, Session, WorkerSession
 from .settings import BrokerSettings
+from .uplink import Uplink
 
+#: The id of a broker: 16 hexadecimal digits are not drawn twice.
+_ID_BYTES = 8
 #: Sessions are looked at this often in one heartbeat interval: a beat is late by a quarter of it at most.
 _TICKS_PER_HEARTBEAT = 4
-#: What a REPLY's body has besides the result.
-_REPLY_MARGIN_BYTES = 1024
 #: Malformed messages are logged at most once in this time, with their number: a flood must not fill the disk.
 _MALFORMED_LOG_S = 1.0
 
@@ -81,14 +85,37 @@ class BrokerCore:
         clients: sessions by the peer's routing id.
         registry: the workers.
         exchange: the requests.
+        management: the queries.
+        uplink: the brokers above this one.
+        id: this broker's own, among brokers below brokers.
         counters: what has happened so far.
         pending: what peers have not taken at present, as the server writes it down.
         stopped: everything is said; the loop may end.
     """
 
-    def __init__(self, settings: BrokerSettings, *, software: str, now: float, random: Random | None = None) -> None:
-        """Make a broker that knows nobody yet. `random` serves the policies that draw lots."""
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        *,
+        software: str,
+        now: float,
+        random: Random | None = None,
+        id: str | None = None,
+        incarnation: int = 0,
+    ) -> None:
+        """Make a broker that knows nobody yet.
+
+        Args:
+            settings: how it behaves.
+            software: its name and version.
+            now: the time.
+            random: serves the policies that draw lots.
+            id: its own, which no other broker has; None to draw one.
+            incarnation: grows with each start of a broker of this name: nanoseconds since the epoch. Brokers above it
+                tell by it which of two is the later one.
+        """
         self.settings = settings
+        self.id = id or token_hex(_ID_BYTES)
         self.software = software
         self.started_at = now
         self.counters = Counters()
@@ -97,19 +124,33 @@ class BrokerCore:
         self.registry = Registry(find_policy(settings.policy))
         self.stopped = False
         self._outbox = Outbox()
+        random = random or Random()  # noqa: S311 (dispatch, not secrets)
         self.exchange = Exchange(
             self.registry,
             self._outbox,
             self.counters,
             settings,
-            random or Random(),  # noqa: S311 (dispatch, not secrets)
+            random,
             now,
+            self.id,
         )
+        self.management = Management(self, self._outbox, random)
         self._tick_s = settings.heartbeat_s / _TICKS_PER_HEARTBEAT
         self._next_tick = now + self._tick_s
         self._client_probe = Probe(CLIENT_DELAYS_S)
         self._worker_probe = Probe(WORKER_DELAYS_S)
         self._routes = 0
+        self.uplink = Uplink(
+            self.id,
+            incarnation,
+            software,
+            settings,
+            self.registry,
+            self.exchange,
+            self._outbox,
+            new_route=self._new_route,
+            query=self._asked_by_parent,
+        )
         self._drain_until: float | None = None
         self._malformed_logged_at = now - _MALFORMED_LOG_S
         self._malformed_unlogged = 0
@@ -120,10 +161,11 @@ class BrokerCore:
         """Take an event; return what to do, in order."""
         self._outbox.now = now
         _EVENTS[type(event)](self, event, now)
+        self.uplink.touched(now)
         return self._outbox.take()
 
-    def route_chunks(self, peer: bytes, header: bytes, now: float) -> bytes | None:
-        """Return the routing id of the client that a CHUNKS message goes to: the hot path, one look-up.
+    def route_chunks(self, peer: bytes, header: bytes, now: float) -> ClientSession | None:
+        """Return the client that a CHUNKS message goes to: the hot path, one look-up.
 
         Args:
             peer: the worker's routing id.
@@ -131,8 +173,9 @@ class BrokerCore:
             now: the time.
 
         Returns:
-            The client's routing id; None when the worker has no session or holds no request of such a client: then
-            the message must go through `handle`, which knows what to do about it.
+            The client, where it is a Guest one of a broker above: it goes there with that one's header. None when
+            the worker has no session or holds no request of such a client: then the message must go through `handle`,
+            which knows what to do about it.
         """
         worker = self.registry.by_peer.get(peer)
         if worker is None:
@@ -142,31 +185,45 @@ class BrokerCore:
             return None
         worker.received += 1
         worker.liveness.heard_at = now
-        hold.client.sent += 1
+        client = hold.client
+        client.sent += 1
+        if type(client) is Guest:
+            client.passed(client.parent)
         self.counters.chunk_messages += 1
-        return hold.client.peer
+        return client
 
     def tick(self, now: float) -> list[Action]:
         """Do what is due; call it whenever `next_deadline` is reached, and after each batch of events."""
         self._outbox.now = now
         self.exchange.expire(now)
+        self.management.expire(now)
         if self._client_probe.due(now):
             self._say_to_clients()
         if self._worker_probe.due(now):
-            self._say_to_workers()
+            self.greet_workers()
         if now >= self._next_tick:
             self._forgive_lag(now)
             self._next_tick = now + self._tick_s
             self._watch_clients(now)
             self._watch_workers(now)
+        self.uplink.tick(now)
         self._advance_drain(now)
-        return self._outbox.take()
+        actions = self._outbox.take()
+        if actions:
+            # Whatever has changed is told to somebody, or to the log.
+            self.uplink.touched(now)
+        return actions
 
     def next_deadline(self) -> float:
         """Return the time by which `tick` must be called."""
-        deadline = self.exchange.next_deadline()
-        others = (deadline, self._drain_until, self._client_probe.again_at, self._worker_probe.again_at)
-        return min([self._next_tick, *(time for time in others if time is not None)])
+        others = (
+            self.exchange.next_deadline(),
+            self.management.next_deadline(),
+            self._drain_until,
+            self._client_probe.again_at,
+            self._worker_probe.again_at,
+        )
+        return min([self._next_tick, self.uplink.next_deadline(), *(time for time in others if time is not None)])
 
     def probe_clients(self, now: float) -> list[Action]:
         """Say something to every client, since one connection of theirs broke: the one that is gone shows itself.
@@ -183,14 +240,15 @@ class BrokerCore:
         """Say something to every worker, since one connection of theirs broke; see `probe_clients`."""
         self._outbox.now = now
         if self._worker_probe.broken(now):
-            self._say_to_workers()
+            self.greet_workers()
         return self._outbox.take()
 
     def _say_to_clients(self) -> None:
         for client in self.clients.values():
             self._outbox.heartbeat_client(client)
 
-    def _say_to_workers(self) -> None:
+    def greet_workers(self) -> None:
+        """Say something to every worker: the one that is gone shows itself. Call it from within a step."""
         for worker in self.registry:
             self._outbox.heartbeat_worker(worker)
 
@@ -203,6 +261,7 @@ class BrokerCore:
             self._outbox.log("broker_draining", grace_s=grace_s, waiting=tally["waiting"], running=tally["running"])
             for client in self.clients.values():
                 self._outbox.to_client(client, Draining())
+            self.uplink.withdraw(now)
         self._drain_until = now + grace_s
         self._advance_drain(now)
         return self._outbox.take()
@@ -212,6 +271,15 @@ class BrokerCore:
         self._outbox.to_worker(worker, Drain(grace_s))
         self._outbox.log("worker_told_to_drain", worker=worker.name, in_flight=len(worker.in_flight))
 
+    def undrain_worker(self, worker: WorkerSession) -> None:
+        """Ask a worker not to leave; call it from within `handle`. It says READY when it stays."""
+        self._outbox.to_worker(worker, Drain(undo=True))
+        self._outbox.log("worker_told_to_stay", worker=worker.name)
+
+    def remove_worker(self, worker: WorkerSession, now: float) -> None:
+        """Send a worker away for good; call it from within `handle`."""
+        self._disconnect_worker(worker, DisconnectCode.REMOVED, "an operator has removed it", now)
+
     def validate(self) -> None:
         """Check every invariant.
 
@@ -220,7 +288,10 @@ class BrokerCore:
         """
         self.registry.validate()
         self.exchange.validate()
-        mine = {record.key: record for client in self.clients.values() for record in client.requests.values()}
+        self.management.validate()
+        self.uplink.validate()
+        clients = [*self.clients.values(), *self.uplink.guests()]
+        mine = {record.key: record for client in clients for record in client.requests.values()}
         attended = {key: record for key, record in self.exchange.records.items() if record.client is not None}
         assert mine == attended, "a client's list of requests is wrong"
         for peer, client in self.clients.items():
@@ -231,10 +302,15 @@ class BrokerCore:
             assert all(record.id == id for id, alive in client.attempts.items() for record in alive)
         for record in attended.values():
             assert record.client is not None
-            assert self.clients.get(record.client.peer) is record.client, "a request of a client that is gone"
+            assert self._is_here(record.client), "a request of a client that is gone"
         for worker in self.registry:
             for hold in worker.routes.values():
-                assert hold.client is None or self.clients.get(hold.client.peer) is hold.client
+                assert hold.client is None or self._is_here(hold.client), "a way to a client that is gone"
+
+    def _is_here(self, client: ClientSession) -> bool:
+        if isinstance(client, Guest):
+            return self.uplink.knows(client)
+        return self.clients.get(client.peer) is client
 
     # Clients.
 
@@ -256,7 +332,7 @@ class BrokerCore:
             if message.sent != client.received - 1:
                 self._disconnect_client(client, DisconnectCode.LOST_MESSAGES, _lost(message, client))
         elif isinstance(message, Query):
-            self._answer_query(client, message, now)
+            self.management.ask(self.management.client(client), message, now)
         elif isinstance(message, Goodbye):
             self._drop_client(client, "goodbye", level=logging.DEBUG)
         else:
@@ -266,12 +342,11 @@ class BrokerCore:
     def _from_new_client(self, peer: bytes, message: Message, now: float) -> None:
         if isinstance(message, Hello):
             heartbeat_s, expiry_s = self._intervals(message.heartbeat_s)
-            self._routes += 1
             client = ClientSession(
                 peer=peer,
                 liveness=Liveness(heartbeat_s, expiry_s, now, now),
                 name=message.client,
-                route=self._routes.to_bytes(16, "big"),
+                route=self._new_route(),
             )
             self.clients[peer] = client
             self._outbox.to_client(client, Welcome(self.settings.name, self.software, heartbeat_s, expiry_s))
@@ -281,17 +356,14 @@ class BrokerCore:
         elif not isinstance(message, Goodbye):
             self._refuse(ToClient(peer, _unknown(message, "HELLO")))
 
-    def _answer_query(self, client: ClientSession, query: Query, now: float) -> None:
-        try:
-            result = management.answer(self, query.method, query.arguments, now)
-            size_bytes = len(pack(result))
-            if size_bytes > MAX_BODY_BYTES - _REPLY_MARGIN_BYTES:
-                # Workers choose what they are called and serve; a client would end its session over it.
-                raise BadRequestError(f"the answer is too large for one message: {size_bytes} bytes")
-        except BadRequestError as error:
-            self._outbox.to_client(client, Error(query.id, 0, ErrorCode.BAD_REQUEST.value, clip(error.message)))
-        else:
-            self._outbox.to_client(client, Reply(query.id, result))
+    def _new_route(self) -> bytes:
+        self._routes += 1
+        return self._routes.to_bytes(16, "big")
+
+    def _asked_by_parent(self, parent: str, query: Query, now: float) -> None:
+        # Who may have orders relayed is the parent's to decide; it was our operator who dialled it.
+        asker = Asker(parent, parent, lambda answer: self.uplink.answer(parent, answer), True, MAX_OF_PARENT)
+        self.management.ask(asker, query, now)
 
     def _client_gone(self, event: ClientGone, _now: float) -> None:
         client = self.clients.get(event.peer)
@@ -324,6 +396,7 @@ class BrokerCore:
         del self.clients[client.peer]
         self._outbox.log("client_left", level=level, client=client.name, why=why, requests=len(client.requests))
         self.exchange.client_lost(client)
+        self.management.asker_lost(client)
 
     # Workers.
 
@@ -337,14 +410,20 @@ class BrokerCore:
         worker.liveness.heard(now)
         if isinstance(message, Heartbeat):
             self._worker_heartbeat(worker, message, now)
+        elif isinstance(message, (Reply, Error)) and self.management.answered(worker, message):
+            pass
         elif isinstance(message, (Finish, Error)):
             self.exchange.answered(worker, message, now)
         elif isinstance(message, Parked):
             self.exchange.parked(worker, message, now)
+        elif isinstance(message, Started) and worker.is_broker:
+            self.exchange.started(worker, message)
         elif isinstance(message, Chunks):
             self.counters.chunk_messages_dropped += 1  # `route_chunks` would have found its client
         elif isinstance(message, Ready):
             self._worker_changed(worker, message, now)
+        elif isinstance(message, Reply) and worker.is_broker:
+            pass  # nobody waits for it any more
         elif isinstance(message, Draining):
             worker.draining = True
             self.registry.changed(worker, now)
@@ -363,6 +442,9 @@ class BrokerCore:
             self._refuse(ToWorker(peer, _unknown(message, "READY")))
 
     def _register(self, peer: bytes, ready: Ready, now: float) -> None:
+        if self.id in ready.brokers:
+            self._refuse(ToWorker(peer, self._loop(ready)))
+            return
         known = self.registry.by_name.get(ready.worker)
         if known is not None:
             superseded = Disconnect(DisconnectCode.SUPERSEDED, f"a newer worker {ready.worker} has registered")
@@ -401,6 +483,10 @@ class BrokerCore:
             why = "READY with another name or incarnation within a session"
             self._disconnect_worker(worker, DisconnectCode.PROTOCOL, why, now)
             return
+        if self.id in ready.brokers:
+            loop = self._loop(ready)
+            self._disconnect_worker(worker, loop.code, loop.message, now)
+            return
         before = [info.name for info in worker.ready.models]
         after = [info.name for info in ready.models]
         worker.draining = False  # who says READY stays
@@ -408,6 +494,13 @@ class BrokerCore:
         self.exchange.models_served(after)
         self._take_load(worker, ready.load, now)
         self.exchange.workers_changed([*before, *after], now)
+
+    def _loop(self, ready: Ready) -> Disconnect:
+        """Tell that a broker that registers here has this one below it."""
+        doing = "start one of the brokers of the circle without the --uplink that closes it"
+        self._outbox.log("uplink_loop", level=logging.WARNING, child=ready.worker, doing=doing)
+        why = f"broker {self.settings.name} stands below {ready.worker}, and cannot stand above it: {doing}"
+        return Disconnect(DisconnectCode.LOOP, clip(why))
 
     def _worker_heartbeat(self, worker: WorkerSession, beat: Heartbeat, now: float) -> None:
         if beat.sent != worker.received - 1:
@@ -419,7 +512,7 @@ class BrokerCore:
 
     def _take_load(self, worker: WorkerSession, load: Load, now: float) -> None:
         before = worker.state
-        worker.reported = load
+        worker.report(load)
         self.registry.changed(worker, now)
         if worker.state is not before:
             self._outbox.log("worker_state", worker=worker.name, state=worker.state.value, before=before.value)
@@ -453,11 +546,17 @@ class BrokerCore:
     def _worker_left(self, worker: WorkerSession, why: str, now: float, *, level: int = logging.INFO) -> None:
         self._outbox.log("worker_left", level=level, worker=worker.name, why=why, in_flight=len(worker.in_flight))
         self.exchange.worker_lost(worker, why, now)
+        self.management.worker_lost(worker, why)
 
     def _worker_differs(self, worker: WorkerSession, now: float) -> None:
         self.exchange.workers_changed([info.name for info in worker.ready.models], now)
 
-    # Both.
+    # Brokers above this one.
+
+    def _from_parent(self, event: LinkEvent, now: float) -> None:
+        self.uplink.handle(event, now)
+
+    # All.
 
     def _intervals(self, wish_s: float | None) -> tuple[float, float]:
         return negotiate(self.settings.heartbeat_s, self.settings.expiry_s, wish_s)
@@ -482,6 +581,7 @@ class BrokerCore:
         lag_s = now - self._next_tick
         if lag_s > self._tick_s:
             self._outbox.log("loop_late", level=logging.WARNING, s=lag_s)
+            self.uplink.forgive(lag_s)
             for session in self._sessions():
                 # At most up to now: who was heard since is not to be taken for alive in times to come.
                 session.liveness.forgive(max(0.0, min(lag_s, now - session.liveness.heard_at)))
@@ -516,6 +616,7 @@ class BrokerCore:
             self._outbox.to_client(client, Goodbye())
         for worker in self.registry:
             self._outbox.to_worker(worker, Goodbye())
+        self.uplink.leave()
         self._outbox.log("broker_stopped", unfinished=tally["waiting"] + tally["running"])
         self.stopped = True
 
@@ -527,6 +628,7 @@ _EVENTS: dict[type[Event], Callable[[BrokerCore, Any, float], None]] = {
     BadWorker: BrokerCore._bad_worker,
     ClientGone: BrokerCore._client_gone,
     WorkerGone: BrokerCore._worker_gone,
+    **dict.fromkeys((Connected, Lost, Malformed, Received, Refused), BrokerCore._from_parent),
 }
 
 

@@ -1,4 +1,7 @@
-"""What comes into BrokerCore and what goes out of it."""
+"""What comes into BrokerCore and what goes out of it.
+
+What happens at the sockets of parents, and what is ordered of them, is in `protocol/links.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..protocol.errors import ProtocolError
+from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
 from ..protocol.messages import Message
 
@@ -60,7 +64,7 @@ class WorkerGone:
     stalled: bool = False
 
 
-Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone
+Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone | LinkEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +83,4 @@ class ToWorker:
     message: Message
 
 
-Action: TypeAlias = ToClient | ToWorker | Log
+Action: TypeAlias = ToClient | ToWorker | LinkAction | Log

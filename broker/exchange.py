@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -36,6 +36,8 @@ from ..protocol.timers import Timers
 from .breaker import ENGINE_FAULTS, State
 from .decision import explain
 from .dispatch import Job, find_policy
+from .guests import Guest
+from .hops import answer_from, avoid_below, loop_in, name_below
 from .metrics import Counters
 from .outbox import Outbox, clip
 from .pool import Free, Spare
@@ -69,8 +71,9 @@ class Exchange:
         settings: BrokerSettings,
         random: Random,
         now: float,
+        id: str = "",
     ) -> None:
-        """Make an exchange without requests."""
+        """Make an exchange without requests. `id` is the broker's own, among brokers below brokers."""
         #: By `RequestRecord.key`.
         self.records: dict[bytes, RequestRecord] = {}
         self.draining = False
@@ -80,6 +83,7 @@ class Exchange:
         self.policy_name = settings.policy
         self._random = random
         self._broker = settings.name
+        self._id = id
         self._max_waiting = settings.max_waiting
         self._weights = dict(settings.client_weights)
         self._started_at = now
@@ -99,11 +103,12 @@ class Exchange:
     def submit(self, client: ClientSession, request: Request, now: float) -> None:
         """Take a request: dispatch it, let it wait, or refuse it."""
         record = RequestRecord.of(request, client, now)
-        former = list(client.attempts.get(record.id, ()))
+        # A broker above this one judges itself which attempts go on, and waits for the end of each.
+        former = [] if isinstance(client, Guest) else list(client.attempts.get(record.id, ()))
         if any(other.attempt >= record.attempt for other in former):
             self._counters.refused += 1  # a repeat, or too late: the client has gone on
             return
-        record.avoid |= {other.worker.name for other in former if other.worker is not None}
+        record.avoid |= {other.holder for other in former if other.worker is not None}
         if not record.hedge:
             # Also where the new one is refused: the client waits for no other any more.
             for other in former:
@@ -212,15 +217,17 @@ class Exchange:
         self._forget(record)
         self._judge(worker, record, answer, now)
         if record.client is not None:
+            answer = answer_from(worker.name, answer) if worker.is_broker else replace(answer, worker=worker.name)
             if isinstance(answer, Finish):
                 answer = replace(answer, timings=_timings(record, answer.timings))
-            self._answer(record, replace(answer, worker=worker.name))
+            self._answer(record, answer)
         self._slot_freed(worker, now)
 
     def _judge(self, worker: WorkerSession, record: RequestRecord, answer: Finish | Error, now: float) -> None:
         """Learn from the end of a request how its worker does."""
         if isinstance(answer, Error):
-            if answer.code in ENGINE_FAULTS and worker.breaker.failed(now):
+            # A broker below suspends its own workers.
+            if answer.code in ENGINE_FAULTS and not worker.is_broker and worker.breaker.failed(now):
                 self._counters.workers_suspended += 1
                 self._pauses.set(worker.peer, worker.breaker.again_at)
                 self._outbox.log(
@@ -239,7 +246,17 @@ class Exchange:
         record = worker.in_flight.get(key_of(message.id, message.attempt))
         if record is not None:
             worker.park(record)
+            if isinstance(record.client, Guest):
+                self._outbox.to_client(record.client, message)
             self._slot_freed(worker, now)
+
+    def started(self, worker: WorkerSession, message: Started) -> None:
+        """Note who runs a request behind a broker below, and pass it on."""
+        record = worker.in_flight.get(key_of(message.id, message.attempt))
+        if record is not None:
+            record.holder = name_below(worker.name, message.worker)
+            if record.client is not None:
+                self._outbox.to_client(record.client, replace(message, worker=record.holder))
 
     def worker_lost(self, worker: WorkerSession, why: str, now: float) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
@@ -353,12 +370,11 @@ class Exchange:
         times = [time for timers in (self._deadlines, self._pauses) if (time := timers.next()) is not None]
         return min(times, default=None)
 
-    def give_up(self, why: str) -> None:
-        """Fail everything that is left, because the broker stops."""
+    def give_up(self, why: str, clients: Collection[ClientSession] | None = None) -> None:
+        """Fail what these clients (None: all) still wait for, because the broker stops, or serves them no longer."""
         for record in list(self.records.values()):
-            if record.client is None:
-                continue
-            self._end(record, self._error(record, ErrorCode.DRAINING, why, retryable=True))
+            if record.client is not None and (clients is None or record.client in clients):
+                self._end(record, self._error(record, ErrorCode.DRAINING, why, retryable=True))
 
     # What management asks.
 
@@ -467,6 +483,9 @@ class Exchange:
         model = record.model
         if record.key in self.records:
             return self._error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
+        loop = None if record.message is None else loop_in(record.message.envelope.path, self._id)
+        if loop is not None:
+            return self._error(record, ErrorCode.ROUTING_LOOP, loop, retryable=False)
         if self.draining:
             return self._error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
         if not self._registry.serves(model):
@@ -553,13 +572,20 @@ class Exchange:
         assert message is not None
         left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
         envelope = replace(message.envelope, route=record.route, deadline_s=left, avoid=(), queue_s=None)
-        record.worker, record.dispatched_at = worker, now
+        if worker.is_broker:
+            envelope = replace(
+                envelope,
+                avoid=avoid_below(worker.name, record.avoid),
+                queue_s=None if record.queue_until is None else max(0.0, record.queue_until - now),
+                path=(*envelope.path, self._id),
+            )
+        record.worker, record.holder, record.dispatched_at = worker, worker.name, now
         if record.queue_until is not None:
             self._watch(record)
         self._dispatches += 1
         worker.last_used = self._dispatches
         worker.charge(record)
-        self._registry.changed(worker, now)
+        self._registry.pool.changed(worker)
         self._outbox.to_worker(worker, replace(message, envelope=envelope))
         assert record.client is not None
         self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name))

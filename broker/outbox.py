@@ -6,6 +6,7 @@ from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.messages import Heartbeat, Message
 from ..protocol.orders import Orders
 from .events import Action, ToClient, ToWorker
+from .guests import Guest
 from .registry import ClientSession, WorkerSession
 
 
@@ -19,6 +20,9 @@ class Outbox(Orders[Action]):
 
     def to_client(self, client: ClientSession, message: Message) -> None:
         """Send to a client."""
+        if isinstance(client, Guest):
+            client.tell(client, message)
+            return
         client.sent += 1
         client.liveness.spoke(self.now)
         self.add(ToClient(client.peer, message))

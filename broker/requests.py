@@ -54,6 +54,7 @@ class RequestRecord:
         explain: its FINISH is to tell why the worker was chosen.
         decision: why that was, where `explain` asks for it and once it is dispatched.
         worker: who runs it; None while it waits.
+        holder: the name of who runs it, as far as it is known: where the worker is a broker, by its path.
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.
         parked: only the reader's credit is missing; no slot is charged for it.
@@ -80,6 +81,7 @@ class RequestRecord:
     explain: bool = False
     decision: Decision | None = None
     worker: WorkerSession | None = None
+    holder: str = ""
     dispatched_at: float = 0.0
     cancelled: bool = False
     parked: bool = False

@@ -1,4 +1,4 @@
-"""The broker's only loop: two ROUTERs in front of BrokerCore.
+"""The broker's only loop: two ROUTERs in front of BrokerCore, and a DEALER for each broker above this one.
 
 Each round: wait, receive a bounded batch from each socket, let the core act on it, look at the monitors, let the core
 do what is due. Nothing in it waits for a peer: what one does not take is kept in a backlog and tried again.
@@ -16,14 +16,17 @@ import zmq
 from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.limits import MAX_BODY_BYTES
+from ..protocol.links import Open, Send, Shut
 from ..protocol.log import Log, write
 from ..protocol.messages import Disconnect
+from ..transport.links import Links
 from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.pump import Outcome, Pump, receive, send
 from ..transport.sockets import router
 from .backlog import Backlog, Loss
 from .core import BrokerCore
 from .events import Action, BadClient, BadWorker, ClientGone, Event, FromClient, FromWorker, ToClient, WorkerGone
+from .guests import Guest
 from .settings import BrokerSettings
 
 logger = logging.getLogger("tokenmq.broker")
@@ -57,7 +60,7 @@ class BrokerServer:
         """
         self._clock = clock
         self._settings = settings
-        self._core = BrokerCore(settings, software=software, now=clock())
+        self._core = BrokerCore(settings, software=software, now=clock(), incarnation=time.time_ns())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._drain_wish: float | None = None
         try:
@@ -78,6 +81,7 @@ class BrokerServer:
         self._pump = Pump()
         for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
             self._pump.watch(socket)
+        self._parents = Links(self._context, self._pump)
 
     def run(self) -> None:
         """Serve until `drain` has been called and everything has ended; then close."""
@@ -102,6 +106,7 @@ class BrokerServer:
         self._worker_monitor.close()
         self._clients.close()
         self._workers.close()
+        self._parents.close()
         self._context.term()
         self._pump.close()
 
@@ -117,6 +122,8 @@ class BrokerServer:
         # Workers first: what they send frees slots for what clients ask.
         if self._workers in ready or self._workers in self._left:
             self._from_workers(now)
+        for event in self._parents.events(ready):
+            self._handle(event, now)
         if self._clients in ready or self._clients in self._left:
             self._from_clients(now)
         if self._worker_monitor.socket in ready and _broken(self._worker_monitor):
@@ -162,8 +169,13 @@ class BrokerServer:
             header = frames[1] if len(frames) == 3 and len(frames[2]) <= MAX_BODY_BYTES else b""
             if len(header) == HEADER_BYTES and header.startswith(CHUNKS_PREFIX):
                 client = self._core.route_chunks(frames[0], header, now)
+                if type(client) is Guest:
+                    lost = self._parents.send(client.parent, (client.header, frames[2]))
+                    if lost is not None:
+                        self._handle(lost, now)
+                    continue
                 if client is not None:
-                    frames[0] = client
+                    frames[0] = client.peer
                     if kept or send(self._clients, frames) is not Outcome.SENT:
                         loss = self._client_backlog.send(frames, now)
                         if loss is not None:
@@ -203,6 +215,11 @@ class BrokerServer:
             action = queue.popleft()
             if isinstance(action, Log):
                 write(logger, action)
+                continue
+            if isinstance(action, (Open, Send, Shut)):
+                lost = self._parents.perform(action)
+                if lost is not None:
+                    queue.extend(self._core.handle(lost, now))
                 continue
             is_client = isinstance(action, ToClient)
             backlog = self._client_backlog if is_client else self._worker_backlog

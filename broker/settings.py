@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
-from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, is_local
+from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, check_destination, is_local
 from .dispatch import DEFAULT_POLICY, find_policy
+from .ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
 
+DEFAULT_NAME = "broker"
 #: Requests that wait for one model: at 10 finished a second, the last of them waits for under two minutes.
 MAX_WAITING = 1_000
 #: Weights of clients: a millionth is nothing, and sums of larger ones lose the smaller.
@@ -43,12 +45,15 @@ class BrokerSettings:
         grace_s: seconds that running requests get when the broker stops.
         pending_bytes: bytes that are kept for a peer that does not take them; with more it is cut off.
         write_timeout_s: seconds after which a peer that takes nothing of what is kept for it is cut off.
+        uplinks: backend endpoints of the brokers that this one registers at as a worker, by its name.
+        model_order: how models are listed, one of ordering.MODEL_ORDERS.
         insecure: allow endpoints that other machines can reach, without encryption or keys.
+        insecure_admin: let every client change things, also where other machines can reach the frontend.
     """
 
     frontend: tuple[str, ...] = (DEFAULT_FRONTEND,)
     backend: tuple[str, ...] = (DEFAULT_BACKEND,)
-    name: str = "broker"
+    name: str = DEFAULT_NAME
     policy: str = DEFAULT_POLICY
     heartbeat_s: float = HEARTBEAT_S
     expiry_s: float = EXPIRY_S
@@ -57,7 +62,10 @@ class BrokerSettings:
     grace_s: float = GRACE_S
     pending_bytes: int = PENDING_BYTES
     write_timeout_s: float = WRITE_TIMEOUT_S
+    uplinks: tuple[str, ...] = ()
+    model_order: str = DEFAULT_MODEL_ORDER
     insecure: bool = False
+    insecure_admin: bool = False
 
     def __post_init__(self) -> None:
         """Check what the types cannot.
@@ -68,6 +76,8 @@ class BrokerSettings:
         if not 0 < len(self.name) <= MAX_NAME_CHARS or not self.name.isprintable():
             raise ValueError(f"the name must have 1 to {MAX_NAME_CHARS} printable characters, got {self.name!r:.80}")
         find_policy(self.policy)
+        if self.model_order not in MODEL_ORDERS:
+            raise ValueError(f"unknown model order {self.model_order!r}; known are {', '.join(sorted(MODEL_ORDERS))}")
         for client, weight in self.client_weights.items():
             if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
                 raise ValueError(
@@ -90,6 +100,15 @@ class BrokerSettings:
             raise ValueError(f"the write timeout must be more than 0 s, got {self.write_timeout_s}")
         if not self.frontend or not self.backend:
             raise ValueError("a broker needs at least one frontend and one backend endpoint")
+        for uplink in self.uplinks:
+            check_destination(uplink)
+        if len(set(self.uplinks)) != len(self.uplinks):
+            raise ValueError(f"an uplink is given twice: {', '.join(self.uplinks)}")
+        if self.uplinks and self.name == DEFAULT_NAME:
+            raise ValueError(
+                f"a broker with an uplink is a worker there, and two that are called {DEFAULT_NAME!r} would take "
+                "each other's place: give it a name of its own with --name"
+            )
         for endpoint in (*self.frontend, *self.backend):
             if not is_local(endpoint) and not self.insecure:
                 raise EndpointError(

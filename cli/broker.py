@@ -7,7 +7,14 @@ import click
 from ..broker.dispatch import DEFAULT_POLICY, POLICIES
 from ..broker.ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
 from ..broker.server import BrokerServer
-from ..broker.settings import GRACE_S, MAX_WAITING, PENDING_BYTES, WRITE_TIMEOUT_S, BrokerSettings
+from ..broker.settings import (
+    DEFAULT_NAME,
+    GRACE_S,
+    MAX_WAITING,
+    PENDING_BYTES,
+    WRITE_TIMEOUT_S,
+    BrokerSettings,
+)
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
@@ -25,7 +32,7 @@ from .options import logging_options, option, settings
     "--backend", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
     help="Where workers connect: tcp://HOST:PORT or ipc://PATH. Repeatable.",
 )  # fmt: skip
-@option("--name", default="broker", help="The broker's name in answers and logs.")
+@option("--name", default=DEFAULT_NAME, help="The broker's name in answers and logs, and where it has an --uplink.")
 @option(
     "--policy", default=DEFAULT_POLICY, metavar="NAME",
     help=f"How a worker is chosen among those with a free slot: {', '.join(POLICIES)}, or one that an installed "
@@ -61,11 +68,16 @@ from .options import logging_options, option, settings
     help="How models are listed. `internvl` is the rule of InternVL's controller.",
 )  # fmt: skip
 @option(
+    "--uplink", multiple=True, metavar="ENDPOINT",
+    help="The backend of a broker that this one registers at as a worker, with all that its own workers serve. "
+    "Repeatable; needs a --name of its own.",
+)  # fmt: skip
+@option(
     "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
 )
 @option(
     "--insecure-admin", is_flag=True,
-    help="Let every client drain and remove workers and change the policy, also where other machines reach a frontend.",
+    help="Let all clients drain and remove workers and change the policy where other machines reach a frontend.",
 )  # fmt: skip
 @logging_options
 def main(
@@ -81,6 +93,7 @@ def main(
     pending_bytes: int,
     write_timeout: float,
     model_order: str,
+    uplink: tuple[str, ...],
     insecure: bool,
     insecure_admin: bool,
     log_format: str,
@@ -107,6 +120,7 @@ def main(
                 pending_bytes=pending_bytes,
                 write_timeout_s=write_timeout,
                 model_order=model_order,
+                uplinks=uplink,
                 insecure=insecure,
                 insecure_admin=insecure_admin,
             ),

@@ -523,11 +523,11 @@ class BrokerMachine(RuleBasedStateMachine):
             return
         worker.said += 1
         assert route in own, "chunks for a client that the worker works nothing for"
-        client = self.peers[target]
+        client = self.peers[target.peer]
         if client.open:
             self.arrive(client, message)
         else:
-            self.perform(self.core.handle(ClientGone(target, "gone"), self.now))
+            self.perform(self.core.handle(ClientGone(target.peer, "gone"), self.now))
 
     @rule(index=st.integers(0, 9), really=RARE)
     @precondition(has_worker)

@@ -148,7 +148,7 @@ class SimBroker(Node):
         target = self.core.route_chunks(worker, header(Command.CHUNKS, message.route), now)
         if target is None:
             self._perform(self.core.handle(events.FromWorker(worker, message), now))
-        elif (gone := self._send(events.ToClient(target, message))) is not None:
+        elif (gone := self._send(events.ToClient(target.peer, message))) is not None:
             self._perform(self.core.handle(gone, now))
 
     def _perform(self, actions: Sequence[events.Action]) -> None:

@@ -1,0 +1,93 @@
+"""What a broker says of itself at another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tokenmq.broker.summary import Summary, load_of, summarize
+from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.limits import MAX_COUNT, MAX_MODELS, MAX_SLOTS
+from tokenmq.protocol.messages import Draining, Heartbeat, Load, ModelInfo, WorkerState
+
+from .stage import Stage
+
+
+def summary(stage: Stage) -> Summary:
+    return summarize("me", stage.core.registry)
+
+
+def load(stage: Stage) -> Load:
+    return load_of(stage.core.registry, state=WorkerState.READY, waiting=3, held=2)
+
+
+def test_a_broker_without_workers_has_room_for_one_and_takes_nothing(stage: Stage) -> None:
+    assert summary(stage) == Summary((), 1, ("me",), ready=False)
+
+
+def test_models_are_the_union_as_the_weakest_serves_them(stage: Stage) -> None:
+    stage.worker("w1", infos=(ModelInfo("b", 4096, chat=True), ModelInfo("a", 100, chat=True)))
+    stage.worker("w2", infos=(ModelInfo("b", 2048, resumes=True), ModelInfo("c", 7)))
+    stage.worker("w3", infos=(ModelInfo("c", 0, chat=True),))
+    assert summary(stage).models == (
+        ModelInfo("a", 100, chat=True),
+        ModelInfo("b", 2048, chat=False, resumes=True),
+        ModelInfo("c", 7),
+    )
+
+
+def test_slots_are_the_sum_over_those_that_take_requests(stage: Stage) -> None:
+    stage.worker("w1", slots=4)
+    stage.worker("w2", slots=3, load=Load(WorkerState.LOADING))
+    assert (summary(stage).slots, summary(stage).ready) == (4, True)
+
+
+def test_a_worker_that_drains_has_room_for_what_it_holds_and_no_more(stage: Stage) -> None:
+    draining = stage.worker("w1", slots=4)
+    client = stage.client()
+    client.asks(1)
+    client.asks(2)
+    stage.worker("w2", slots=3)
+    draining.says(Draining())
+    # Two of five are taken: three are free, as at w2.
+    assert (summary(stage).slots, load(stage).running) == (5, 2)
+    draining.finishes(1)
+    assert (summary(stage).slots, load(stage).running) == (4, 1)
+
+
+def test_it_takes_requests_while_one_worker_does(stage: Stage) -> None:
+    worker = stage.worker("w1")
+    assert summary(stage).ready
+    worker.beats(load=Load(WorkerState.STALLED))
+    assert not summary(stage).ready
+
+
+def test_brokers_are_those_below_with_this_one_first(stage: Stage) -> None:
+    stage.worker("w1", brokers=("b", "d"))
+    stage.worker("w2", brokers=("c", "d"))
+    stage.worker("w3")
+    assert summary(stage).brokers == ("me", "b", "c", "d")
+
+
+def test_what_does_not_fit_into_a_message_is_left_out_and_counted(stage: Stage) -> None:
+    stage.worker("w1", *(f"m{number:04}" for number in range(MAX_MODELS)), slots=MAX_SLOTS)
+    stage.worker("w2", "extra", "m0000", slots=MAX_SLOTS)
+    found = summary(stage)
+    assert (len(found.models), found.slots, found.left_out) == (MAX_MODELS, MAX_SLOTS, 1)
+
+
+def test_loads_add_up(stages: Callable[..., Stage]) -> None:
+    stage = stages()
+    first = stage.worker("w1", slots=4)
+    second = stage.worker("w2", slots=4)
+    stage.client().asks(1)
+    first.beats(load=Load(running=3, waiting=1, held=1, steps=10, tokens_per_s=100.0, kv_use=0.5))
+    second.beats(load=Load(running=1, held=0, steps=5, tokens_per_s=50.0, kv_use=0.25))
+    assert load(stage) == Load(running=1 + 3 + 1, waiting=3, held=2, steps=15, tokens_per_s=150.0, kv_use=0.375)
+
+
+def test_the_sum_of_the_largest_figures_is_still_a_message(stage: Stage) -> None:
+    most = Load(running=MAX_COUNT, waiting=MAX_COUNT, steps=MAX_COUNT, tokens_per_s=1e12, kv_use=1.0)
+    for name in ("w1", "w2"):
+        stage.worker(name, load=most)
+    beat = Heartbeat(1, load(stage))
+    assert decode(encode(beat)) == beat
