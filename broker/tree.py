@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import ProtocolError, WorkerLostError, exception_for
-from ..protocol.limits import MAX_BROKERS
+from ..protocol.limits import MAX_BROKERS, MAX_COUNT
 from ..protocol.messages import Error, Reply
 from ..protocol.schema import boolean, count, listing, record, text
 from . import views
@@ -94,7 +94,10 @@ def _rows(answer: Answer | None) -> list[dict[str, Any]] | None:
     if answer is None or isinstance(answer, Error) or not isinstance(answer.result, list):
         return None
     sound = all(
-        isinstance(row, dict) and isinstance(row.get("name"), str) and type(row.get("depth")) is int
+        isinstance(row, dict)
+        and isinstance(row.get("name"), str)
+        and type(row.get("depth")) is int
+        and 0 <= row["depth"] < MAX_BROKERS
         for row in answer.result
     )
     return answer.result if sound else None
@@ -153,7 +156,8 @@ def _sums(branches: list[Branch]) -> dict[str, Any]:
         if known is None or branch.answered > known.answered:
             once[branch.id] = branch
     found = list(once.values())[:MAX_BROKERS]
-    sums = {name: sum(getattr(branch, name) for branch in found) for name in _FIGURES}
+    # Brokers say what they like, and the sum must still be a message.
+    sums = {name: min(MAX_COUNT, sum(getattr(branch, name) for branch in found)) for name in _FIGURES}
     return {
         **{name: sums[name] for name in ("clients", "workers", "slots")},
         "requests": {name: sums[name] for name in ("waiting", "running", "orphaned")},

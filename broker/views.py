@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..protocol.messages import Decision, ModelInfo, WorkerState
+from ..protocol.messages import Decision, ModelInfo
 from .ordering import MODEL_ORDERS
 from .registry import WorkerSession
 
@@ -32,7 +32,7 @@ def _model(core: BrokerCore, name: str, infos: Sequence[ModelInfo], running: int
     return {
         "name": name,
         "workers": len(workers),
-        "ready": sum(worker.state is WorkerState.READY and not worker.held for worker in workers),
+        "ready": sum(worker.takes_requests for worker in workers),
         "slots": sum(worker.ready.slots for worker in workers),
         "running": running,
         "waiting": core.exchange.waiting(name),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenmq.broker.tree import LEAST_S, ORDER_S, TREE_S
-from tokenmq.protocol.limits import MAX_HOPS
+from tokenmq.protocol.limits import MAX_COUNT, MAX_HOPS
 from tokenmq.protocol.messages import Drain, Error, Heartbeat, Query, Reply
 
 from .stage import ClientPeer, Said, Stage, WorkerPeer, kinds, request_id
@@ -100,7 +100,13 @@ def test_a_broker_that_is_lost_is_waited_for_no_longer(stage: Stage) -> None:
     assert (row["name"], row["answered"]) == ("west", False)
 
 
-@pytest.mark.parametrize("nonsense", [None, 7, [7], [{"name": "x"}], [{"name": 1, "depth": 0}], [{"depth": 0}]])
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None, 7, [7], [{"name": "x"}], [{"name": 1, "depth": 0}], [{"depth": 0}], [{"name": "x", "depth": True}],
+        [{"name": "x", "depth": 2**64 - 1}],
+    ],
+)  # fmt: skip
 def test_an_answer_that_makes_no_sense_counts_for_none(stage: Stage, nonsense: Any) -> None:
     west = child(stage)
     [query] = asks(stage.client(), "workers", tree=True)
@@ -147,6 +153,13 @@ def test_sums_count_workers_and_requests_where_they_are(stage: Stage) -> None:
     assert [(row["path"], row["answered"]) for row in tree["brokers"]] == [
         ("", True), ("west", True), ("west/north", True),
     ]  # fmt: skip
+
+
+def test_sums_that_no_message_can_hold_are_cut(stage: Stage) -> None:
+    west = child(stage)
+    [query] = asks(stage.client(), "status", tree=True)
+    there = [branch(id=name, slots=MAX_COUNT) for name in "ab"]
+    assert answer(west.says(Reply(query.id, {"tree": {"brokers": there}})))["tree"]["slots"] == MAX_COUNT
 
 
 def test_a_broker_that_two_ways_lead_to_counts_once(stage: Stage) -> None:
