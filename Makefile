@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench chaos gap recovery numerics soak coverage clean
+.PHONY: demo test lint bench chaos gap recovery numerics routing soak coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -43,6 +43,11 @@ recovery: $(VENV)/.model
 numerics: $(VENV)/.model
 	$(BIN)/python benchmarks/numerics.py $(NUMERICS_ARGS)
 
+# How long requests wait, by dispatch policy: simulated on the real broker core, some minutes. ROUTING_ARGS=--full for
+# all combinations; routing_fairness.py, routing_real.py and decisions.py beside it need nothing but the commands.
+routing: $(VENV)/.bench
+	$(BIN)/python benchmarks/routing.py $(ROUTING_ARGS)
+
 # Simulated clusters under seeded schedules of faults, on all cores, until one shows a violation: SOAK_S=600 for ten
 # minutes, SOAK_RUNS=100000 for so many schedules, SOAK_SEED=1 to begin there.
 soak: $(VENV)/.base
@@ -61,6 +66,11 @@ clean:
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[test,dev]'
+	touch $@
+
+# What plots are drawn with.
+$(VENV)/.bench: $(VENV)/.base
+	$(PIP) --editable '.[bench,test,dev]'
 	touch $@
 
 # torch first and by itself, so that its pinned build is there before anything else asks for torch.
