@@ -33,7 +33,7 @@ import math
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 
@@ -90,7 +90,8 @@ class _Class:
         self._virtual_time = 0.0
         self._fluid_time = 0.0
         self._greatest_finish = 0.0
-        self._last_cost_tokens = 0
+        #: How far what was served last moves it on, once it is done: when the next is served.
+        self._fluid_step = 0.0
         #: Of all shares that wait.
         self._weight = 0.0
 
@@ -130,11 +131,10 @@ class _Class:
         share = self.shares[record.share]
         start, cost = share.tag, record.cost_tokens
         share.finish = start + cost / share.weight
-        fluid_time = min(self._fluid_time + self._last_cost_tokens / self._weight, self._greatest_finish)
-        self._fluid_time = max(start, fluid_time)
+        self._fluid_time = max(start, min(self._fluid_time + self._fluid_step, self._greatest_finish))
+        self._fluid_step = cost / self._weight
         self._virtual_time = max(start, self._virtual_time)
         self._greatest_finish = max(share.finish, self._greatest_finish)
-        self._last_cost_tokens = cost
         share.served_at = now
         self._take_out(record, share, share.finish)
         self._forget_idle()
@@ -408,41 +408,28 @@ class WaitingRoom:
 
     def _in_the_way_of(self, record: RequestRecord) -> list[RequestRecord] | None:
         places = self._places(record)
-        leaving: list[RequestRecord] = []
-        if places.taken >= self.limit:
-            one = self._one_too_many(record, places)
-            if one is None:
-                return None
-            leaving.append(one)
-        excess = places.bytes + record.size_bytes - sum(each.size_bytes for each in leaving) - MAX_WAITING_BYTES
+        excess = places.bytes + record.size_bytes - MAX_WAITING_BYTES
         if excess > 0:
-            more = self._too_large(record, places, leaving, excess)
-            if more is None:
-                return None
-            leaving += more
-        return leaving
+            return self._too_large(record, places, excess)  # who leaves for its size leaves a place as well
+        if places.taken >= self.limit:
+            return self._one_too_many(record, places)
+        return []
 
-    def _one_too_many(self, record: RequestRecord, places: _Places) -> RequestRecord | None:
+    def _one_too_many(self, record: RequestRecord, places: _Places) -> list[RequestRecord] | None:
         if not places.taken:
             return None
         rival, number = places.most_requests()
         # Both have as many afterwards, or the rival has more. So it is another share, and it has more than one.
         if number - 1 >= places.number_of.get(record.share, 0) + 1:
-            return next(self._latest_first(rival, self._levels(record)))
-        return next(self._less_important(record), None)
+            return [next(self._latest_first(rival, self._levels(record)))]
+        return list(islice(self._less_important(record), 1)) or None
 
-    def _too_large(
-        self, record: RequestRecord, places: _Places, leaving: list[RequestRecord], excess: int
-    ) -> list[RequestRecord] | None:
-        """Return what must leave for its size, beside those that leave already; None if nothing may."""
-        bytes_of = Counter(places.bytes_of)
-        for each in leaving:
-            bytes_of[each.share] -= each.size_bytes
-        rival, most = max(bytes_of.items(), key=itemgetter(1), default=(record.share, 0))
-        spare = most - bytes_of[record.share] - record.size_bytes
+    def _too_large(self, record: RequestRecord, places: _Places, excess: int) -> list[RequestRecord] | None:
+        rival, most = max(places.bytes_of.items(), key=itemgetter(1), default=(record.share, 0))
+        spare = most - places.bytes_of.get(record.share, 0) - record.size_bytes
         theirs = self._latest_first(rival, self._levels(record)) if spare >= excess else iter(())
         for candidates, bound in ((theirs, float(spare)), (self._less_important(record), math.inf)):
-            chosen = _fewest((each for each in candidates if each not in leaving), excess)
+            chosen = _fewest(candidates, excess)
             if chosen and sum(each.size_bytes for each in chosen) <= bound:
                 return chosen
         return None

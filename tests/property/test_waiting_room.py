@@ -47,8 +47,8 @@ class Account:
         self.least = min(self.least, self.difference)
 
 
-class WaitingRoomMachine(RuleBasedStateMachine):
-    """Requests come, are served and leave in any order."""
+class Books(RuleBasedStateMachine):
+    """A room, the model's books of it, and what must hold at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,45 +70,23 @@ class WaitingRoomMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.patch.stop()
 
-    @initialize(bounds=st.sampled_from(BOUNDS))
-    def open(self, bounds: tuple[int, int]) -> None:
-        self.limit, self.max_bytes = bounds
-        queue.MAX_WAITING_BYTES = self.max_bytes
-        self.room = WaitingRoom(self.limit, WEIGHTS.__getitem__)
+    def open(self, limit: int, max_bytes: int) -> None:
+        self.limit, self.max_bytes = limit, max_bytes
+        queue.MAX_WAITING_BYTES = max_bytes
+        self.room = WaitingRoom(limit, WEIGHTS.__getitem__)
 
-    # What happens.
-
-    @rule(
-        share=st.sampled_from(SHARES),
-        priority=st.sampled_from([0, 5, 5, 5, 9]),
-        tokens=st.one_of(st.integers(1, 3), st.integers(1, 1000)),
-        size_bytes=st.one_of(st.integers(0, 3), st.integers(0, 40)),
-        resumes=st.integers(0, 4).map(lambda drawn: drawn == 0),
-    )
-    def come(self, share: str, priority: int, tokens: int, size_bytes: int, resumes: bool) -> None:
+    def record(
+        self, share: str, priority: int, tokens: int, size_bytes: int = 0, resumes: bool = False
+    ) -> RequestRecord:
         self.number += 1
-        record = RequestRecord(
+        return RequestRecord(
             self.number.to_bytes(16, "big"), "m", 1, None, b"r" * 16, None, size_bytes, self.now,
             prior_tokens=int(resumes), share=share, priority=priority, expected_tokens=tokens,
         )  # fmt: skip
-        before = list(self.room)
-        company = self.company(record)
-        pushed_out = self.room.admit(record, self.now)
-        if len(company) < self.limit and self.excess(company, record) <= 0:
-            assert pushed_out == [], "there was room"
-        elif self.excess(company, record) <= 0:
-            self.check_number(record, company, pushed_out)
-        elif len(company) < self.limit:
-            self.check_bytes(record, company, pushed_out)
-        if pushed_out is None:
-            assert list(self.room) == before
-            return
-        for each in pushed_out:
-            self.drop(each)
-        self.file(record)
 
+    # What happens.
     @precondition(lambda self: self.lines)
-    @rule(times=st.integers(1, 4))
+    @rule(times=st.integers(1, 8))
     def serve(self, times: int) -> None:
         for _ in range(min(times, len(self.room))):
             found = self.room.first(lambda record: True, self.now)
@@ -118,27 +96,6 @@ class WaitingRoomMachine(RuleBasedStateMachine):
             assert record is self.lines[line][0], "a share is out of order"
             self.check_urgency(*found)
             self.charge(record)
-            self.room.serve(record, self.now)
-            self.served_at[line] = self.now
-            self.drop(record)
-
-    @precondition(lambda self: self.lines)
-    @rule(blocked=st.sets(st.integers(0, 6)), serve=st.booleans())
-    def serve_what_can_be_served(self, blocked: set[int], serve: bool) -> None:
-        def servable(record: RequestRecord) -> bool:
-            return int.from_bytes(record.id, "big") % 7 not in blocked
-
-        candidates = [record for records in self.lines.values() for record in records if servable(record)]
-        found = self.room.first(servable, self.now)
-        assert (found is None) == (not candidates), "something servable is not found"
-        if found is None:
-            return
-        record = found[1]
-        line = line_of(record)
-        assert record is next(each for each in self.lines[line] if servable(each)), "a share is out of order"
-        assert found[0] == self.urgency(record)
-        if serve:
-            self.passed_over.add(line[0])
             self.room.serve(record, self.now)
             self.served_at[line] = self.now
             self.drop(record)
@@ -186,6 +143,94 @@ class WaitingRoomMachine(RuleBasedStateMachine):
             heads = [records[0] for (at, _), records in self.lines.items() if at == level]
             # Another class has at least one share that may be its next and is not more urgent.
             assert level == level_of(record) or max(map(self.urgency, heads)) >= urgency
+
+    # The model's books.
+
+    def file(self, record: RequestRecord) -> None:
+        line = line_of(record)
+        level, share = line
+        cost = float(record.cost_tokens)
+        self.dearest[line] = max(self.dearest.get(line, 0.0), cost)
+        if line not in self.lines:
+            for other in {share for at, share in self.lines if at == level}:
+                one, two = sorted((share, other))
+                self.accounts[level, one, two] = Account()
+        self.lines.setdefault(line, []).append(record)
+
+    def drop(self, record: RequestRecord) -> None:
+        line = line_of(record)
+        level, share = line
+        self.lines[line].remove(record)
+        if self.lines[line]:
+            return
+        del self.lines[line]
+        for one, two in combinations(SHARES, 2):
+            if share in (one, two):
+                self.accounts.pop((level, one, two), None)
+        if not any(at == level for at, _ in self.lines):
+            self.passed_over.discard(level)
+            self.dearest = {line: cost for line, cost in self.dearest.items() if line[0] != level}
+
+    def charge(self, record: RequestRecord) -> None:
+        level, share = line_of(record)
+        amount = record.cost_tokens / WEIGHTS[share]
+        for (at, one, two), account in self.accounts.items():
+            if at == level and share in (one, two):
+                account.add(amount if share == one else -amount)
+
+
+class WaitingRoomMachine(Books):
+    """Requests of all kinds come, are served and leave in any order; places are short."""
+
+    @initialize(bounds=st.sampled_from(BOUNDS))
+    def begin(self, bounds: tuple[int, int]) -> None:
+        self.open(*bounds)
+
+    @rule(
+        share=st.sampled_from(SHARES),
+        priority=st.sampled_from([0, 5, 5, 5, 9]),
+        tokens=st.one_of(st.integers(1, 3), st.integers(1, 1000)),
+        size_bytes=st.one_of(st.integers(0, 3), st.integers(0, 40)),
+        resumes=st.integers(0, 4).map(lambda drawn: drawn == 0),
+    )
+    def come(self, share: str, priority: int, tokens: int, size_bytes: int, resumes: bool) -> None:
+        record = self.record(share, priority, tokens, size_bytes, resumes)
+        before = list(self.room)
+        company = self.company(record)
+        pushed_out = self.room.admit(record, self.now)
+        if len(company) < self.limit and self.excess(company, record) <= 0:
+            assert pushed_out == [], "there was room"
+        elif self.excess(company, record) <= 0:
+            self.check_number(record, company, pushed_out)
+        else:
+            self.check_bytes(record, company, pushed_out)
+        if pushed_out is None:
+            assert list(self.room) == before
+            return
+        for each in pushed_out:
+            self.drop(each)
+        self.file(record)
+
+    @precondition(lambda self: self.lines)
+    @rule(blocked=st.sets(st.integers(0, 6)), serve=st.booleans())
+    def serve_what_can_be_served(self, blocked: set[int], serve: bool) -> None:
+        def servable(record: RequestRecord) -> bool:
+            return int.from_bytes(record.id, "big") % 7 not in blocked
+
+        candidates = [record for records in self.lines.values() for record in records if servable(record)]
+        found = self.room.first(servable, self.now)
+        assert (found is None) == (not candidates), "something servable is not found"
+        if found is None:
+            return
+        record = found[1]
+        line = line_of(record)
+        assert record is next(each for each in self.lines[line] if servable(each)), "a share is out of order"
+        assert found[0] == self.urgency(record)
+        if serve:
+            self.passed_over.add(line[0])
+            self.room.serve(record, self.now)
+            self.served_at[line] = self.now
+            self.drop(record)
 
     # Who may push whom out.
 
@@ -237,40 +282,28 @@ class WaitingRoomMachine(RuleBasedStateMachine):
             assert size[rival] == max(size.values())
             assert size[rival] - freed >= mine, "one was left with less than the newcomer got"
 
-    # The model's books.
 
-    def file(self, record: RequestRecord) -> None:
-        line = line_of(record)
-        level, share = line
-        cost = float(record.cost_tokens)
-        self.dearest[line] = max(self.dearest.get(line, 0.0), cost)
-        if line not in self.lines:
-            for other in {share for at, share in self.lines if at == level}:
-                one, two = sorted((share, other))
-                self.accounts[level, one, two] = Account()
-        self.lines.setdefault(line, []).append(record)
+class FairnessMachine(Books):
+    """Clients of one priority come with as much as they like, and somebody always waits."""
 
-    def drop(self, record: RequestRecord) -> None:
-        line = line_of(record)
-        level, share = line
-        self.lines[line].remove(record)
-        if self.lines[line]:
-            return
-        del self.lines[line]
-        for one, two in combinations(SHARES, 2):
-            if share in (one, two):
-                self.accounts.pop((level, one, two), None)
-        if not any(at == level for at, _ in self.lines):
-            self.passed_over.discard(level)
-            self.dearest = {line: cost for line, cost in self.dearest.items() if line[0] != level}
+    @initialize()
+    def begin(self) -> None:
+        self.open(100_000, 1)
 
-    def charge(self, record: RequestRecord) -> None:
-        level, share = line_of(record)
-        amount = record.cost_tokens / WEIGHTS[share]
-        for (at, one, two), account in self.accounts.items():
-            if at == level and share in (one, two):
-                account.add(amount if share == one else -amount)
+    @rule(
+        share=st.sampled_from(SHARES),
+        number=st.integers(1, 10),
+        tokens=st.one_of(st.integers(1, 20), st.integers(1, 1000), st.just(100_000)),
+    )
+    def come(self, share: str, number: int, tokens: int) -> None:
+        for _ in range(number):
+            record = self.record(share, 5, tokens)
+            assert self.room.admit(record, self.now) == []
+            self.file(record)
 
 
 TestWaitingRoomMachine = WaitingRoomMachine.TestCase
 TestWaitingRoomMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+TestFairnessMachine = FairnessMachine.TestCase
+TestFairnessMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
