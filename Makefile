@@ -43,8 +43,8 @@ recovery: $(VENV)/.model
 numerics: $(VENV)/.model
 	$(BIN)/python benchmarks/numerics.py $(NUMERICS_ARGS)
 
-# How long requests wait, by dispatch policy: simulated on the real broker core, some minutes. ROUTING_ARGS=--full for
-# all combinations; routing_fairness.py, routing_real.py and decisions.py beside it need nothing but the commands.
+# How long requests wait, by dispatch policy: simulated on the real broker core, a quarter of an hour, with
+# ROUTING_ARGS=--full some hours. What else docs/routing.md tells comes from the benchmarks that it names.
 routing: $(VENV)/.bench
 	$(BIN)/python benchmarks/routing.py $(ROUTING_ARGS)
 
@@ -70,7 +70,7 @@ $(VENV)/.base: setup.cfg pyproject.toml constraints.txt
 
 # What plots are drawn with.
 $(VENV)/.bench: $(VENV)/.base
-	$(PIP) --editable '.[bench,test,dev]'
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 # torch first and by itself, so that its pinned build is there before anything else asks for torch.

@@ -1,11 +1,14 @@
 """The same as in routing.py with real processes: a broker, workers of three speeds, clients; beside the simulation.
 
-First, requests arrive as a Poisson process at load 0.9. Which worker gets which part of them, and how long they wait,
-is compared with what the simulation of the same requests on the same workers says. Then a client sends 10,000 short
-requests at once, and another one's time to its first token is compared with that of the same requests without them.
+First, requests arrive as a Poisson process at load 0.8. Which worker gets which part of them, and how long they wait,
+is compared with what the simulation of the same requests on the same workers says. One request that comes a little
+later may send all that follow elsewhere: so it is simulated several times, each time with arrivals that are late by
+up to 5 ms, and its mean and range are shown. Then a client sends 10,000 short requests at once, and another one's time
+to its first token is compared with that of the same requests without them.
 
-The synthetic engine brings tokens at a fixed pace and needs hardly any processor. What it takes to send them is not
-simulated: on a busy machine the real waits are longer by that. Run: python benchmarks/routing_real.py.
+The synthetic engine brings tokens at a fixed pace and needs hardly any processor. What else takes time is not
+simulated: on a busy machine services are longer, the load is higher, and so are the waits. Run it on one that has
+nothing else to do: python benchmarks/routing_real.py.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from random import Random
 from chaos_figures import percentile
 from routing_broker import Simulation
 from routing_load import POISSON, Cluster, Job, arrival_times, jobs_of, mean_tokens
-from routing_rules import Outcome
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
 from tokenmq.client import AsyncClient
@@ -35,7 +37,7 @@ READY_S = 60.0
 #: Tokens a second of one stream on each worker, and streams at a time: 280 tokens a second at most.
 SPEEDS = (10.0, 20.0, 40.0)
 SLOTS = 4
-LOAD = 0.9
+LOAD = 0.8
 #: Lengths are a tenth of those in routing.py, 6 to 819 tokens: a request takes 0.75 s on average, and not 5.
 SHORTER = 10
 #: For the flood: three workers that run 16 streams each, and requests of 9 tokens, of which 8 take 25 ms each.
@@ -52,6 +54,8 @@ _PATIENCE_S = 3_600.0
 _WATCHED_PART = 0.7
 _POLL_S = 0.05
 _PROGRESS = 500
+_SIMULATIONS = 10
+_LATE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,13 @@ class Served:
 
     Attributes:
         wait_s: in the queues of broker and worker.
+        service_s: from there to its last token.
         first_token_s: from sending it to its first token, as the client sees it.
         worker: who ran it.
     """
 
     wait_s: float
+    service_s: float
     first_token_s: float
     worker: str
 
@@ -75,10 +81,11 @@ async def ask(client: AsyncClient, job: Job) -> Served:
     stream = client.generate(MODEL, prompt="x", max_tokens=job.tokens + 1, seed=job.number)
     async for _ in stream:
         first_at = first_at or time.monotonic()
-    assert stream.timings is not None
+    timings = stream.timings
+    assert timings is not None
     assert stream.worker is not None
-    wait_s = stream.timings.broker_queue_s + stream.timings.worker_queue_s
-    return Served(wait_s, first_at - began, stream.worker)
+    wait_s = timings.broker_queue_s + timings.worker_queue_s
+    return Served(wait_s, timings.prefill_s + timings.decode_s, first_at - began, stream.worker)
 
 
 async def send(client: AsyncClient, jobs: Sequence[Job]) -> list[Served]:
@@ -120,24 +127,38 @@ def arrivals(seconds: float, seed: str) -> list[Job]:
     return [replace(job, tokens=tokens, bound_tokens=tokens + 1) for job, tokens in zip(jobs, shorter, strict=True)]
 
 
-def compare(jobs: Sequence[Job], served: Sequence[Served], simulated: Outcome) -> None:
+def figures(waits_s: Sequence[float], services_s: Sequence[float], workers: Sequence[str]) -> dict[str, float]:
+    """Return shares, services and waits of a run, by name."""
+    counts = Counter(workers)
+    found = {
+        f"share of {worker}, {speed:g} tokens/s": counts[worker] / len(workers)
+        for worker, speed in ((f"worker-{number}", speed) for number, speed in enumerate(SPEEDS, 1))
+    }
+    found["mean service, s"] = statistics.fmean(services_s)
+    found["mean wait, s"] = statistics.fmean(waits_s)
+    return found | {f"p{100 * share:g} wait, s": percentile(waits_s, share) for share in (0.5, 0.9, 0.99)}
+
+
+def simulated(jobs: Sequence[Job], seed: str) -> dict[str, float]:
+    """Return the figures of a simulation in which everything comes a little late."""
+    random = Random(seed)
+    late = [replace(job, arrived_at=job.arrived_at + random.uniform(0, _LATE_S)) for job in jobs]
+    late.sort(key=lambda job: job.arrived_at)
+    outcome = Simulation(Cluster(SPEEDS, SLOTS), DEFAULT_POLICY, seed=seed).run(late)
+    services_s = [response - wait for response, wait in zip(outcome.responses_s, outcome.waits_s, strict=True)]
+    return figures(outcome.waits_s, services_s, [f"worker-{number + 1}" for number in outcome.workers])
+
+
+def compare(jobs: Sequence[Job], served: Sequence[Served], seed: str) -> None:
     """Print shares and waits, real and simulated."""
-    real = Counter(each.worker for each in served)
-    expected = Counter(f"worker-{number + 1}" for number in simulated.workers)
-    rows = [
-        (f"share of {name}, {speed:g} tokens/s", real[name] / len(jobs), expected[name] / len(jobs))
-        for name, speed in ((f"worker-{number}", speed) for number, speed in enumerate(SPEEDS, 1))
-    ]
-    waits = [each.wait_s for each in served]
-    rows.append(("mean wait, s", statistics.fmean(waits), statistics.fmean(simulated.waits_s)))
-    rows += [
-        (f"p{100 * share:g} wait, s", percentile(waits, share), percentile(simulated.waits_s, share))
-        for share in (0.5, 0.9, 0.99)
-    ]
-    print(f"  {'':32} {'real':>8} {'simulated':>10} {'ratio':>6}")
-    for name, is_real, is_simulated in rows:
-        ratio = f"{is_real / is_simulated:6.2f}" if is_simulated > 0 else f"{'-':>6}"
-        print(f"  {name:32} {is_real:8.3f} {is_simulated:10.3f} {ratio}")
+    runs = [simulated(jobs, f"{seed}/{number}") for number in range(_SIMULATIONS)]
+    print(f"  {'':32} {'real':>8} {'simulated':>10} {'from':>8} {'to':>8} {'ratio':>6}")
+    found = figures(*zip(*((each.wait_s, each.service_s, each.worker) for each in served), strict=True))
+    for name, real in found.items():
+        values = [run[name] for run in runs]
+        mean = statistics.fmean(values)
+        ratio = f"{real / mean:6.2f}" if mean > 0 else f"{'-':>6}"
+        print(f"  {name:32} {real:8.3f} {mean:10.3f} {min(values):8.3f} {max(values):8.3f} {ratio}")
 
 
 def shares_and_waits(seconds: float, seed: str) -> None:
@@ -147,7 +168,7 @@ def shares_and_waits(seconds: float, seed: str) -> None:
     with LocalCluster() as cluster:
         start(cluster, SPEEDS, SLOTS)
         served = asyncio.run(run_client(cluster.frontend, "client", jobs))
-    compare(jobs, served, Simulation(Cluster(SPEEDS, SLOTS), DEFAULT_POLICY, seed=seed).run(jobs))
+    compare(jobs, served, seed)
 
 
 def flood(endpoint: str, requests: int) -> None:
