@@ -6,7 +6,8 @@ queue for all workers (M/G/k); the ancestors' rules choose a worker on arrival, 
 Lengths are a bounded Pareto distribution (shape 1.5, 64 to 8,192 tokens). "bursty": the rate of arrivals is 3 times
 the mean for 30 s on average, then half of it for 120 s.
 
-Run: make routing, or python benchmarks/routing.py. The default takes some minutes on 2 cores, --full some hours.
+Run: make routing, or python benchmarks/routing.py. On 2 cores the default takes ten minutes, --full some
+hours.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all combinations, 4 to 1,000 workers")
-    parser.add_argument("--jobs", type=int, help="requests of a run (default: 15000, with --full 50000)")
+    parser.add_argument("--jobs", type=int, help="requests of a run (default: 10000, with --full 50000)")
     parser.add_argument("--seeds", type=int, help="runs of each case (default: 3, with --full 5)")
     parser.add_argument("--seed", type=int, default=1, help="what all seeds are made of (default: 1)")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), help="only these")
@@ -196,7 +197,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for plots (default: docs/figures)")
     parser.add_argument("--json", type=Path, default=None, help="a file for all figures")
     options = parser.parse_args(arguments)
-    options.jobs = options.jobs or (50_000 if options.full else 15_000)
+    options.jobs = options.jobs or (50_000 if options.full else 10_000)
     options.seeds = options.seeds or (5 if options.full else 3)
     return options
 

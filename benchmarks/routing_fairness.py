@@ -6,6 +6,10 @@ client sends 10,000 requests at once. The watched client's waits are compared wi
 the flood; they are in mean service times. Beside it: with a priority above all others for the watched client, which
 is the best that can be had without interrupting what runs, and one queue for all, first come, first served.
 
+Shares are shares of tokens: after a long request of its own, a client that others compete with is behind them for as
+long as its share of the workers takes to make up for it. In a small cluster that is a long time. So there is a second
+table, in which all requests are equally long.
+
 Run: python benchmarks/routing_fairness.py.
 """
 
@@ -19,7 +23,7 @@ from random import Random
 from chaos_figures import percentile
 from routing_broker import Simulation
 from routing_figures import Estimate
-from routing_load import PARETO, POISSON, SERVICE_S, Cluster, Job, bound_of, draw_tokens, jobs_of
+from routing_load import FIXED, PARETO, POISSON, SERVICE_S, Cluster, Job, bound_of, draw_tokens, jobs_of
 from routing_rules import Outcome, central_queue
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
@@ -59,24 +63,24 @@ class Harm:
         return self.beside - self.alone
 
 
-def with_flood(jobs: Sequence[Job], flood: int, at: float, seed: str) -> list[Job]:
+def with_flood(jobs: Sequence[Job], flood: int, at: float, seed: str, lengths: str) -> list[Job]:
     """Put requests of one more client among the others, all at one moment; number all anew."""
     sizes = Random(f"{seed}/flood")
-    lengths = [draw_tokens(PARETO, sizes) for _ in range(flood)]
-    burst = [Job(0, at, tokens, bound_of(tokens), client=CLIENTS) for tokens in lengths]
+    drawn = [draw_tokens(lengths, sizes) for _ in range(flood)]
+    burst = [Job(0, at, tokens, bound_of(tokens), client=CLIENTS) for tokens in drawn]
     ordered = sorted([*jobs, *burst], key=lambda job: job.arrived_at)
     return [replace(job, number=number) for number, job in enumerate(ordered)]
 
 
-def harm(cluster: Cluster, flood: int, seed: str) -> Harm:
+def harm(cluster: Cluster, flood: int, seed: str, lengths: str = PARETO) -> Harm:
     """Simulate one cluster with and without a flood."""
     slots = len(cluster.speeds) * cluster.slots
     begins_at = _BEGIN * SERVICE_S
     ends_at = begins_at + _LASTS * flood * SERVICE_S / slots
     who = Random(f"{seed}/clients")
-    arriving = jobs_of(cluster, LOAD, POISSON, int(LOAD * slots * ends_at / SERVICE_S), seed)
+    arriving = jobs_of(cluster, LOAD, POISSON, int(LOAD * slots * ends_at / SERVICE_S), seed, lengths=lengths)
     calm = [replace(job, client=who.randrange(CLIENTS)) for job in arriving]
-    flooded = with_flood(calm, flood, begins_at, seed)
+    flooded = with_flood(calm, flood, begins_at, seed, lengths)
 
     def simulated(jobs: list[Job]) -> Outcome:
         names = [f"client-{number}" for number in range(CLIENTS + 1)]
@@ -107,14 +111,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each size (default: 3)")
     options = parser.parse_args()
     print(f"p99 wait of a client, in mean service times, while another sends {options.flood:,} requests at once")
-    print(f"  {'':18} {'without':>15} {'with':>15} {'more':>15} {'preferred':>15} {'first come':>15}")
-    for workers, slots in SIZES:
-        runs = [
-            harm(Cluster.of(workers, slots=slots), options.flood, f"fair/{number}") for number in range(options.seeds)
-        ]
-        names = ("alone", "beside", "raised", "preferred", "in_order")
-        columns = [Estimate.of([getattr(run, name) for run in runs]) for name in names]
-        print(f"  {f'{workers} workers x {slots}':18} {' '.join(map(str, columns))}", flush=True)
+    for heading, lengths in (("heavy-tailed lengths", PARETO), ("equal lengths", FIXED)):
+        print(f"  {heading:20} {'without':>15} {'with':>15} {'more':>15} {'preferred':>15} {'first come':>15}")
+        for workers, slots in SIZES:
+            cluster = Cluster.of(workers, slots=slots)
+            runs = [harm(cluster, options.flood, f"fair/{number}", lengths) for number in range(options.seeds)]
+            names = ("alone", "beside", "raised", "preferred", "in_order")
+            columns = [Estimate.of([getattr(run, name) for run in runs]) for name in names]
+            print(f"  {f'{workers} workers x {slots}':20} {' '.join(map(str, columns))}", flush=True)
 
 
 if __name__ == "__main__":

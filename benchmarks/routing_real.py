@@ -3,8 +3,8 @@
 First, requests arrive as a Poisson process at load 0.8. Which worker gets which part of them, and how long they wait,
 is compared with what the simulation of the same requests on the same workers says. One request that comes a little
 later may send all that follow elsewhere: so it is simulated several times, each time with arrivals that are late by
-up to 5 ms, and its mean and range are shown. Then a client sends 10,000 short requests at once, and another one's time
-to its first token is compared with that of the same requests without them.
+up to 5 ms, and its mean and range are shown. Then a client sends 10,000 short requests at once, and another one's
+waits and times to its first token are compared with those of the same requests without them.
 
 The synthetic engine brings tokens at a fixed pace and needs hardly any processor. What else takes time is not
 simulated: on a busy machine services are longer, the load is higher, and so are the waits. Run it on one that has
