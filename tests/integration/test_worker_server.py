@@ -396,7 +396,8 @@ def test_removed_from_its_only_broker_it_stops(broker: Broker, start: Any, caplo
 
 def test_a_broker_hears_at_once_what_another_one_sends_here(start: Any) -> None:
     """The interval is so long that no heartbeat that is due can be the one that is waited for."""
-    with contextlib.closing(Broker(heartbeat_s=60.0)) as one, contextlib.closing(Broker(heartbeat_s=60.0)) as other:
+    slow = {"heartbeat_s": 60.0, "expiry_s": 300.0}
+    with contextlib.closing(Broker(**slow)) as one, contextlib.closing(Broker(**slow)) as other:
         engine = Gate(hold_steps=True)
         start(engine, one.endpoint, other.endpoint)
         peer = one.ready()

@@ -241,6 +241,14 @@ def test_one_broker_may_be_withdrawn_from_and_come_back_to() -> None:
     assert member.tick() == [Open(A)]
 
 
+def test_a_member_that_has_withdrawn_has_nothing_to_wake_up_for() -> None:
+    member = Holder(A)
+    member.join(A)
+    member.membership.withdraw(member.now)
+    member.tell(Lost(A))
+    assert member.membership.next_deadline() == math.inf
+
+
 def test_staying_is_said_to_who_is_still_there() -> None:
     member = Holder(A, B)
     member.join(A, B)

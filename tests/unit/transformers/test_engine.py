@@ -175,6 +175,23 @@ def test_beyond_the_slots_jobs_wait(make_engine: Make) -> None:
     assert record.done(4).queue_s > record.done(0).queue_s
 
 
+def test_slots_change_within_what_the_cache_was_made_for(make_engine: Make) -> None:
+    engine = make_engine(slots=3, prefill_tokens=64)
+    for ticket in range(6):
+        engine.submit(job(ticket, prompt_of(2), max_tokens=4))
+    engine.step()
+    assert engine.resize(1) == 1
+    record = run(engine, Record())
+    assert len(record.ends) == 6
+    for ticket in range(6, 12):
+        engine.submit(job(ticket, prompt_of(2), max_tokens=4))
+    engine.step()
+    assert engine.stats().running == 1
+    assert engine.resize(9) == 3
+    engine.step()
+    assert engine.stats().running == 3
+
+
 def test_cancel_frees_the_row_at_once(make_engine: Make) -> None:
     engine = make_engine(slots=1)
     engine.submit(job(1, prompt_of(2), max_tokens=50))

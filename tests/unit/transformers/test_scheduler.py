@@ -159,3 +159,29 @@ def test_replay_comes_before_prefill_and_nobody_overtakes_a_prompt_in_chunks() -
     scheduler.validate()
     assert scheduler.replays() == []
     assert scheduler.plan() == Plan(long, 10, ())
+
+
+def test_with_fewer_slots_than_rows_nobody_begins_behind_a_prompt_in_chunks() -> None:
+    scheduler = Scheduler(slots=3, budget=10)
+    rows = [sequence(ticket, 2) for ticket in range(2)]
+    for row in rows:
+        scheduler.add(row)
+    scheduler.plan()
+    for row in rows:
+        row.stored = 2
+        row.generated.append(5)
+        scheduler.join(row)
+    long, short = sequence(2, 12), sequence(3, 2)
+    scheduler.add(long)
+    scheduler.add(short)
+    assert scheduler.plan() == Plan(long, 10, ())
+    long.stored = 10
+    assert scheduler.resize(2) == 2
+    assert scheduler.plan() == Plan(long, 2, ()), "the cache has no row for the short one"
+    long.stored = 12
+    long.generated.append(5)
+    scheduler.join(long)
+    scheduler.remove(scheduler.waiting[0])
+    scheduler.add(sequence(4, 12))
+    assert scheduler.resize(1) == 1
+    assert scheduler.plan() == Plan(None, 0, ())

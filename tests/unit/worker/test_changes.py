@@ -160,6 +160,13 @@ def test_a_broker_that_sent_it_away_for_good_is_not_dialled_again(both: Any, say
     assert Open(say.other) not in both.tick(3.0)
 
 
+def test_sent_away_by_all_brokers_while_it_drains_it_has_drained(ready: Any, say: Any) -> None:
+    ready.take(say.request(1))
+    ready.hear(DrainMessage())
+    orders = ready.hear(Disconnect(DisconnectCode.REMOVED, "gone"))
+    assert [order for order in orders if isinstance(order, Stop)] == [Stop(0, "drained")]
+
+
 def test_a_drain_of_its_own_is_not_taken_back(ready: Any, say: Any) -> None:
     ready.take(say.request(1))
     ready.tell(Drain(5.0))

@@ -138,10 +138,12 @@ def test_it_loads_runs_a_job_and_counts_its_steps(rig: Any) -> None:
 
 
 class Narrow(ScriptedEngine):
-    """Has room for four jobs."""
+    """Has room for a few jobs."""
+
+    most = 4
 
     def resize(self, slots: int) -> int:
-        return min(slots, 4)
+        return min(slots, self.most)
 
 
 def test_an_engine_that_cannot_run_so_many_says_how_many_it_can(rig: Any) -> None:
@@ -150,6 +152,15 @@ def test_an_engine_that_cannot_run_so_many_says_how_many_it_can(rig: Any) -> Non
     one.thread.post(Resize(3))
     one.thread.post(Resize(9))
     assert one.next() == Changed(slots=4)  # and nothing for the 3
+
+
+def test_an_engine_that_can_run_none_still_counts_as_one(rig: Any) -> None:
+    engine = Narrow()
+    engine.most = 0
+    one = rig(engine)
+    one.next()
+    one.thread.post(Resize(2))
+    assert one.next() == Changed(slots=1)
 
 
 def test_an_engine_announces_what_it_serves_now_from_any_thread(rig: Any) -> None:

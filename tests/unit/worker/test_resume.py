@@ -19,6 +19,15 @@ def test_the_engine_gets_the_prior(resuming: Any, say: Any) -> None:
     assert job.generation.prior == Prior(THREE, 4)
 
 
+def test_expected_tokens_are_those_behind_the_prior(resuming: Any, say: Any) -> None:
+    resuming.take(say.request(1, attempt=2, prior=THREE, max_tokens=16, expected_tokens=13))
+    [error] = say.messages(
+        resuming.hear(say.request(2, attempt=2, prior=THREE, max_tokens=16, expected_tokens=16)), Error
+    )
+    assert error.code == "bad_request"
+    assert "13 tokens are left" in error.message
+
+
 def test_offsets_and_usage_go_on_behind_the_prior(resuming: Any, say: Any) -> None:
     job = resuming.take(say.request(1, attempt=2, prior=THREE))
     assert say.chunks(resuming.engine(say.tokens(job, 8))) == [Chunk(say.id(1), 2, 0, 3, (8,), "8 ")]

@@ -96,6 +96,29 @@ def test_the_load_tells_apart_what_runs_what_waits_and_whose_it_is(say: Any) -> 
     assert (load.running, load.waiting, load.steps, load.tokens_per_s, load.step_age_s) == (2, 1, 7, 12.5, 1.5)
 
 
+def test_a_broker_hears_early_what_others_send_here_and_what_of_it_has_ended(say: Any) -> None:
+    story = say.story(brokers=(say.broker, say.other))
+    story.start()
+    for broker in (say.broker, say.other):
+        story.join(broker)
+    story.loaded()
+    mine, parked = story.take(say.request(1)), story.take(say.request(2, credit=0))
+
+    def reports() -> list[tuple[str, int]]:
+        sends = story.tick(0.05)
+        assert len(say.messages(sends, Heartbeat)) == len(sends)
+        return [(send.broker, send.message.load.running + send.message.load.waiting) for send in sends]
+
+    assert reports() == [(say.other, 2)]
+    story.engine(say.tokens(parked, 1), say.done(parked, 1))  # it only waits for its reader
+    assert reports() == [(say.other, 1)]
+    story.engine(say.tokens(mine, 1))
+    assert reports() == []
+    story.engine(say.done(mine, 1))
+    story.engine(say.done(parked, 1))  # once more: an engine may be wrong, the figures are not
+    assert reports() == [(say.other, 0)]
+
+
 def test_a_long_step_makes_it_stalled_until_the_step_ends(ready: Any, say: Any) -> None:
     ready.tell(EngineProgress(5, ready.now))
     for _ in range(29):

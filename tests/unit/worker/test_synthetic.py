@@ -151,6 +151,19 @@ def test_slots_bound_what_runs_and_the_others_wait_in_order(pace: float) -> None
     assert ended == [1, 2, 3, 4]
 
 
+def test_with_more_slots_those_who_wait_begin_and_with_fewer_nobody_is_stopped() -> None:
+    engine = SyntheticEngine(slots=1, clock=Clock())
+    for ticket in (1, 2, 3, 4):
+        engine.submit(job(ticket, max_tokens=2))
+    assert engine.resize(3) == 3
+    assert engine.stats() == EngineStats(3, 1, 1.0)
+    assert engine.resize(1) == 1
+    assert engine.stats() == EngineStats(3, 1, 1.0)
+    engine.cancel(1)
+    assert engine.stats() == EngineStats(2, 1, 1.0)
+    assert {piece.ticket for piece in run(engine) if isinstance(piece, Done)} == {2, 3, 4}
+
+
 def test_waiting_is_told_in_the_timings() -> None:
     clock = Clock()
     engine = SyntheticEngine(slots=1, tokens_per_second=1.0, clock=clock)

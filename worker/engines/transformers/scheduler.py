@@ -95,8 +95,8 @@ class Scheduler:
         if used and self.partial is not None:
             return Plan(None, 0, ())
         left = self.budget - used
-        free = max(0, self.slots - len(self.running))
-        if not used and self.partial is None and self.waiting and free and len(self.waiting[0].head) > left:
+        free = self.slots - len(self.running)  # less than 0 after `resize`
+        if not used and self.partial is None and self.waiting and free > 0 and len(self.waiting[0].head) > left:
             self.partial = self.waiting.popleft()
         tokens = 0
         if self.partial is not None:
