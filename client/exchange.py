@@ -116,7 +116,8 @@ class Exchange:
             self._give_up(stream, attempt, fault.error, now)
             return
         if new:
-            self._prefer(stream, attempt, now)
+            if len(stream.open) > 1:
+                self._prefer(stream, attempt, now)
             self._orders.add(Deliver(chunk.request_id, chunk))
             if first:
                 self._watch(stream)  # the next token has another timeout than the first
@@ -135,7 +136,8 @@ class Exchange:
             self._fault(stream, attempt, fault.error, now)
         else:
             attempt.worker = message.worker
-            self._prefer(stream, attempt, now)
+            if len(stream.open) > 1:
+                self._prefer(stream, attempt, now)
             self._end(stream, ending)
 
     def error(self, message: Error, endpoint: str, now: float) -> None:
@@ -249,10 +251,10 @@ class Exchange:
         self._watch(stream)
 
     def _prefer(self, stream: OpenStream, winner: OpenAttempt, now: float) -> None:
-        """Close the attempt beside the one that has brought something, if there is any."""
-        for loser in [attempt for attempt in stream.open if attempt is not winner]:
-            self._sessions.send(stream.endpoint, stream.cancel(loser), now)
-            self._close(stream, loser, None)
+        """Of two open attempts, close the one beside the one that has brought something."""
+        (loser,) = (attempt for attempt in stream.open if attempt is not winner)
+        self._sessions.send(stream.endpoint, stream.cancel(loser), now)
+        self._close(stream, loser, None)
 
     def _patience_s(self, stream: OpenStream) -> float:
         """Return how long the request may be without a broker."""

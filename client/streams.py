@@ -252,7 +252,10 @@ class OpenStream:
 
     def find(self, number: int) -> OpenAttempt | None:
         """Return the open attempt of this number; None where it has ended, or was never made."""
-        return next((attempt for attempt in self.open if attempt.number == number), None)
+        for attempt in self.open:  # no generator: this is done for every chunk
+            if attempt.number == number:
+                return attempt
+        return None
 
     def started(self, attempt: OpenAttempt, worker: str, now: float) -> None:
         """Note that a worker has the request."""
