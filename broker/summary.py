@@ -5,7 +5,7 @@ Pure functions of the registry: they are called when something may have changed,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..protocol.limits import MAX_BROKERS, MAX_COUNT, MAX_MODELS, MAX_SLOTS
@@ -13,8 +13,11 @@ from ..protocol.messages import Load, ModelInfo, WorkerState
 from .breaker import State
 from .registry import Registry, WorkerSession
 
-#: The most that Load can say.
+#: The most that Load and READY can say.
 _MAX_TOKENS_PER_S = 1e12
+_MAX_SPEED = 1e6
+#: Speeds are measured with each request: those above hear of it when it makes a difference.
+_SPEED_CHANGE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Summary:
         models: the union of theirs.
         slots: requests that they run at a time, all together.
         brokers: this broker's id, and those of all brokers below it.
+        speed: the sum of the speeds of those that take requests, so that a queue here is compared with others by what
+            works it off; None before any of them is known.
         ready: one of them takes requests.
         left_out: models and brokers that did not fit into READY.
     """
@@ -32,12 +37,13 @@ class Summary:
     models: tuple[ModelInfo, ...]
     slots: int
     brokers: tuple[str, ...]
+    speed: float | None
     ready: bool
     left_out: int = 0
 
 
-def summarize(id: str, registry: Registry) -> Summary:
-    """Return the summary of a broker with this id."""
+def summarize(id: str, registry: Registry, told_speed: float | None = None) -> Summary:
+    """Return the summary of a broker with this id; a speed that is much the same as the one told stays as it was."""
     workers = list(registry)
     models = _models(workers)
     below = sorted({broker for worker in workers for broker in worker.ready.brokers} - {id})
@@ -46,6 +52,7 @@ def summarize(id: str, registry: Registry) -> Summary:
         models=models[:MAX_MODELS],
         slots=max(1, min(slots, MAX_SLOTS)),
         brokers=(id, *below)[:MAX_BROKERS],
+        speed=_speed([worker for worker in workers if _usable(worker)], told_speed),
         ready=any(worker.takes_requests for worker in workers),
         left_out=max(0, len(models) - MAX_MODELS) + max(0, 1 + len(below) - MAX_BROKERS),
     )
@@ -73,8 +80,19 @@ def _slots(worker: WorkerSession) -> int:
 
     Without that its requests would seem to fill the others' slots, since the load has them, too.
     """
-    usable = worker.takes_requests and worker.breaker.state is not State.OPEN
-    return worker.ready.slots if usable else min(worker.load, worker.ready.slots)
+    return worker.slots if _usable(worker) else min(worker.load, worker.slots)
+
+
+def _usable(worker: WorkerSession) -> bool:
+    return worker.takes_requests and worker.breaker.state is not State.OPEN
+
+
+def _speed(workers: Sequence[WorkerSession], told: float | None) -> float | None:
+    known = [worker.ready.speed or worker.speed_set or worker.measured.measured for worker in workers]
+    if not any(known):
+        return None  # all are reckoned alike: that says nothing in comparison with others
+    total = min(_MAX_SPEED, sum(worker.speed for worker in workers))
+    return told if told is not None and abs(total - told) <= _SPEED_CHANGE * told else total
 
 
 def load_of(registry: Registry, *, state: WorkerState, waiting: int, held: int) -> Load:

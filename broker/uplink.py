@@ -186,6 +186,7 @@ class Uplink:
             slots=self._summary.slots,
             engine="broker",
             load=self.load(broker, now),
+            speed=self._summary.speed,
             brokers=self._summary.brokers,
         )
 
@@ -284,7 +285,7 @@ class Uplink:
     def _look(self, now: float) -> None:
         """See whether what parents were told still holds."""
         self._look_at, self._looked_at = math.inf, now
-        summary = summarize(self.id, self._registry)
+        summary = summarize(self.id, self._registry, self._summary.speed)
         if summary != self._summary:
             if summary.left_out > self._summary.left_out:
                 self._outbox.log(
@@ -322,12 +323,13 @@ class Uplink:
             self._membership.withdraw(now, [parent])
 
     def _stay(self, parent: str, now: float) -> None:
-        known = self._leaving.pop(parent, None)
-        if known is None or self._exchange.draining:
-            self._outbox.log("uplink_stays", parent=parent, why="it was not leaving for a DRAIN of this parent")
-            return
-        self._outbox.log("uplink_stays", parent=parent)
-        self._membership.stay(now, [parent])
+        leaving = self._leaving.pop(parent, None) is not None
+        if leaving and not self._exchange.draining:
+            self._outbox.log("uplink_stays", parent=parent)
+            self._membership.stay(now, [parent])
+        else:
+            why = "it leaves by its own will" if leaving else "it was not leaving"
+            self._outbox.log("uplink_undo_ignored", parent=parent, why=why)
 
     def _advance_leave(self, parent: str, until: float, now: float) -> None:
         guests = [guest for guest in self._guests[parent].values() if guest.requests]

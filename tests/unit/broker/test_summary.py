@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tokenmq.broker.summary import Summary, load_of, summarize
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.limits import MAX_COUNT, MAX_MODELS, MAX_SLOTS
-from tokenmq.protocol.messages import Draining, Heartbeat, Load, ModelInfo, WorkerState
+from tokenmq.protocol.messages import (
+    Draining,
+    Finish,
+    FinishReason,
+    Heartbeat,
+    Load,
+    ModelInfo,
+    Timings,
+    Usage,
+    WorkerState,
+)
 
-from .stage import Stage
+from .stage import Stage, request_id
 
 
 def summary(stage: Stage) -> Summary:
@@ -21,7 +33,7 @@ def load(stage: Stage) -> Load:
 
 
 def test_a_broker_without_workers_has_room_for_one_and_takes_nothing(stage: Stage) -> None:
-    assert summary(stage) == Summary((), 1, ("me",), ready=False)
+    assert summary(stage) == Summary((), 1, ("me",), None, ready=False)
 
 
 def test_models_are_the_union_as_the_weakest_serves_them(stage: Stage) -> None:
@@ -59,6 +71,27 @@ def test_it_takes_requests_while_one_worker_does(stage: Stage) -> None:
     assert summary(stage).ready
     worker.beats(load=Load(WorkerState.STALLED))
     assert not summary(stage).ready
+
+
+def test_speed_is_the_sum_once_one_is_known(stage: Stage) -> None:
+    first = stage.worker("w1", speed=None)
+    stage.worker("w2", speed=None)
+    assert summary(stage).speed is None
+    stage.client().asks(1)
+    first.says(Finish(request_id(1), 1, FinishReason.STOP, Usage(1, 11), Timings(decode_s=0.5), ""))
+    # Ten tokens behind the first one in half a second; the other one is taken to be like it.
+    assert summary(stage).speed == pytest.approx(40.0)
+    first.beats(load=Load(WorkerState.STALLED))
+    stage.worker("w3", speed=100.0)
+    assert summary(stage).speed == pytest.approx(120.0)
+
+
+def test_a_speed_that_is_much_the_same_is_not_told_anew(stage: Stage) -> None:
+    stage.worker("w1", speed=100.0)
+    assert summarize("me", stage.core.registry, 109.0).speed == 109.0
+    assert summarize("me", stage.core.registry, 120.0).speed == 100.0
+    stage.worker("w2", speed=1e6)
+    assert summary(stage).speed == 1e6
 
 
 def test_brokers_are_those_below_with_this_one_first(stage: Stage) -> None:

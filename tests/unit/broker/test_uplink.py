@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tokenmq.broker.settings import BrokerSettings
@@ -96,17 +98,13 @@ def test_many_changes_at_once_are_told_in_one_ready(tree: Tree) -> None:
     tree.worker("mid", "w0")
     told = tree.carried["mid", "root"]
     told.clear()
+    first = mid.registry.by_name["w0"].ready
     for number in range(1, 20):
-        worker = WorkerPeer(tree, f"w{number}", "mid", bytes([number]) * 5)
-        worker.says(Ready(worker.name, 1, "test/1", mid.registry.by_name["w0"].ready.models, 1, "e", mid_load(mid)))
+        WorkerPeer(tree, f"w{number}", "mid", bytes([number]) * 5).says(replace(first, worker=f"w{number}"))
     tree.passes(0.2)
     readies = [message for message in told if isinstance(message, Ready)]
     assert len(readies) <= 2
     assert readies[-1].slots == 20
-
-
-def mid_load(core: object) -> object:
-    return core.registry.by_name["w0"].ready.load  # type: ignore[attr-defined]
 
 
 def test_a_broker_that_changes_nothing_says_no_more_than_heartbeats(tree: Tree) -> None:
@@ -140,6 +138,20 @@ def test_what_others_have_there_is_told_before_the_heartbeat(tree: Tree) -> None
     while not tree.cores["root"].registry.by_name["mid"].others:
         tree.passes(0.01)
         assert tree.now < at + 0.3
+
+
+def test_brokers_get_requests_by_what_works_them_off(tree: Tree) -> None:
+    tree.broker("root")
+    for name, workers in (("small", 1), ("large", 3)):
+        tree.broker(name, "root")
+        for number in range(workers):
+            tree.worker(name, f"{name}-{number}", slots=8, speed=10.0)
+    client = tree.client("root")
+    for number in range(8):
+        client.asks(number)
+    loads = {worker.name: worker.load for worker in tree.cores["root"].registry}
+    assert loads == {"small": 2, "large": 6}
+    assert {worker.load for worker in tree.cores["large"].registry} == {2}
 
 
 # The way of a request.

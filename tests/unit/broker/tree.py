@@ -184,12 +184,14 @@ class Tree:
         client.heard.clear()
         return client
 
-    def worker(self, broker: str, name: str, *models: str, slots: int = 1, resumes: bool = True) -> WorkerPeer:
+    def worker(
+        self, broker: str, name: str, *models: str, slots: int = 1, resumes: bool = True, speed: float | None = None
+    ) -> WorkerPeer:
         """Register a worker, and let the brokers above hear of it."""
         worker = WorkerPeer(self, name, broker, self._new_id())
         self._peers[broker, worker.id] = worker
         infos = tuple(ModelInfo(model, resumes=resumes) for model in models or ("m",))
-        worker.says(Ready(name, next(self._starts), "test/1", infos, slots, "synthetic", Load()))
+        worker.says(Ready(name, next(self._starts), "test/1", infos, slots, "synthetic", Load(), speed))
         worker.heard.clear()
         self.passes(0.2)
         return worker
