@@ -11,14 +11,11 @@ from types import TracebackType
 
 import zmq
 
-from ..protocol.codec import decode, encode
-from ..protocol.errors import ProtocolError
-from ..protocol.links import Connected, Lost, Malformed, Open, Received, Refused, Send, Shut
+from ..protocol.links import Open, Send, Shut
 from ..protocol.log import Log, write
 from ..protocol.messages import ModelInfo
 from ..transport.endpoints import check_destination
-from ..transport.link import Link
-from ..transport.monitor import ConnectionEvent
+from ..transport.links import Links
 from ..transport.pump import Pump
 from ..transport.rounds import Rounds
 from .core import WorkerCore
@@ -28,8 +25,6 @@ from .events import Action, CancelJob, Changed, Drain, EngineOutputs, Event, Res
 from .settings import WorkerSettings
 
 LOGGER = logging.getLogger("tokenmq.worker")
-#: Messages taken from one broker in one round, so that one cannot starve the others.
-_BATCH = 200
 #: At the end: time for the engine to end its step.
 _ENGINE_STOP_S = 2.0
 
@@ -64,7 +59,7 @@ class WorkerServer:
         self._inbox: deque[Event] = deque()
         self._engine = EngineThread(engine, self._post, clock)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._links: dict[str, Link] = {}
+        self._links = Links(self._context, self._pump)
         self._rounds = Rounds(self._pump, clock)
         self._stop: Stop | None = None
         self._closed = False
@@ -136,8 +131,7 @@ class WorkerServer:
         if self._closed:
             return
         self._closed = True
-        for broker in list(self._links):
-            self._shut(broker)
+        self._links.close()
         self._context.term()
         if not self._engine.stop(_ENGINE_STOP_S):
             self.engine_abandoned = True
@@ -152,9 +146,8 @@ class WorkerServer:
         if self._rounds.late_s:
             self._core.forgive(self._rounds.late_s)
         self._take_inbox()
-        for broker, link in list(self._links.items()):
-            if ready and link.among(ready):
-                self._serve(broker, link)
+        for event in self._links.events(ready):
+            self._tell(event)
         self._tell(self._engine.progress())
         self._perform(self._core.tick(self._rounds.now))
 
@@ -174,22 +167,6 @@ class WorkerServer:
                 event = EngineOutputs(outputs, event.stats)
             self._tell(event)
 
-    def _serve(self, broker: str, link: Link) -> None:
-        """Take what has happened at one broker's socket; a disconnection counts after what was received before it."""
-        happened = link.events()
-        if ConnectionEvent.REFUSED in happened:
-            self._tell(Refused(broker))
-        if ConnectionEvent.CONNECTED in happened:
-            self._tell(Connected(broker))
-        for frames in link.receive(_BATCH):
-            self._tell(_received(broker, frames))
-            if self._links.get(broker) is not link:
-                return  # the session has ended
-        if ConnectionEvent.DISCONNECTED in happened:
-            self._tell(Lost(broker))
-        else:
-            link.flush()
-
     def _tell(self, event: Event) -> None:
         self._perform(self._core.handle(event, self._rounds.now))
 
@@ -201,30 +178,13 @@ class WorkerServer:
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if isinstance(action, Send):
-                self._send(action)
+            if isinstance(action, (Open, Send, Shut)):
+                lost = self._links.perform(action)
+                if lost is not None:
+                    self._post(lost)
             elif isinstance(action, (Submit, CancelJob, Resize)):
                 self._engine.post(action)
             elif isinstance(action, Log):
                 write(LOGGER, action)
-            elif isinstance(action, Open):
-                self._links[action.broker] = Link(self._context, action.broker, self._pump)
-            elif isinstance(action, Shut):
-                self._shut(action.broker)
             else:
                 self._stop = action
-
-    def _send(self, action: Send) -> None:
-        link = self._links[action.broker]
-        if not link.send(encode(action.message)):
-            self._post(Lost(action.broker, "it has stopped reading: the outbox is full"))
-
-    def _shut(self, broker: str) -> None:
-        self._links.pop(broker).close()
-
-
-def _received(broker: str, frames: list[bytes]) -> Event:
-    try:
-        return Received(broker, decode(frames))
-    except ProtocolError as error:
-        return Malformed(broker, error)
