@@ -1,6 +1,6 @@
 """What a broker says of itself at another one, where it is a worker: all that its own workers can do, as one.
 
-Pure functions of the registry: they are called when something may have changed, and never for each token.
+It is looked at when something may have changed, and never for each token.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..protocol.limits import MAX_BROKERS, MAX_COUNT, MAX_MODELS, MAX_SLOTS
-from ..protocol.messages import Load, ModelInfo, WorkerState
+from ..protocol.messages import Load, ModelInfo, Ready, WorkerState
 from .breaker import State
 from .registry import Registry, WorkerSession
 
@@ -26,61 +26,79 @@ class Summary:
 
     Attributes:
         models: the union of theirs.
-        slots: requests that they run at a time, all together.
         brokers: this broker's id, and those of all brokers below it.
+        slots: requests that they run at a time, all together.
         speed: the sum of the speeds of those that take requests, so that a queue here is compared with others by what
             works it off; None before any of them is known.
         ready: one of them takes requests.
-        left_out: models and brokers that did not fit into READY.
     """
 
-    models: tuple[ModelInfo, ...]
-    slots: int
-    brokers: tuple[str, ...]
-    speed: float | None
-    ready: bool
-    left_out: int = 0
+    models: tuple[ModelInfo, ...] = ()
+    brokers: tuple[str, ...] = ()
+    slots: int = 1
+    speed: float | None = None
+    ready: bool = False
 
 
-def summarize(id: str, registry: Registry, told_speed: float | None = None) -> Summary:
-    """Return the summary of a broker with this id; a speed that is much the same as the one told stays as it was."""
-    workers = list(registry)
-    models = _models(workers)
-    below = sorted({broker for worker in workers for broker in worker.ready.brokers} - {id})
-    slots = sum(_slots(worker) for worker in workers)
-    return Summary(
-        models=models[:MAX_MODELS],
-        slots=max(1, min(slots, MAX_SLOTS)),
-        brokers=(id, *below)[:MAX_BROKERS],
-        speed=_speed([worker for worker in workers if _usable(worker)], told_speed),
-        ready=any(worker.takes_requests for worker in workers),
-        left_out=max(0, len(models) - MAX_MODELS) + max(0, 1 + len(below) - MAX_BROKERS),
-    )
+class Summarizer:
+    """Makes the summary of a broker again and again.
+
+    Attributes:
+        summary: the last one.
+        left_out: models and brokers that did not fit into it.
+    """
+
+    def __init__(self, id: str, registry: Registry) -> None:
+        """Have one of no workers; `id` is the broker's."""
+        self.left_out = 0
+        self._id = id
+        self._registry = registry
+        self._readies: list[Ready] = []
+        self.summary = Summary(brokers=(id,))
+
+    def differs(self) -> bool:
+        """Make the summary anew; tell whether it is another one."""
+        before = self.summary
+        workers = list(self._registry)
+        usable = [worker for worker in workers if _usable(worker)]
+        # One that takes nothing at the moment just has room for what it holds: without that its requests would seem
+        # to fill the others' slots, since the load has them, too.
+        spent = sum(min(worker.load, worker.slots) for worker in workers if not _usable(worker))
+        after = replace(
+            before,
+            slots=max(1, min(sum(worker.slots for worker in usable) + spent, MAX_SLOTS)),
+            speed=_speed(usable, before.speed),
+            ready=any(worker.takes_requests for worker in workers),
+        )
+        readies = [worker.ready for worker in workers]
+        # Most of the time these are the very same objects: a thousand comparisons, and not ten thousand models.
+        if readies != self._readies:
+            self._readies = readies
+            after = self._catalogued(after)
+        self.summary = after
+        return after != before
+
+    def _catalogued(self, summary: Summary) -> Summary:
+        models = _models(self._readies)
+        brokers = (self._id, *sorted({broker for ready in self._readies for broker in ready.brokers}))
+        self.left_out = max(0, len(models) - MAX_MODELS) + max(0, len(brokers) - MAX_BROKERS)
+        return replace(summary, models=models[:MAX_MODELS], brokers=brokers[:MAX_BROKERS])
 
 
-def _models(workers: Iterable[WorkerSession]) -> tuple[ModelInfo, ...]:
+def _models(readies: Iterable[Ready]) -> tuple[ModelInfo, ...]:
     found: dict[str, ModelInfo] = {}
-    for worker in workers:
-        for info in worker.ready.models:
-            resumes = worker.resumes(info.name)
+    for ready in readies:
+        for info in ready.models:
             known = found.get(info.name)
             if known is None:
-                found[info.name] = replace(info, resumes=resumes)
-            else:
+                found[info.name] = info
+            elif known != info:
                 # A prompt that fits into the smallest context fits wherever it goes; 0 is no bound.
                 contexts = [tokens for tokens in (known.context_tokens, info.context_tokens) if tokens]
                 found[info.name] = ModelInfo(
-                    info.name, min(contexts, default=0), known.chat and info.chat, known.resumes or resumes
+                    info.name, min(contexts, default=0), known.chat and info.chat, known.resumes or info.resumes
                 )
     return tuple(found[name] for name in sorted(found))
-
-
-def _slots(worker: WorkerSession) -> int:
-    """Return what a worker adds to the slots: one that takes nothing at the moment just has room for what it holds.
-
-    Without that its requests would seem to fill the others' slots, since the load has them, too.
-    """
-    return worker.slots if _usable(worker) else min(worker.load, worker.slots)
 
 
 def _usable(worker: WorkerSession) -> bool:

@@ -44,7 +44,7 @@ from .outbox import Outbox
 from .registry import Registry
 from .requests import key_of
 from .settings import BrokerSettings
-from .summary import load_of, summarize
+from .summary import Summarizer, load_of
 
 #: What is told above is looked at again after this time at the earliest: a look costs as much as there are workers,
 #: and what it finds is wrong for hardly longer than a message takes.
@@ -96,7 +96,7 @@ class Uplink:
         self._membership = Membership(settings.uplinks, self, outbox)
         #: Guests by their parent's route, by parent.
         self._guests: dict[str, dict[bytes, Guest]] = {parent: {} for parent in settings.uplinks}
-        self._summary = summarize(id, registry)
+        self._summarizer = Summarizer(id, registry)
         #: What others than each parent have here, as of the last look.
         self._others = dict.fromkeys(settings.uplinks, 0)
         #: When to look at what READY and Load say.
@@ -178,16 +178,17 @@ class Uplink:
 
     def ready(self, broker: str, now: float) -> Ready:
         """Return the READY of the moment."""
+        summary = self._summarizer.summary
         return Ready(
             worker=self._settings.name,
             incarnation=self._incarnation,
             software=self._software,
-            models=self._summary.models,
-            slots=self._summary.slots,
+            models=summary.models,
+            slots=summary.slots,
             engine="broker",
             load=self.load(broker, now),
-            speed=self._summary.speed,
-            brokers=self._summary.brokers,
+            speed=summary.speed,
+            brokers=summary.brokers,
         )
 
     def load(self, broker: str, _now: float) -> Load:
@@ -285,13 +286,11 @@ class Uplink:
     def _look(self, now: float) -> None:
         """See whether what parents were told still holds."""
         self._look_at, self._looked_at = math.inf, now
-        summary = summarize(self.id, self._registry, self._summary.speed)
-        if summary != self._summary:
-            if summary.left_out > self._summary.left_out:
-                self._outbox.log(
-                    "uplink_cut", level=logging.WARNING, left_out=summary.left_out, why="too many to tell"
-                )
-            self._summary = summary
+        left_out = self._summarizer.left_out
+        if self._summarizer.differs():
+            if self._summarizer.left_out > left_out:
+                why = "more models or brokers than READY can tell"
+                self._outbox.log("uplink_cut", level=logging.WARNING, left_out=self._summarizer.left_out, why=why)
             if not self._exchange.draining:
                 self._membership.register(now, [parent for parent in self._guests if parent not in self._leaving])
         for parent in self._guests:
@@ -300,7 +299,7 @@ class Uplink:
     def _state(self, parent: str) -> WorkerState:
         if self._exchange.draining or parent in self._leaving:
             return WorkerState.DRAINING
-        return WorkerState.READY if self._summary.ready else WorkerState.LOADING
+        return WorkerState.READY if self._summarizer.summary.ready else WorkerState.LOADING
 
     def _held(self, parent: str) -> int:
         guests = self._guests[parent].values()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tokenmq.broker.summary import Summary, load_of, summarize
+from tokenmq.broker.summary import Summarizer, Summary, load_of
 from tokenmq.protocol.codec import decode, encode
-from tokenmq.protocol.limits import MAX_COUNT, MAX_MODELS, MAX_SLOTS
+from tokenmq.protocol.limits import MAX_BROKERS, MAX_COUNT, MAX_MODELS, MAX_SLOTS
 from tokenmq.protocol.messages import (
     Draining,
     Finish,
@@ -25,7 +25,9 @@ from .stage import Stage, request_id
 
 
 def summary(stage: Stage) -> Summary:
-    return summarize("me", stage.core.registry)
+    summarizer = Summarizer("me", stage.core.registry)
+    summarizer.differs()
+    return summarizer.summary
 
 
 def load(stage: Stage) -> Load:
@@ -33,7 +35,9 @@ def load(stage: Stage) -> Load:
 
 
 def test_a_broker_without_workers_has_room_for_one_and_takes_nothing(stage: Stage) -> None:
-    assert summary(stage) == Summary((), 1, ("me",), None, ready=False)
+    summarizer = Summarizer("me", stage.core.registry)
+    assert not summarizer.differs()
+    assert summarizer.summary == Summary((), ("me",), 1, None, ready=False)
 
 
 def test_models_are_the_union_as_the_weakest_serves_them(stage: Stage) -> None:
@@ -87,9 +91,15 @@ def test_speed_is_the_sum_once_one_is_known(stage: Stage) -> None:
 
 
 def test_a_speed_that_is_much_the_same_is_not_told_anew(stage: Stage) -> None:
-    stage.worker("w1", speed=100.0)
-    assert summarize("me", stage.core.registry, 109.0).speed == 109.0
-    assert summarize("me", stage.core.registry, 120.0).speed == 100.0
+    worker = stage.worker("w1", speed=100.0)
+    summarizer = Summarizer("me", stage.core.registry)
+    summarizer.differs()
+    worker.changes(speed=109.0)
+    assert not summarizer.differs()
+    worker.changes(speed=120.0)
+    assert summarizer.differs()
+    assert summarizer.summary.speed == 120.0
+    worker.changes(speed=1e6)
     stage.worker("w2", speed=1e6)
     assert summary(stage).speed == 1e6
 
@@ -104,8 +114,14 @@ def test_brokers_are_those_below_with_this_one_first(stage: Stage) -> None:
 def test_what_does_not_fit_into_a_message_is_left_out_and_counted(stage: Stage) -> None:
     stage.worker("w1", *(f"m{number:04}" for number in range(MAX_MODELS)), slots=MAX_SLOTS)
     stage.worker("w2", "extra", "m0000", slots=MAX_SLOTS)
-    found = summary(stage)
-    assert (len(found.models), found.slots, found.left_out) == (MAX_MODELS, MAX_SLOTS, 1)
+    stage.worker("w3", brokers=tuple(f"b{number}" for number in range(MAX_BROKERS)))
+    summarizer = Summarizer("me", stage.core.registry)
+    assert summarizer.differs()
+    found = summarizer.summary
+    assert (len(found.models), found.slots, len(found.brokers)) == (MAX_MODELS, MAX_SLOTS, MAX_BROKERS)
+    assert found.brokers[0] == "me"
+    # `m` of the third worker and `extra` or another one are too many, and so is one broker.
+    assert summarizer.left_out == 3
 
 
 def test_loads_add_up(stages: Callable[..., Stage]) -> None:
