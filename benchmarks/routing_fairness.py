@@ -1,10 +1,9 @@
 """What a client that floods costs the others: waits of an ordinary client with and without 10,000 requests beside it.
 
-The same simulation as routing.py, with the broker's own bound on what may wait: what it turns away comes again as the
-client library does it. One client in five is watched; all of them together load the workers by half. Then one more
-client sends 10,000 requests at once. The watched client's waits are compared with those of the same requests without
-the flood; they are in mean service times. Beside it: with a priority above all others for the watched client, which
-is the best that can be had without interrupting what runs, and one queue for all, first come, first served.
+The same simulation as routing.py. One client in five is watched; all of them together load the workers by half. Then
+one more client sends 10,000 requests at once. The watched client's waits are compared with those of the same requests
+without the flood; they are in mean service times. Beside it: with a priority above all others for the watched client,
+which is the best that can be had without interrupting what runs, and one queue for all, first come, first served.
 
 Shares are shares of tokens: after a long request of its own, a client that others compete with is behind them for as
 long as its share of the workers takes to make up for it. In a small cluster that is a long time. So there is a second
@@ -27,13 +26,14 @@ from routing_load import FIXED, PARETO, POISSON, SERVICE_S, Cluster, Job, bound_
 from routing_rules import Outcome, central_queue
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
-from tokenmq.broker.settings import MAX_WAITING
 from tokenmq.protocol.limits import MAX_PRIORITY
 
 FLOOD = 10_000
 #: Clients besides the one that floods; the first of them is watched.
 CLIENTS = 5
 LOAD = 0.5
+#: Seconds between heartbeats: nothing depends on them here.
+HEARTBEAT_S = 15.0
 #: The flood comes after so many mean service times; it takes the workers by half at least, and so ends in twice its
 #: own time.
 _BEGIN = 20
@@ -84,8 +84,7 @@ def harm(cluster: Cluster, flood: int, seed: str, lengths: str = PARETO) -> Harm
 
     def simulated(jobs: list[Job]) -> Outcome:
         names = [f"client-{number}" for number in range(CLIENTS + 1)]
-        simulation = Simulation(cluster, DEFAULT_POLICY, seed=seed, max_waiting=MAX_WAITING, clients=names)
-        return simulation.run(jobs)
+        return Simulation(cluster, DEFAULT_POLICY, seed=seed, report_s=HEARTBEAT_S, clients=names).run(jobs)
 
     def watched(jobs: list[Job], outcome: Outcome) -> float:
         waits = [
