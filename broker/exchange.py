@@ -11,7 +11,7 @@ former still runs at a worker that nobody believes in any more.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from random import Random
@@ -86,6 +86,8 @@ class Exchange:
         self._id = id
         self._max_waiting = settings.max_waiting
         self._weights = dict(settings.client_weights)
+        #: Requests that run, by share.
+        self._running: Counter[str] = Counter()
         self._started_at = now
         #: Until then workers may still be on their way back to a broker that has been started again.
         self._young_until = now + settings.expiry_s
@@ -213,7 +215,7 @@ class Exchange:
         if record is None:
             self._counters.late_answers += 1
             return
-        worker.release(record)
+        self._release(worker, record)
         self._forget(record)
         self._judge(worker, record, answer, now)
         if record.client is not None:
@@ -263,7 +265,7 @@ class Exchange:
         message = f"worker {worker.name} was lost: {why}"
         self._pauses.drop(worker.peer)
         for record in list(worker.in_flight.values()):
-            worker.release(record)
+            self._release(worker, record)
             self._forget(record)
             if record.client is not None:
                 self._answer(record, self._error(record, ErrorCode.WORKER_LOST, message, retryable=True))
@@ -455,6 +457,7 @@ class Exchange:
         running = {key: record for worker in self._registry for key, record in worker.in_flight.items()}
         assert not waiting.keys() & running.keys(), "a request waits and runs"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
+        assert self._running == Counter(record.share for record in running.values()), "what runs, by share"
         for model, room in self._rooms.items():
             room.validate()
             assert all(record.model == model for record in room)
@@ -548,8 +551,16 @@ class Exchange:
     def _room(self, model: str) -> WaitingRoom:
         room = self._rooms.get(model)
         if room is None:
-            room = self._rooms[model] = WaitingRoom(self._max_waiting, lambda share: self._weights.get(share, 1.0))
+            room = self._rooms[model] = WaitingRoom(
+                self._max_waiting, lambda share: self._weights.get(share, 1.0), lambda share: self._running[share]
+            )
         return room
+
+    def _release(self, worker: WorkerSession, record: RequestRecord) -> None:
+        worker.release(record)
+        self._running[record.share] -= 1
+        if not self._running[record.share]:
+            del self._running[record.share]
 
     def _slot_freed(self, worker: WorkerSession, now: float) -> None:
         self._registry.changed(worker, now)
@@ -585,6 +596,7 @@ class Exchange:
         self._dispatches += 1
         worker.last_used = self._dispatches
         worker.charge(record)
+        self._running[record.share] += 1
         self._registry.pool.changed(worker)
         self._outbox.to_worker(worker, replace(message, envelope=envelope))
         assert record.client is not None

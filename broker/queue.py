@@ -10,7 +10,8 @@ start tag, and the least is next. Being served moves it on by the request's toke
 back after a while begins at the virtual time, so nobody saves up credit by staying away. Deficit round robin would
 need a quantum: one below the largest request goes round in loops that serve nobody, one above it lets a share with
 short requests send a burst of a million tokens. Tags need none and take one binary search, and two clients that both
-wait never differ by more than one request of each.
+wait never differ by more than one request of each. Of equal tags, the client with less running goes first: a flood
+has most slots already when somebody else comes.
 
 The paper's virtual time, the start tag served last, has a flaw where clients come for one request each and go: all
 get the same tag, and who has been served once starves behind them (their tags could never be forgotten, either). So
@@ -62,15 +63,17 @@ class _Share:
         records: what waits, in the order of arrival, each with its number among all arrivals.
         finish: the finish tag of what was served last.
         tag: the start tag of the next one; `finish` while nothing waits.
+        running: requests of the client that ran when its next one came to be the next.
         weight: how much of the class is the client's; as of when it began to wait.
         served_at: when a request of it was served here.
     """
 
-    __slots__ = ("finish", "records", "served_at", "tag", "weight")
+    __slots__ = ("finish", "records", "running", "served_at", "tag", "weight")
 
     def __init__(self) -> None:
         self.records: OrderedDict[RequestRecord, int] = OrderedDict()
         self.finish = self.tag = 0.0
+        self.running = 0
         self.weight = 1.0
         self.served_at = -math.inf
 
@@ -78,12 +81,14 @@ class _Share:
 class _Class:
     """The requests of one priority: start-time fair queueing. It is forgotten when nothing waits."""
 
-    def __init__(self, weight_of: Callable[[str], float]) -> None:
+    def __init__(self, weight_of: Callable[[str], float], running_of: Callable[[str], int]) -> None:
         self.shares: dict[str, _Share] = {}
         self._weight_of = weight_of
-        #: Those that wait, by tag, then first come, first served. Sorted lists: to move a few kilobytes costs less
-        #: than the dead entries of a heap, and they can be walked.
-        self._order: list[tuple[float, int, str]] = []
+        self._running_of = running_of
+        #: Those that wait, by tag, then by what they have running (a flooder and a newcomer often have the same tag),
+        #: then first come, first served. Sorted lists: to move a few kilobytes costs less than the dead entries of a
+        #: heap, and they can be walked.
+        self._order: list[tuple[float, int, int, str]] = []
         #: Those that do not, by tag: as soon as the virtual time is there, they are as good as strangers.
         self._idle: list[tuple[float, str]] = []
         #: The greatest start tag that was served.
@@ -115,11 +120,11 @@ class _Class:
             share.weight = self._weight_of(record.share)
             share.tag = max(share.finish, self._joining_tag(record.cost_tokens / share.weight))
             self._weight += share.weight
-            insort(self._order, (share.tag, number, record.share))
+            self._line_up(share, record.share, self._running_of(record.share))
 
     def first(self, servable: Callable[[RequestRecord], bool]) -> tuple[float, RequestRecord] | None:
         """Return the next request that is servable, and since when its client waits to be served."""
-        for _, _, name in self._order:
+        for *_, name in self._order:
             share = self.shares[name]
             for record in share.records:
                 if servable(record):
@@ -136,13 +141,13 @@ class _Class:
         self._virtual_time = max(start, self._virtual_time)
         self._greatest_finish = max(share.finish, self._greatest_finish)
         share.served_at = now
-        self._take_out(record, share, share.finish)
+        self._take_out(record, share, share.finish, self._running_of(record.share) + 1)
         self._forget_idle()
 
     def remove(self, record: RequestRecord) -> None:
         """Take the request out; its share pays nothing."""
         share = self.shares[record.share]
-        self._take_out(record, share, share.tag)
+        self._take_out(record, share, share.tag, self._running_of(record.share))
         self._forget_idle()
 
     def validate(self) -> None:
@@ -152,7 +157,7 @@ class _Class:
             AssertionError: one does not hold.
         """
         waiting = {name: share for name, share in self.shares.items() if share.records}
-        heads = [(share.tag, next(iter(share.records.values())), name) for name, share in waiting.items()]
+        heads = [_entry(share, name) for name, share in waiting.items()]
         assert self._order == sorted(heads), "the order is not that of the tags"
         idle = [(share.tag, name) for name, share in self.shares.items() if not share.records]
         assert self._idle == sorted(idle), "an idle share is lost or left over"
@@ -170,13 +175,16 @@ class _Class:
             return self._virtual_time
         return max(self._virtual_time, min(self._fluid_time, self._order[0][0] + cost))
 
-    def _take_out(self, record: RequestRecord, share: _Share, tag: float) -> None:
-        head = (share.tag, next(iter(share.records.values())), record.share)
+    def _line_up(self, share: _Share, name: str, running: int) -> None:
+        share.running = running
+        insort(self._order, _entry(share, name))
+
+    def _take_out(self, record: RequestRecord, share: _Share, tag: float, running: int) -> None:
+        del self._order[bisect_left(self._order, _entry(share, record.share))]
         del share.records[record]
-        del self._order[bisect_left(self._order, head)]
         if share.records:
             share.tag = tag
-            insort(self._order, (tag, next(iter(share.records.values())), record.share))
+            self._line_up(share, record.share, running)
         else:
             share.tag = share.finish
             self._weight -= share.weight
@@ -187,6 +195,10 @@ class _Class:
         for _, name in self._idle[:past]:
             del self.shares[name]
         del self._idle[:past]
+
+
+def _entry(share: _Share, name: str) -> tuple[float, int, int, str]:
+    return share.tag, share.running, next(iter(share.records.values())), name
 
 
 class _Places:
@@ -264,16 +276,23 @@ class WaitingRoom:
     because something is not servable takes as long as it is far.
     """
 
-    def __init__(self, limit: int, weight_of: Callable[[str], float] = lambda share: 1.0) -> None:
+    def __init__(
+        self,
+        limit: int,
+        weight_of: Callable[[str], float] = lambda share: 1.0,
+        running_of: Callable[[str], int] = lambda share: 0,
+    ) -> None:
         """Make a room for `limit` requests, and as many that resume.
 
         Args:
             limit: how many; 0 lets nobody wait.
             weight_of: how much of the workers a share gets in relation to others, greater than 0. Asked when the
                 share begins to wait.
+            running_of: how many requests of a share run; of two whose turn it is, the one with fewer is served.
         """
         self.limit = limit
         self._weight_of = weight_of
+        self._running_of = running_of
         self._classes: dict[int, _Class] = {}
         self._fresh = _Places()
         self._resumed = _Places()
@@ -317,7 +336,7 @@ class WaitingRoom:
             self._take_out(each)
         level = _level(record)
         if level not in self._classes:
-            self._classes[level] = _Class(self._weight_of)
+            self._classes[level] = _Class(self._weight_of, self._running_of)
         self._arrivals += 1
         self._classes[level].append(record, self._arrivals)
         self._places(record).take(record)

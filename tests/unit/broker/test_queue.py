@@ -18,7 +18,9 @@ class Scene:
     """A room and its time; requests are numbered as they come, and each step is checked."""
 
     def __init__(self, limit: int = 100_000, **weights: float) -> None:
-        self.room = WaitingRoom(limit, lambda share: weights.get(share, 1.0))
+        #: What runs, by client.
+        self.running: Counter[str] = Counter()
+        self.room = WaitingRoom(limit, lambda share: weights.get(share, 1.0), lambda share: self.running[share])
         self.now = 0.0
         self.checked = True
         self._number = 0
@@ -155,12 +157,18 @@ class TestShares:
         scene.many(10, "b")
         assert scene.shares(6) == "bababa"
 
+    def test_of_two_whose_turn_it_is_the_one_with_less_running_goes_first(self, scene: Scene) -> None:
+        scene.running["flooder"] = 1
+        scene.many(50, "flooder")
+        scene.come("other")
+        assert scene.serve().share == "other"
+
     def test_who_has_just_had_a_long_one_does_not_come_first_again(self, scene: Scene) -> None:
         scene.come("b", tokens=1000)
         scene.many(20, "a")
         assert scene.shares(1) == "b"
         scene.come("b", tokens=1)
-        assert scene.shares(12) == "a" * 11 + "b"  # a tie: the eleventh was there first
+        assert scene.shares(12) == "a" * 10 + "ba"  # a tie: the other one has more running
 
     def test_what_is_cancelled_costs_nothing(self, scene: Scene) -> None:
         long, _ = scene.come("a", tokens=100_000), scene.come("a")
@@ -190,7 +198,7 @@ class TestShares:
             scene.many(20, str(number))
         assert scene.shares(2) == "long0"
         scene.come("z")
-        assert scene.shares(18) == "12345678" + "012345678" + "z"
+        assert scene.shares(18) == "12345678" + "z" + "012345678"
 
     def test_a_flood_that_has_caught_up_is_no_further_ahead(self, scene: Scene) -> None:
         scene.come("long", tokens=1000)
@@ -246,7 +254,7 @@ class TestWhatCannotBeServed:
             scene.serve(lambda record: record.share == "b")
         assert scene.shares(1) == "a"
         scene.come("c", tokens=10)
-        assert scene.shares(10) == "a" * 9 + "c"
+        assert scene.shares(10) == "a" * 8 + "ca"
 
     def test_a_later_one_of_its_client_may_go_before_it(self, scene: Scene) -> None:
         first, second = scene.many(2, "a")
