@@ -5,19 +5,7 @@ wait in mid-sentence. Each priority is one more. The class with the most urgent 
 the class the earlier, but waiting counts, too, so that none starves. It counts how long the *client* went without
 being served there: old requests of one that is served all the time are no reason to lift them over others.
 
-**Shares.** Within a class clients share by tokens: start-time fair queueing (Goyal, Vin, Cheng 1996). Who waits has a
-start tag, and the least is next. Being served moves it on by the request's tokens over the share's weight; who comes
-back after a while begins at the virtual time, so nobody saves up credit by staying away. Deficit round robin would
-need a quantum: one below the largest request goes round in loops that serve nobody, one above it lets a share with
-short requests send a burst of a million tokens. Tags need none and take one binary search, and two clients that both
-wait never differ by more than one request of each. Of equal tags, the client with less running goes first: a flood
-has most slots already when somebody else comes.
-
-The paper's virtual time, the start tag served last, has a flaw where clients come for one request each and go: all
-get the same tag, and who has been served once starves behind them (their tags could never be forgotten, either). So
-newcomers begin at the *fluid* time: each request moves it on by its tokens over the weight of all who wait, as if all
-were served at once (the idea of WF2Q+, Bennett and Zhang 1996). It puts nobody back by more than his own request, and
-so the bound above holds.
+**Shares.** Within a class clients share by tokens, see fairness.py.
 
 **Places.** In a full room a newcomer may take the place of another client's request, of the lowest priority and the
 latest, if that client keeps at least as much as the newcomer's then has: requests where their number is the limit,
@@ -31,13 +19,14 @@ own.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 
+from .fairness import ShareClass
+from .places import Places
 from .requests import RequestRecord
 
 #: Prompts and images that may wait for one model, whatever their number; as much again of requests that resume.
@@ -54,219 +43,6 @@ _MOST_RETRY_S = 30.0
 _SMOOTHING = 0.2
 #: What a rate is computed from at least: slots that become free at once would make it infinite.
 _LEAST_INTERVAL_S = 1e-6
-
-
-class _Share:
-    """One client in one class.
-
-    Attributes:
-        records: what waits, in the order of arrival, each with its number among all arrivals.
-        finish: the finish tag of what was served last.
-        tag: the start tag of the next one; `finish` while nothing waits.
-        running: requests of the client that ran when its next one came to be the next.
-        weight: how much of the class is the client's; as of when it began to wait.
-        served_at: when a request of it was served here.
-    """
-
-    __slots__ = ("finish", "records", "running", "served_at", "tag", "weight")
-
-    def __init__(self) -> None:
-        self.records: OrderedDict[RequestRecord, int] = OrderedDict()
-        self.finish = self.tag = 0.0
-        self.running = 0
-        self.weight = 1.0
-        self.served_at = -math.inf
-
-
-class _Class:
-    """The requests of one priority: start-time fair queueing. It is forgotten when nothing waits."""
-
-    def __init__(self, weight_of: Callable[[str], float], running_of: Callable[[str], int]) -> None:
-        self.shares: dict[str, _Share] = {}
-        self._weight_of = weight_of
-        self._running_of = running_of
-        #: Those that wait, by tag, then by what they have running (a flooder and a newcomer often have the same tag),
-        #: then first come, first served. Sorted lists: to move a few kilobytes costs less than the dead entries of a
-        #: heap, and they can be walked.
-        self._order: list[tuple[float, int, int, str]] = []
-        #: Those that do not, by tag: as soon as the virtual time is there, they are as good as strangers.
-        self._idle: list[tuple[float, str]] = []
-        #: The greatest start tag that was served.
-        self._virtual_time = 0.0
-        self._fluid_time = 0.0
-        self._greatest_finish = 0.0
-        #: How far what was served last moves it on, once it is done: when the next is served.
-        self._fluid_step = 0.0
-        #: Of all shares that wait.
-        self._weight = 0.0
-
-    def __bool__(self) -> bool:
-        """Tell whether anything waits."""
-        return bool(self._order)
-
-    def __iter__(self) -> Iterator[RequestRecord]:
-        """Iterate over all that waits, by share."""
-        return chain.from_iterable(share.records for share in self.shares.values())
-
-    def append(self, record: RequestRecord, number: int) -> None:
-        """Let the request wait, behind all others of its share."""
-        share = self.shares.get(record.share)
-        if share is None:
-            share = self.shares[record.share] = _Share()
-        elif not share.records:
-            del self._idle[bisect_left(self._idle, (share.tag, record.share))]
-        share.records[record] = number
-        if len(share.records) == 1:
-            share.weight = self._weight_of(record.share)
-            share.tag = max(share.finish, self._joining_tag(record.cost_tokens / share.weight))
-            self._weight += share.weight
-            self._line_up(share, record.share, self._running_of(record.share))
-
-    def first(self, servable: Callable[[RequestRecord], bool]) -> tuple[float, RequestRecord] | None:
-        """Return the next request that is servable, and since when its client waits to be served."""
-        for *_, name in self._order:
-            share = self.shares[name]
-            for record in share.records:
-                if servable(record):
-                    return max(record.arrived_at, share.served_at), record
-        return None
-
-    def serve(self, record: RequestRecord, now: float) -> None:
-        """Take the request out and charge it to its share."""
-        share = self.shares[record.share]
-        start, cost = share.tag, record.cost_tokens
-        share.finish = start + cost / share.weight
-        self._fluid_time = max(start, min(self._fluid_time + self._fluid_step, self._greatest_finish))
-        self._fluid_step = cost / self._weight
-        self._virtual_time = max(start, self._virtual_time)
-        self._greatest_finish = max(share.finish, self._greatest_finish)
-        share.served_at = now
-        self._take_out(record, share, share.finish, self._running_of(record.share) + 1)
-        self._forget_idle()
-
-    def remove(self, record: RequestRecord) -> None:
-        """Take the request out; its share pays nothing."""
-        share = self.shares[record.share]
-        self._take_out(record, share, share.tag, self._running_of(record.share))
-        self._forget_idle()
-
-    def validate(self) -> None:
-        """Check every invariant of tags.
-
-        Raises:
-            AssertionError: one does not hold.
-        """
-        waiting = {name: share for name, share in self.shares.items() if share.records}
-        heads = [_entry(share, name) for name, share in waiting.items()]
-        assert self._order == sorted(heads), "the order is not that of the tags"
-        idle = [(share.tag, name) for name, share in self.shares.items() if not share.records]
-        assert self._idle == sorted(idle), "an idle share is lost or left over"
-        assert all(tag > self._virtual_time for tag, _ in idle), "a share is kept that has nothing"
-        assert math.isclose(self._weight, sum(share.weight for share in waiting.values())), "weights do not add up"
-        assert self._virtual_time <= self._fluid_time <= self._greatest_finish, "time runs ahead of service"
-        for name, share in waiting.items():
-            numbers = list(share.records.values())
-            assert numbers == sorted(numbers), "a share is out of order"
-            assert share.tag >= share.finish, "a share does not pay for what was served"
-            assert all(record.share == name for record in share.records), "a request is in another's share"
-
-    def _joining_tag(self, cost: float) -> float:
-        if not self._order:
-            return self._virtual_time
-        return max(self._virtual_time, min(self._fluid_time, self._order[0][0] + cost))
-
-    def _line_up(self, share: _Share, name: str, running: int) -> None:
-        share.running = running
-        insort(self._order, _entry(share, name))
-
-    def _take_out(self, record: RequestRecord, share: _Share, tag: float, running: int) -> None:
-        del self._order[bisect_left(self._order, _entry(share, record.share))]
-        del share.records[record]
-        if share.records:
-            share.tag = tag
-            self._line_up(share, record.share, running)
-        else:
-            share.tag = share.finish
-            self._weight -= share.weight
-            insort(self._idle, (share.tag, record.share))
-
-    def _forget_idle(self) -> None:
-        past = bisect_right(self._idle, self._virtual_time, key=itemgetter(0))
-        for _, name in self._idle[:past]:
-            del self.shares[name]
-        del self._idle[:past]
-
-
-def _entry(share: _Share, name: str) -> tuple[float, int, int, str]:
-    return share.tag, share.running, next(iter(share.records.values())), name
-
-
-class _Places:
-    """Who has how many of the places, and of the bytes."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.bytes = 0
-        self.number_of: dict[str, int] = {}
-        self.bytes_of: dict[str, int] = {}
-        #: The shares by their number of requests, and the greatest such number: the one with most is found at once.
-        self._by_number: dict[int, dict[str, None]] = {}
-        self._most = 0
-
-    def take(self, record: RequestRecord) -> None:
-        """Count a request in."""
-        self.taken += 1
-        self.bytes += record.size_bytes
-        self.bytes_of[record.share] = self.bytes_of.get(record.share, 0) + record.size_bytes
-        number = self._move(record.share, +1)
-        self._most = max(self._most, number)
-
-    def release(self, record: RequestRecord) -> None:
-        """Count a request out."""
-        self.taken -= 1
-        self.bytes -= record.size_bytes
-        self.bytes_of[record.share] -= record.size_bytes
-        number = self._move(record.share, -1)
-        if self._most not in self._by_number:
-            self._most = number
-        if not number:
-            del self.bytes_of[record.share]
-
-    def most_requests(self) -> tuple[str, int]:
-        """Return the share with most requests, of several the latest that has got so many, and their number."""
-        return next(reversed(self._by_number[self._most])), self._most
-
-    def validate(self, records: list[RequestRecord]) -> None:
-        """Check the counts against the requests that there are.
-
-        Raises:
-            AssertionError: they do not agree.
-        """
-        assert self.taken == len(records), "places do not add up"
-        assert self.bytes == sum(record.size_bytes for record in records), "bytes do not add up"
-        assert self.number_of == Counter(record.share for record in records), "the places of a share are wrong"
-        bytes_of = dict.fromkeys(self.number_of, 0)
-        for record in records:
-            bytes_of[record.share] += record.size_bytes
-        assert self.bytes_of == bytes_of, "the bytes of a share are wrong"
-        found = {name: number for number, names in self._by_number.items() for name in names}
-        assert found == self.number_of, "a share is filed wrongly"
-        assert all(self._by_number.values()), "an empty file is kept"
-        assert self._most == max(self.number_of.values(), default=0), "another share has most"
-
-    def _move(self, share: str, change: int) -> int:
-        number = self.number_of.get(share, 0)
-        if number:
-            del self._by_number[number][share]
-            if not self._by_number[number]:
-                del self._by_number[number]
-        number += change
-        if number:
-            self.number_of[share] = number
-            self._by_number.setdefault(number, {})[share] = None
-        else:
-            del self.number_of[share]
-        return number
 
 
 class WaitingRoom:
@@ -293,9 +69,9 @@ class WaitingRoom:
         self.limit = limit
         self._weight_of = weight_of
         self._running_of = running_of
-        self._classes: dict[int, _Class] = {}
-        self._fresh = _Places()
-        self._resumed = _Places()
+        self._classes: dict[int, ShareClass] = {}
+        self._fresh = Places()
+        self._resumed = Places()
         self._requests_of: Counter[str] = Counter()
         self._arrivals = 0
         self._left_at: float | None = None
@@ -336,7 +112,7 @@ class WaitingRoom:
             self._take_out(each)
         level = _level(record)
         if level not in self._classes:
-            self._classes[level] = _Class(self._weight_of, self._running_of)
+            self._classes[level] = ShareClass(self._weight_of, self._running_of)
         self._arrivals += 1
         self._classes[level].append(record, self._arrivals)
         self._places(record).take(record)
@@ -434,7 +210,7 @@ class WaitingRoom:
             return self._one_too_many(record, places)
         return []
 
-    def _one_too_many(self, record: RequestRecord, places: _Places) -> list[RequestRecord] | None:
+    def _one_too_many(self, record: RequestRecord, places: Places) -> list[RequestRecord] | None:
         if not places.taken:
             return None
         rival, number = places.most_requests()
@@ -443,7 +219,7 @@ class WaitingRoom:
             return [next(self._latest_first(rival, self._levels(record)))]
         return list(islice(self._less_important(record), 1)) or None
 
-    def _too_large(self, record: RequestRecord, places: _Places, excess: int) -> list[RequestRecord] | None:
+    def _too_large(self, record: RequestRecord, places: Places, excess: int) -> list[RequestRecord] | None:
         rival, most = max(places.bytes_of.items(), key=itemgetter(1), default=(record.share, 0))
         spare = most - places.bytes_of.get(record.share, 0) - record.size_bytes
         theirs = self._latest_first(rival, self._levels(record)) if spare >= excess else iter(())
@@ -485,7 +261,7 @@ class WaitingRoom:
         if not self._requests_of[record.share]:
             del self._requests_of[record.share]
 
-    def _places(self, record: RequestRecord) -> _Places:
+    def _places(self, record: RequestRecord) -> Places:
         return self._resumed if record.resumed else self._fresh
 
 
