@@ -150,6 +150,7 @@ class BrokerCore:
             self._outbox,
             new_route=self._new_route,
             query=self._asked_by_parent,
+            asker_lost=self.management.asker_lost,
         )
         self._drain_until: float | None = None
         self._malformed_logged_at = now - _MALFORMED_LOG_S

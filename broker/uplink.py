@@ -70,6 +70,7 @@ class Uplink:
         *,
         new_route: Callable[[], bytes],
         query: Callable[[str, Query, float], None],
+        asker_lost: Callable[[str], None],
     ) -> None:
         """Have no session yet; `tick` opens the sockets.
 
@@ -83,6 +84,7 @@ class Uplink:
             outbox: takes what is to be done.
             new_route: makes what workers here know a client by.
             query: sees to it that a parent's question is answered, by `answer`.
+            asker_lost: drops the questions of a parent that have no answer yet.
         """
         self.id = id
         self._incarnation = incarnation
@@ -93,6 +95,7 @@ class Uplink:
         self._outbox = outbox
         self._new_route = new_route
         self._query = query
+        self._asker_lost = asker_lost
         self._membership = Membership(settings.uplinks, self, outbox)
         #: Guests by their parent's route, by parent.
         self._guests: dict[str, dict[bytes, Guest]] = {parent: {} for parent in settings.uplinks}
@@ -148,11 +151,12 @@ class Uplink:
         self._leaving.clear()
         self._membership.leave()
         self._close_ways(self._guests)
+        for parent in self._guests:
+            self._asker_lost(parent)
 
     def answer(self, parent: str, answer: Reply | Error) -> None:
-        """Answer a question of a parent, if it is still there."""
-        if self._membership.active(parent):
-            self._membership.send(parent, answer)
+        """Answer a question of a parent."""
+        self._membership.send(parent, answer)
 
     def guests(self) -> list[Guest]:
         """Return the clients of parents that have requests here."""
@@ -216,6 +220,7 @@ class Uplink:
         for guest in guests.values():
             self._exchange.client_lost(guest)
         self._close_ways([broker])
+        self._asker_lost(broker)
         if self._leaving.pop(broker, None) is not None:
             self._outbox.log("uplink_left", parent=broker)
         return requests
@@ -337,5 +342,6 @@ class Uplink:
         self._exchange.give_up("the broker has left the one that sent this", guests)
         self._membership.leave([parent])
         self._close_ways([parent])
+        self._asker_lost(parent)
         del self._leaving[parent]
         self._outbox.log("uplink_left", parent=parent, unfinished=len(guests))

@@ -24,7 +24,9 @@ from tokenmq.protocol.messages import (
     Goodbye,
     Heartbeat,
     Parked,
+    Query,
     Ready,
+    Reply,
     Request,
     Started,
     WorkerState,
@@ -695,6 +697,21 @@ def test_an_order_reaches_a_worker_behind_two_brokers(tree: Tree) -> None:
     assert client.queries("drain", worker="mid/leaf/gpu", grace_s=3.0)["worker"] == "mid/leaf/gpu"
     assert worker.take(Drain).grace_s == 3.0
     assert "no worker 'nobody'" in client.queries("drain", worker="mid/leaf/nobody").message
+
+
+def test_an_answer_that_is_late_for_a_session_does_not_come_into_the_next(tree: Tree) -> None:
+    tree.broker("root")
+    tree.broker("mid", "root")
+    silent = tree.worker("mid", "silent")
+    silent.says(replace(tree.cores["mid"].registry.by_name["silent"].ready, brokers=("silent-id",)))
+    client = tree.client("root")
+    client.says(Query(request_id(9), "workers", {"tree": True, "within_s": 10.0}))
+    assert silent.take(Query).method == "workers"
+    tree.kill("root")
+    tree.broker("root")
+    tree.passes(15.0)
+    assert child_of(tree, "root", "mid") is WorkerState.READY
+    assert not [message for message in tree.carried["mid", "root"] if isinstance(message, Reply)]
 
 
 # Settings.
