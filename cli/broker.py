@@ -68,7 +68,7 @@ from .options import logging_options, option, settings
     help="How models are listed. `internvl` is the rule of InternVL's controller.",
 )  # fmt: skip
 @option(
-    "--uplink", multiple=True, metavar="ENDPOINT",
+    "--uplink", multiple=True, metavar="ENDPOINT", show_default="none",
     help="The backend of a broker that this one registers at as a worker, with all that its own workers serve. "
     "Repeatable; needs a --name of its own.",
 )  # fmt: skip
