@@ -188,6 +188,23 @@ def test_nothing_reaches_the_member_before_it_is_accepted() -> None:
     assert member.taken == []
 
 
+@pytest.mark.parametrize("message", [Accepted("b", "s", 1.0, 5.0), Heartbeat(0)])
+def test_a_broker_has_nothing_to_say_before_ready(message: Message) -> None:
+    member = Holder(A)
+    member.nameless = True
+    member.tick()
+    member.tell(Connected(A))
+    assert member.tell(Received(A, message)) == [Shut(A)]
+
+
+def test_accepted_once_more_changes_the_intervals_and_is_no_new_session() -> None:
+    member = Holder(A)
+    member.join(A, heartbeat_s=60.0)
+    member.tell(Received(A, Accepted("b", "s", 2.0, 10.0)))
+    assert member.membership.next_deadline() == member.now + 2.0
+    assert [log.event for log in member.logs].count("registered") == 1
+
+
 def test_a_session_that_ends_is_told_to_the_member_and_how_much_it_held_is_logged() -> None:
     member = Holder(A, B)
     member.join(A, B)
@@ -247,6 +264,15 @@ def test_a_member_that_has_withdrawn_has_nothing_to_wake_up_for() -> None:
     member.membership.withdraw(member.now)
     member.tell(Lost(A))
     assert member.membership.next_deadline() == math.inf
+
+
+def test_withdrawing_between_two_sessions_says_nothing_and_opens_nothing() -> None:
+    member = Holder(A)
+    member.join(A)
+    member.tell(Lost(A))
+    member.membership.withdraw(member.now)
+    assert member.ordered() == []
+    assert member.tick(10.0) == []
 
 
 def test_staying_is_said_to_who_is_still_there() -> None:
