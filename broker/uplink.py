@@ -296,8 +296,7 @@ class Uplink:
             if self._summarizer.left_out > left_out:
                 why = "more models or brokers than READY can tell"
                 self._outbox.log("uplink_cut", level=logging.WARNING, left_out=self._summarizer.left_out, why=why)
-            if not self._exchange.draining:
-                self._membership.register(now, [parent for parent in self._guests if parent not in self._leaving])
+            self._membership.register(now)
         for parent in self._guests:
             self.load(parent, now)
 

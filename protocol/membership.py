@@ -117,12 +117,12 @@ class Membership:
         """Note that a message leaves in this broker's session that `send` does not see."""
         self.sessions[broker].sent += 1
 
-    def register(self, now: float, brokers: Iterable[str] | None = None) -> None:
-        """Say READY to those of these brokers (None: of all) that are there, since there is news.
+    def register(self, now: float) -> None:
+        """Say READY to all that are there, since there is news.
 
         Not where the member has withdrawn, since READY would take that back: `stay` brings the news then.
         """
-        for session in self._chosen(brokers):
+        for session in self.sessions.values():
             if session.wanted and (session.registered or session.phase is Phase.CONNECTED):
                 self._register(session, now)
 

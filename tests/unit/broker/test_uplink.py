@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from tokenmq.broker.core import BrokerCore
+from tokenmq.broker.events import FromWorker
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol.errors import ErrorCode
 from tokenmq.protocol.limits import MAX_HOPS
+from tokenmq.protocol.links import Connected, Received, Send, Shut
 from tokenmq.protocol.messages import (
+    Accepted,
     Cancel,
     Chunks,
     Credit,
@@ -23,6 +27,9 @@ from tokenmq.protocol.messages import (
     FinishReason,
     Goodbye,
     Heartbeat,
+    Load,
+    Message,
+    ModelInfo,
     Parked,
     Query,
     Ready,
@@ -49,6 +56,15 @@ def three_levels(tree: Tree) -> tuple[ClientPeer, WorkerPeer]:
     tree.broker("leaf", "mid")
     worker = tree.worker("leaf", "gpu", slots=2)
     return tree.client("root"), worker
+
+
+def registered(now: float) -> BrokerCore:
+    """Return a broker that a parent has just accepted."""
+    core = BrokerCore(BrokerSettings(name="mid", uplinks=(endpoint("root"),)), software="test/1", now=now)
+    core.tick(now)
+    core.handle(Connected(endpoint("root")), now)
+    core.handle(Received(endpoint("root"), Accepted("root", "test/1", 1.0, 5.0)), now)
+    return core
 
 
 def rests(tree: Tree) -> bool:
@@ -103,10 +119,32 @@ def test_many_changes_at_once_are_told_in_one_ready(tree: Tree) -> None:
     first = mid.registry.by_name["w0"].ready
     for number in range(1, 20):
         WorkerPeer(tree, f"w{number}", "mid", bytes([number]) * 5).says(replace(first, worker=f"w{number}"))
+        tree.passes(0.002)
     tree.passes(0.2)
     readies = [message for message in told if isinstance(message, Ready)]
     assert len(readies) <= 2
     assert readies[-1].slots == 20
+
+
+def test_a_worker_that_falls_silent_is_told_of_at_once() -> None:
+    core = registered(now=0.0)
+    ready = Ready("gpu", 1, "test/1", (ModelInfo("m"),), 1, "synthetic", Load())
+    core.handle(FromWorker(b"gpu", ready), 0.0)
+    now, beats, told = 0.0, 1, []
+    while not told:
+        assert now < 6.0
+        now = core.next_deadline()
+        if now >= beats + 0.6:
+            # The parent is heard some time before the worker has been silent for too long.
+            beats += 1
+            core.handle(Received(endpoint("root"), Heartbeat(beats - 1)), now)
+        silent = bool(core.registry.models())
+        said = [action.message for action in core.tick(now) if isinstance(action, Send)]
+        if silent and not core.registry.models():
+            lost_at = now
+        if not core.registry.models():
+            told = [message for message in said if isinstance(message, Ready) and not message.models]
+    assert now <= lost_at + 0.1
 
 
 def test_a_broker_that_changes_nothing_says_no_more_than_heartbeats(tree: Tree) -> None:
@@ -130,6 +168,17 @@ def test_load_has_what_everybody_has_there(tree: Tree) -> None:
     load = tree.cores["mid"].registry.by_name["leaf"].reported
     assert (load.running, load.waiting, load.held) == (2, 1, 1)
     assert tree.cores["root"].registry.by_name["mid"].others == 2
+
+
+def test_a_broker_that_was_not_called_in_time_gives_no_parent_up() -> None:
+    core = registered(now=0.0)
+    # Nobody listened for so long; and then it is the parent's turn.
+    assert not [action for action in core.tick(20.0) if isinstance(action, Shut)]
+    now = 20.0
+    while not (shut := [action for action in core.tick(now) if isinstance(action, Shut)]):
+        now = core.next_deadline()
+    assert shut == [Shut(endpoint("root"))]
+    assert now < 30.0
 
 
 def test_what_others_have_there_is_told_before_the_heartbeat(tree: Tree) -> None:
@@ -169,6 +218,7 @@ def test_tokens_come_up_through_all_brokers_and_credit_goes_down(tree: Tree) -> 
     worker.brings(10, 11, to=route_of(request))
     [chunk] = client.take(Chunks).chunks
     assert (chunk.request_id, chunk.token_ids) == (request_id(1), (10, 11))
+    tree.passes(3.0)  # heartbeats tell how many messages were sent, these among them
     client.grants(4)
     assert worker.take(Credit) == Credit(request_id(1), 1, 4)
     worker.finishes()
@@ -262,6 +312,9 @@ def test_a_parked_stream_takes_no_slot_on_any_level(tree: Tree) -> None:
     assert not client.takes(Parked)
     tree.passes(2.0)
     assert tree.cores["root"].registry.by_name["mid"].load == 0
+    tree.client("leaf", "own").asks(2)
+    tree.passes(2.0)
+    assert tree.cores["mid"].registry.by_name["leaf"].others == 1
     worker.finishes()
     assert client.take(Finish).worker == "mid/leaf/gpu"
 
@@ -441,7 +494,10 @@ def test_a_lost_root_cancels_all_that_came_from_it(tree: Tree) -> None:
 
 
 def test_tokens_that_are_late_for_a_session_do_not_come_into_the_next(tree: Tree) -> None:
-    client, worker = three_levels(tree)
+    tree.broker("root")
+    tree.broker("mid", "root")
+    worker = tree.worker("mid", "gpu")
+    client = tree.client("root")
     client.asks(1, deadline_s=1.0)
     route = route_of(worker.take(Request))
     # It runs past its deadline, so that nobody waits for it; then the parent is gone, and another one comes.
@@ -477,8 +533,10 @@ def test_two_parents_have_their_own_sessions(tree: Tree) -> None:
     assert tree.cores["one"].registry.by_name["mid"].others == 1
     assert tree.cores["one"].registry.by_name["mid"].free == 0
     # A parent cannot touch what came through the other one.
-    second.says(Cancel(request_id(1), 1))
+    tell(tree, "two", "mid", Cancel(request_id(1), 1))
+    tell(tree, "two", "mid", Credit(request_id(1), 1, 100))
     assert not worker.takes(Cancel)
+    assert not worker.takes(Credit)
     tree.kill("one")
     assert worker.take(Cancel).id == request_id(1)
     worker.brings(4, to=routes[request_id(2)], number=2)
@@ -573,6 +631,8 @@ def test_sigterm_of_a_broker_below_ends_what_runs_and_says_goodbye(tree: Tree) -
     assert [type(message) for message in tree.carried["leaf", "mid"] if isinstance(message, (Draining, Goodbye))] == [
         Draining
     ]
+    tree.worker("leaf", "late")
+    assert not after_draining(tree, "leaf", "mid", Ready)
     worker.finishes(1)
     tree.passes(0.2)
     assert client.take(Finish).worker == "mid/leaf/gpu"
@@ -605,6 +665,8 @@ def test_drain_of_a_parent_leaves_that_parent_only(tree: Tree) -> None:
     assert child_of(tree, "two", "mid") is WorkerState.READY
     tree.worker("mid", "another")  # what changes now is no news for the one that is left
     assert child_of(tree, "one", "mid") is WorkerState.DRAINING
+    assert not after_draining(tree, "mid", "one", Ready)
+    assert tree.cores["two"].registry.by_name["mid"].slots == 5
     second.asks(2)
     own.asks(3)
     worker.finishes(1)
@@ -626,6 +688,8 @@ def test_drain_of_a_parent_gives_back_what_has_not_ended_in_time(tree: Tree) -> 
     tree.passes(2.0)
     error = client.take(Error)
     assert (error.code, error.worker, error.retryable) == ("draining", "mid/leaf", True)
+    assert len(tree.logged("mid", "uplink_leaving")) == 1
+    assert not after_draining(tree, "mid", "root", Draining)
     assert worker.take(Cancel).id == request_id(1)
     assert "mid" not in tree.cores["root"].registry.by_name
 
@@ -733,7 +797,14 @@ def test_an_uplink_is_given_once() -> None:
         BrokerSettings(name="mid", uplinks=(endpoint("root"), endpoint("root")))
 
 
-def tell(tree: Tree, parent: str, child: str, message: Drain | Request) -> None:
+def after_draining(tree: Tree, child: str, parent: str, kind: type[Message]) -> list[Message]:
+    """Return what a broker has said of this kind since it said that it drains."""
+    said = tree.carried[child, parent]
+    begun = [isinstance(message, Draining) for message in said].index(True)
+    return [message for message in said[begun + 1 :] if isinstance(message, kind)]
+
+
+def tell(tree: Tree, parent: str, child: str, message: Message) -> None:
     """Have a broker say something to another one below it."""
     core = tree.cores[parent]
     core._outbox.to_worker(core.registry.by_name[child], message)
