@@ -226,7 +226,8 @@ class WorkerCore:
             return  # nothing is held any more: it ends as a drain
         name = self._settings.name
         if code is DisconnectCode.REMOVED:
-            self._stop(1, f"removed: an operator has removed worker {name!r}, and no other broker is left")
+            # No failure: a supervisor that restarts what has failed would bring it back against the operator's will.
+            self._stop(0, f"removed: an operator has removed worker {name!r}, and no other broker is left")
         else:
             self._stop(1, f"superseded: a newer worker named {name!r} has registered at every broker")
 
