@@ -40,7 +40,7 @@ LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
 #: What the ancestors' workers run at a time.
 SLOTS = 5
 #: A run lasts for so many requests of each slot at least: a large cluster fills slowly.
-_JOBS_PER_SLOT = 60
+_JOBS_PER_SLOT = 40
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
