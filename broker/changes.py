@@ -82,12 +82,12 @@ def undrain(core: BrokerCore, now: float, worker: str) -> dict[str, Any]:
 
 def set_policy(core: BrokerCore, _now: float, policy: str) -> dict[str, Any]:
     """Choose workers by another policy from now on."""
-    before = core.exchange.policy_name
+    before = core.exchange.chooser.policy_name
     try:
-        core.exchange.set_policy(policy)
+        core.exchange.chooser.set_policy(policy)
     except ValueError as error:
         raise BadRequestError(str(error)) from error
-    return {"policy": core.exchange.policy_name, "before": before}
+    return {"policy": core.exchange.chooser.policy_name, "before": before}
 
 
 def set_speed(core: BrokerCore, now: float, worker: str, speed: float | None = None) -> dict[str, Any]:

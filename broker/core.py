@@ -492,7 +492,7 @@ class BrokerCore:
         after = [info.name for info in ready.models]
         worker.draining = False  # who says READY stays
         self.registry.update(worker, ready, now)
-        self.exchange.models_served(after)
+        self.exchange.refusals.models_served(after)
         self._take_load(worker, ready.load, now)
         self.exchange.workers_changed([*before, *after], now)
 

@@ -11,9 +11,9 @@ former still runs at a worker that nobody believes in any more.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -22,7 +22,6 @@ from ..protocol.limits import MAX_HOPS
 from ..protocol.messages import (
     Cancel,
     Credit,
-    Decision,
     Error,
     Finish,
     FinishReason,
@@ -33,31 +32,18 @@ from ..protocol.messages import (
     Usage,
 )
 from ..protocol.timers import Timers
-from .breaker import ENGINE_FAULTS, State
-from .decision import explain
-from .dispatch import Job, find_policy
+from .breaker import State
+from .chooser import Chooser
 from .guests import Guest
 from .hops import answer_from, avoid_below, loop_in, name_below
 from .metrics import Counters
-from .outbox import Outbox, clip
+from .outbox import Outbox
 from .pool import Free, Spare
 from .queue import WaitingRoom
+from .refusals import Refusals, error
 from .registry import ClientSession, Registry, WorkerSession
 from .requests import RequestRecord, key_of
 from .settings import BrokerSettings
-
-#: Models that nobody serves any more are remembered up to this number: workers choose their names.
-_MAX_SEEN_MODELS = 16_384
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request that nobody has made: somebody asks where it would go."""
-
-    model: str
-    affinity: str
-    prompt_tokens: int = 0
-    expected_tokens: int = 0
 
 
 class Exchange:
@@ -74,31 +60,22 @@ class Exchange:
         id: str = "",
     ) -> None:
         """Make an exchange without requests. `id` is the broker's own, among brokers below brokers."""
+        self.chooser = Chooser(registry, outbox, counters, settings, random)
         #: By `RequestRecord.key`.
         self.records: dict[bytes, RequestRecord] = {}
         self.draining = False
         self._registry = registry
         self._outbox = outbox
         self._counters = counters
-        self.policy_name = settings.policy
-        self._random = random
-        self._broker = settings.name
         self._id = id
         self._max_waiting = settings.max_waiting
         self._weights = dict(settings.client_weights)
         #: Requests that run, by share.
         self._running: Counter[str] = Counter()
-        self._started_at = now
-        #: Until then workers may still be on their way back to a broker that has been started again.
-        self._young_until = now + settings.expiry_s
         self._rooms: dict[str, WaitingRoom] = {}
         #: When the requests that somebody waits for must be ended, by key.
         self._deadlines = Timers()
-        #: When a worker that was suspended is tried again, by its connection.
-        self._pauses = Timers()
-        self._dispatches = 0
-        #: Models that were served once: asking for one is no mistake of the client's. The latest come last.
-        self._seen_models: OrderedDict[str, None] = OrderedDict()
+        self.refusals = Refusals(registry, now, settings.expiry_s)
 
     # What clients do.
 
@@ -128,7 +105,7 @@ class Exchange:
         pushed_out = room.admit(record, now)
         if pushed_out is None:
             # The room is full, and what is there may be waiting for something else than this one.
-            free = self._candidates(record)
+            free = self.chooser.candidates(record)
             if free:
                 self._accept(record)
                 self._assign(record, free, now)
@@ -145,14 +122,14 @@ class Exchange:
 
     def _submit_hedge(self, record: RequestRecord, now: float) -> None:
         """Give a request to a second worker at once, or refuse it: one that waits would help nobody."""
-        free = self._candidates(record, strictly=True)
+        free = self.chooser.candidates(record, strictly=True)
         if free:
             self._counters.hedges += 1
             self._accept(record)
             self._assign(record, free, now)
         else:
             message = f"no other worker of {record.model!r} has a free slot for a second attempt"
-            self._refuse(record, self._error(record, ErrorCode.BUSY, message, retryable=True))
+            self._refuse(record, error(record, ErrorCode.BUSY, message, retryable=True))
 
     def _accept(self, record: RequestRecord) -> None:
         assert record.client is not None
@@ -217,31 +194,13 @@ class Exchange:
             return
         self._release(worker, record)
         self._forget(record)
-        self._judge(worker, record, answer, now)
+        self.chooser.judge(worker, record, answer, now)
         if record.client is not None:
             answer = answer_from(worker.name, answer) if worker.is_broker else replace(answer, worker=worker.name)
             if isinstance(answer, Finish):
                 answer = replace(answer, timings=_timings(record, answer.timings))
             self._answer(record, answer)
         self._slot_freed(worker, now)
-
-    def _judge(self, worker: WorkerSession, record: RequestRecord, answer: Finish | Error, now: float) -> None:
-        """Learn from the end of a request how its worker does."""
-        if isinstance(answer, Error):
-            # A broker below suspends its own workers.
-            if answer.code in ENGINE_FAULTS and not worker.is_broker and worker.breaker.failed(now):
-                self._counters.workers_suspended += 1
-                self._pauses.set(worker.peer, worker.breaker.again_at)
-                self._outbox.log(
-                    "worker_suspended", record.id, level=logging.WARNING, worker=worker.name,
-                    failures=worker.breaker.failures, s=worker.breaker.again_at - now,
-                )  # fmt: skip
-        elif answer.reason is not FinishReason.CANCELLED:
-            if worker.breaker.succeeded():
-                self._pauses.drop(worker.peer)
-                self._outbox.log("worker_trusted", record.id, worker=worker.name)
-            tokens = answer.usage.completion_tokens - record.prior_tokens
-            self._registry.measure(worker, tokens - 1, answer.timings.decode_s, now)
 
     def parked(self, worker: WorkerSession, message: Parked, now: float) -> None:
         """Free the slot of a request whose worker has only to wait for the reader."""
@@ -263,12 +222,12 @@ class Exchange:
     def worker_lost(self, worker: WorkerSession, why: str, now: float) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
         message = f"worker {worker.name} was lost: {why}"
-        self._pauses.drop(worker.peer)
+        self.chooser.forget(worker)
         for record in list(worker.in_flight.values()):
             self._release(worker, record)
             self._forget(record)
             if record.client is not None:
-                self._answer(record, self._error(record, ErrorCode.WORKER_LOST, message, retryable=True))
+                self._answer(record, error(record, ErrorCode.WORKER_LOST, message, retryable=True))
         self.workers_changed((info.name for info in worker.ready.models), now)
 
     def registered(self, worker: WorkerSession) -> None:
@@ -278,18 +237,10 @@ class Exchange:
         cluster is restarted worker by worker, that would be until somebody else's stream ends.
         """
         models = [info.name for info in worker.ready.models]
-        self.models_served(models)
+        self.refusals.models_served(models)
         for model in models:
             for record in self._rooms.get(model, ()):
                 record.avoid -= {worker.name}
-
-    def models_served(self, models: Iterable[str]) -> None:
-        """Note that a worker has registered for these models."""
-        for model in models:
-            self._seen_models[model] = None
-            self._seen_models.move_to_end(model)
-        while len(self._seen_models) > _MAX_SEEN_MODELS:
-            self._seen_models.popitem(last=False)
 
     def workers_changed(self, models: Iterable[str], now: float) -> None:
         """Look at what waits for these models after workers of theirs have come, gone or changed.
@@ -314,7 +265,7 @@ class Exchange:
                 wish = (record.model, record.resumed, record.avoid)
                 found = known.get(wish)
                 if found is None:
-                    found = known[wish] = self._candidates(record)
+                    found = known[wish] = self.chooser.candidates(record)
                 return bool(found)
 
             found = [(first, room) for room in rooms if room and (first := room.first(servable, now))]
@@ -325,29 +276,6 @@ class Exchange:
             room.serve(record, now)
             self._assign(record, wishes[record.model, record.resumed, record.avoid], now)
 
-    def _candidates(self, record: RequestRecord, *, strictly: bool = False) -> Free | Spare:
-        by_name = self._registry.by_name
-        avoided = [worker for name in record.avoid if (worker := by_name.get(name)) is not None]
-        return self._registry.pool.candidates(
-            record.model, resuming=record.resumed, avoided=avoided, strictly=strictly
-        )
-
-    def _choose(self, job: Job, free: Free | Spare) -> WorkerSession:
-        """Have the policy choose; one that was installed may be wrong, and no request is to suffer from it."""
-        policy = self._registry.pool.policy
-        try:
-            chosen = policy.choose(job, free, self._random)
-        except Exception as error:  # noqa: BLE001 (somebody else's code: whatever it raises is a line in the log)
-            why = f"{type(error).__name__}: {error}"
-        else:
-            if isinstance(chosen, WorkerSession) and chosen in free:
-                return chosen
-            why = "it chose none of the candidates"
-        self._outbox.log(
-            "policy_failed", level=logging.ERROR, policy=self.policy_name, why=why, doing="taking the least rank"
-        )
-        return free.least()
-
     # What time does.
 
     def expire(self, now: float) -> None:
@@ -356,27 +284,24 @@ class Exchange:
             waited = now - record.arrived_at
             if record.waits_too_long_first:
                 message = f"no worker was free for it in the {waited:.3f} s that it waited for {record.model!r}"
-                self._end_waiting(record, self._error(record, ErrorCode.QUEUE_TIMEOUT, message, retryable=False))
+                self._end_waiting(record, error(record, ErrorCode.QUEUE_TIMEOUT, message, retryable=False))
                 continue
             where = f"at worker {record.worker.name}" if record.worker else "in the waiting room"
             message = f"the deadline passed after {waited:.3f} s, {where}"
-            self._end(record, self._error(record, ErrorCode.DEADLINE, message, retryable=False))
-        for peer in self._pauses.due(now):
-            worker = self._registry.by_peer[peer]
-            worker.breaker.try_again()
-            self._outbox.log("worker_tried_again", worker=worker.name)
+            self._end(record, error(record, ErrorCode.DEADLINE, message, retryable=False))
+        for worker in self.chooser.tried_again(now):
             self._slot_freed(worker, now)
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
-        times = [time for timers in (self._deadlines, self._pauses) if (time := timers.next()) is not None]
-        return min(times, default=None)
+        times = (self._deadlines.next(), self.chooser.next_deadline())
+        return min((time for time in times if time is not None), default=None)
 
     def give_up(self, why: str, clients: Collection[ClientSession] | None = None) -> None:
         """Fail what these clients (None: all) still wait for, because the broker stops, or serves them no longer."""
         for record in list(self.records.values()):
             if record.client is not None and (clients is None or record.client in clients):
-                self._end(record, self._error(record, ErrorCode.DRAINING, why, retryable=True))
+                self._end(record, error(record, ErrorCode.DRAINING, why, retryable=True))
 
     # What management asks.
 
@@ -388,34 +313,7 @@ class Exchange:
         """Return what waits, a map for each model that something waits for."""
         return [{"model": model, **room.summary(now)} for model, room in sorted(self._rooms.items()) if room]
 
-    def route(self, model: str, affinity: str) -> Decision | None:
-        """Return whom the policy would take for a request now; None where no worker of the model takes any.
-
-        Where nobody has a free slot it is the worker of the least rank, with no candidates: it is first to have one
-        if all requests take the same time.
-        """
-        pool = self._registry.pool
-        asked = Asked(model, affinity)
-        free = pool.candidates(model, resuming=False, avoided=())
-        if free:
-            return explain(self._broker, self.policy_name, self._choose(asked, free), free)
-        able = [worker for worker in self._registry.serving(model) if worker.takes_requests]
-        if not able:
-            return None
-        likely = min(able, key=lambda worker: (pool.policy.rank(worker), worker.last_used))
-        return explain(self._broker, self.policy_name, likely, [])
-
     # What operators order.
-
-    def set_policy(self, name: str) -> None:
-        """Choose workers by another policy from now on.
-
-        Raises:
-            ValueError: there is none of that name; the message lists those that there are.
-        """
-        self._registry.pool.rank_anew(find_policy(name))
-        self._outbox.log("policy_changed", policy=name, before=self.policy_name)
-        self.policy_name = name
 
     def set_speed(self, worker: WorkerSession, speed: float | None, now: float) -> None:
         """Reckon with this speed, whatever the worker says or does; None for what it says or does again."""
@@ -462,8 +360,9 @@ class Exchange:
             room.validate()
             assert all(record.model == model for record in room)
             assert not room.resumed() or self._registry.may_resume(model), "nobody can resume it"
+        self.chooser.validate()
         for record in waiting.values():
-            assert not self._candidates(record), "idle slot"
+            assert not self.chooser.candidates(record), "idle slot"
             assert not record.hedge, "a hedge waits"
             assert record.worker is None
             assert record.client is not None
@@ -472,7 +371,6 @@ class Exchange:
             active = [record for record in worker.in_flight.values() if not record.parked]
             assert worker.parked == len(worker.in_flight) - len(active)
             assert worker.outstanding_tokens == sum(record.cost_tokens for record in active)
-            assert (worker.peer in self._pauses) == (worker.breaker.state is State.OPEN)
             holds: dict[bytes, int] = {}
             for record in worker.in_flight.values():
                 assert record.worker is worker
@@ -485,57 +383,35 @@ class Exchange:
     def _refusal(self, record: RequestRecord) -> Error | None:
         model = record.model
         if record.key in self.records:
-            return self._error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
+            return error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
         loop = None if record.message is None else loop_in(record.message.envelope.path, self._id)
         if loop is not None:
-            return self._error(record, ErrorCode.ROUTING_LOOP, loop, retryable=False)
+            return error(record, ErrorCode.ROUTING_LOOP, loop, retryable=False)
         if self.draining:
-            return self._error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
+            return error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
         if not self._registry.serves(model):
-            return self._unserved(record)
+            return self.refusals.unserved(record)
         if record.resumed and not self._registry.may_resume(model):
-            return self._cannot_resume(record)
+            return self.refusals.cannot_resume(record, self._outbox.now)
         if record.deadline_at is not None and record.deadline_at <= record.arrived_at:
-            return self._error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
+            return error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
         return None
 
     def _busy(self, record: RequestRecord) -> Error:
         room = self._rooms[record.model]
         message = f"{len(room)} requests wait for {record.model!r} already"
-        busy = self._error(record, ErrorCode.BUSY, message, retryable=True)
+        busy = error(record, ErrorCode.BUSY, message, retryable=True)
         return replace(busy, retry_after_s=room.retry_after_s(record.share))
-
-    def _unserved(self, record: RequestRecord) -> Error:
-        model, here = record.model, ", ".join(self._registry.models()) or "none"
-        if model in self._seen_models:
-            message = f"no worker serves {model!r} at the moment; models here: {here}"
-            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
-        if record.arrived_at < self._young_until:
-            age_s = record.arrived_at - self._started_at
-            message = f"no worker serves {model!r} yet; this broker started {age_s:.1f} s ago; models here: {here}"
-            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
-        message = f"no worker serves {model!r}; models here: {here}"
-        return self._error(record, ErrorCode.MODEL_NOT_FOUND, message, retryable=False)
-
-    def _cannot_resume(self, record: RequestRecord) -> Error:
-        if self._outbox.now < self._young_until:
-            message = f"no worker that can go on with {record.model!r} is back yet; this broker has just started"
-            return self._error(record, ErrorCode.NO_WORKER, message, retryable=True)
-        message = (
-            f"the stream broke after {record.prior_tokens} tokens, and no worker of {record.model!r} can go on with "
-            "what another one has begun"
-        )
-        return self._error(record, ErrorCode.CANNOT_RESUME, message, retryable=False)
 
     def _fail_unservable(self, model: str, room: WaitingRoom) -> None:
         if not self._registry.serves(model):
             for record in list(room):
                 message = f"the last worker for {model!r} has left"
-                self._end_waiting(record, self._error(record, ErrorCode.NO_WORKER, message, retryable=True))
+                self._end_waiting(record, error(record, ErrorCode.NO_WORKER, message, retryable=True))
             del self._rooms[model]
         elif (resumed := room.resumed()) and not self._registry.may_resume(model):
             for record in resumed:
-                self._end_waiting(record, self._cannot_resume(record))
+                self._end_waiting(record, self.refusals.cannot_resume(record, self._outbox.now))
 
     def _supersede(self, former: RequestRecord) -> None:
         """End a submission without a word, since its client has made another one."""
@@ -576,9 +452,7 @@ class Exchange:
             self._deadlines.set(record.key, record.due_at)
 
     def _assign(self, record: RequestRecord, free: Free | Spare, now: float) -> None:
-        worker = self._choose(record, free)
-        if record.explain:
-            self._explain(record, worker, free)
+        worker = self.chooser.choose(record, free)
         message, record.message = record.message, None
         assert message is not None
         left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
@@ -593,8 +467,6 @@ class Exchange:
         record.worker, record.holder, record.dispatched_at = worker, worker.name, now
         if record.queue_until is not None:
             self._watch(record)
-        self._dispatches += 1
-        worker.last_used = self._dispatches
         worker.charge(record)
         self._running[record.share] += 1
         self._registry.pool.changed(worker)
@@ -604,14 +476,6 @@ class Exchange:
         self._outbox.log(
             "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
             attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
-        )  # fmt: skip
-
-    def _explain(self, record: RequestRecord, worker: WorkerSession, free: Free | Spare) -> None:
-        decision = record.decision = explain(self._broker, self.policy_name, worker, free)
-        loads = ",".join(f"{each.worker}:{each.load}/{each.slots}:{each.cost:.4g}" for each in decision.considered)
-        self._outbox.log(
-            "request_routed", record.id, model=record.model, worker=worker.name, policy=decision.policy,
-            candidates=decision.candidates, considered=loads, attempt=record.attempt,
         )  # fmt: skip
 
     def _cancel_at_worker(self, record: RequestRecord) -> None:
@@ -680,12 +544,6 @@ class Exchange:
 
     def _waited(self, record: RequestRecord) -> Timings:
         return Timings(broker_queue_s=self._outbox.now - record.arrived_at)
-
-    @staticmethod
-    def _error(record: RequestRecord, code: ErrorCode, message: str, *, retryable: bool) -> Error:
-        # Names in it are a peer's choice; a longer message would be malformed, and end the client's session.
-        worker = record.worker.name if record.worker else ""
-        return Error(record.id, record.attempt, code.value, clip(message), retryable, worker=worker)
 
 
 def _timings(record: RequestRecord, timings: Timings) -> Timings:

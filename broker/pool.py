@@ -149,6 +149,11 @@ class Free:
         excluded = sum(worker.place.index >= 0 and worker.place.group in self._groups for worker in self._excluded)
         return sum(len(group.free) for group in self._groups) - excluded
 
+    def __contains__(self, worker: WorkerSession) -> bool:
+        """Tell whether a worker is one of them, without a look at the others."""
+        place = worker.place
+        return place.index >= 0 and place.group in self._groups and worker not in self._excluded
+
     def __iter__(self) -> Iterator[WorkerSession]:
         """Go through them."""
         return (worker for group in self._groups for worker in group.free if worker not in self._excluded)

@@ -167,7 +167,7 @@ def _sums(branches: list[Branch]) -> dict[str, Any]:
 
 def route_below(core: BrokerCore, model: str, affinity: str, within_s: float) -> Errand | dict[str, Any]:
     """Return whom the policy would take for a model, named by its path where it is behind another broker."""
-    view = views.route(core, model, core.exchange.route(model, affinity))
+    view = views.route(core, model, core.exchange.chooser.route(model, affinity))
     chosen = core.registry.by_name.get(view["worker"])
     left_s = _PASSED_ON * within_s
     if chosen is None or not chosen.is_broker or left_s < LEAST_S:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tokenmq.broker.breaker import State
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.dispatch import POLICIES
 from tokenmq.broker.events import (
@@ -234,6 +235,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 for other in self.core.registry.serving(envelope.model)
                 if other.name not in self.avoid[key]
                 and other.state is WorkerState.READY
+                and other.breaker.state is not State.OPEN
                 and (not envelope.prior_tokens or other.resumes(envelope.model))
             ]
             assert not others, "a worker that is to be avoided, though there are others"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tokenmq.broker import exchange as exchange_module
+from tokenmq.broker import refusals as refusals_module
 from tokenmq.broker import queue as queue_module
 from tokenmq.broker.requests import key_of
 from tokenmq.protocol.codec import decode, encode
@@ -128,7 +128,7 @@ def test_an_error_is_never_longer_than_the_wire_allows(stage: Stage) -> None:
 
 
 def test_ever_new_model_names_are_not_remembered_for_ever(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "_MAX_SEEN_MODELS", 10)
+    monkeypatch.setattr(refusals_module, "_MAX_SEEN_MODELS", 10)
     stage.passes(5.0)
     worker = stage.worker("w1", "m0")
     for number in range(1, 30):

@@ -152,11 +152,11 @@ class TestPolicies:
         stage.worker("w2", slots=9, speed=1.0)
         client = stage.client()
         assert requests(ask(client, 1) + ask(client, 2)) == [("w1", 1), ("w1", 2)]
-        stage.core.exchange.set_policy("round-robin")
+        stage.core.exchange.chooser.set_policy("round-robin")
         assert requests(ask(client, 3) + ask(client, 4)) == [("w2", 3), ("w1", 4)]
         with pytest.raises(ValueError, match="unknown policy 'fifo'; known are"):
-            stage.core.exchange.set_policy("fifo")
-        assert stage.core.exchange.policy_name == "round-robin"
+            stage.core.exchange.chooser.set_policy("fifo")
+        assert stage.core.exchange.chooser.policy_name == "round-robin"
 
     @pytest.mark.parametrize("fault", ["raises", "none", "other"])
     def test_a_policy_that_is_wrong_costs_no_request(
@@ -177,18 +177,18 @@ class TestPolicies:
         assert line["why"] == ("KeyError: 'tier'" if fault == "raises" else "it chose none of the candidates")
 
     def test_whom_it_would_take(self, stage: Stage) -> None:
-        assert stage.core.exchange.route("m", "") is None
+        assert stage.core.exchange.chooser.route("m", "") is None
         worker = stage.worker("w1")
-        decision = stage.core.exchange.route("m", "")
+        decision = stage.core.exchange.chooser.route("m", "")
         assert decision is not None
         assert (decision.worker, decision.candidates) == ("w1", 1)
         ask(stage.client(), 1)
-        decision = stage.core.exchange.route("m", "")
+        decision = stage.core.exchange.chooser.route("m", "")
         assert decision is not None
         assert (decision.worker, decision.candidates) == ("w1", 0)  # it is the first to be free again
         worker.beats(load=Load(), sent=None)
         stage.core.exchange.hold(worker_session(stage, "w1"), True, stage.now)
-        assert stage.core.exchange.route("m", "") is None
+        assert stage.core.exchange.chooser.route("m", "") is None
 
     def test_a_cache_that_is_full_and_a_step_that_hangs_make_a_worker_dear(self, stage: Stage) -> None:
         crowded, hung, idle = (stage.worker(name, slots=9) for name in ("crowded", "hung", "idle"))
