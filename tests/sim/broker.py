@@ -1,35 +1,45 @@
-"""A broker process on the fake network: the real core, with the I/O of broker/server.py simulated."""
+"""A broker process on the fake network: the real core, with the I/O of broker/server.py simulated.
+
+To the brokers above it, it is a peer like a worker.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 from tokenmq.broker import events
 from tokenmq.broker.core import BrokerCore
+from tokenmq.broker.guests import Guest
 from tokenmq.broker.settings import BrokerSettings
+from tokenmq.protocol import links
 from tokenmq.protocol.codec import header
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import Chunks, Command, Message
 
-from .net import Link, Net, Node
+from .engine import MODEL
+from .net import Link, Net
+from .peer import Peer
 
 
-class SimBroker(Node):
+class SimBroker(Peer):
     """A broker process. A restart makes a new core that knows nobody.
 
     Attributes:
+        name: its endpoint.
         peers: by routing id: the connection, the peer, and whether it is a client.
         starts: how often it was started.
-        was_blind: at some time it was older than its expiry and had seen no worker yet.
+        incarnation: which of all starts the present one is.
+        was_blind: at some time it was older than its expiry and had seen no worker of the model yet.
     """
 
-    def __init__(self, net: Net, name: str, settings: BrokerSettings) -> None:
-        super().__init__(net)
+    def __init__(self, net: Net, brokers: dict[str, SimBroker], name: str, settings: BrokerSettings) -> None:
+        super().__init__(net, brokers)
         self.name = name
         self.settings = settings
         self.starts = 0
@@ -44,7 +54,11 @@ class SimBroker(Node):
         if self.starts and self.alive:
             return
         self.starts += 1
-        self.core = BrokerCore(self.settings, software="sim", now=self.clock.now, random=self.random)
+        self.incarnation = next(self.net.incarnations)
+        self.core = BrokerCore(
+            self.settings, software="sim", now=self.clock.now, random=self.random, incarnation=self.incarnation,
+            id=f"{self.random.getrandbits(64):016x}",
+        )  # fmt: skip
         self.alive = True
         self._seeing = False
         self._paused_at = None
@@ -54,8 +68,9 @@ class SimBroker(Node):
 
     def kill(self, restart_s: float) -> None:
         """SIGKILL: every connection breaks. It is started again after so many seconds."""
-        self._end()
-        self.clock.after(restart_s, self.start)
+        if self.alive:
+            self._end()
+            self.clock.after(restart_s, self.start)
 
     def drain(self, grace_s: float, restart_s: float) -> None:
         """SIGTERM: it says goodbye when all that it has is done, or after the grace time; and is started again."""
@@ -67,9 +82,18 @@ class SimBroker(Node):
         self.peers[link.routing_id] = (link, peer, client)
         return link
 
-    def links(self) -> list[Link]:
-        """Return all its connections."""
-        return [link for link, _, _ in self.peers.values()]
+    def all_links(self) -> list[Link]:
+        """Return all its connections, also those with brokers above it."""
+        return [*(link for link, _, _ in self.peers.values()), *self.links.values()]
+
+    @property
+    def children(self) -> list[SimBroker]:
+        """The brokers directly below it, whether they run or not."""
+        return [broker for broker in self.brokers.values() if self.name in broker.settings.uplinks]
+
+    def has_left(self) -> bool:
+        """Tell whether a broker above has sent it away: nothing but a new start brings it back there."""
+        return not all(session.wanted for session in self.core.uplink._membership.sessions.values())
 
     def cut(self, link: Link) -> None:
         """Break one connection: both ends notice, the broker through its monitor."""
@@ -103,13 +127,23 @@ class SimBroker(Node):
         else:
             self.do(self._handle, events.FromWorker(link.routing_id, message))
 
+    def connected(self, endpoint: str) -> None:
+        self._handle(links.Connected(endpoint))
+
+    def disconnected(self, endpoint: str) -> None:
+        self._handle(links.Lost(endpoint))
+
+    def took(self, endpoint: str, message: Message | ProtocolError) -> None:
+        kind = links.Malformed if isinstance(message, ProtocolError) else links.Received
+        self._handle(kind(endpoint, message))
+
     def tick(self) -> None:
         self._perform(self.core.tick(self.clock.now))
 
     def settle(self) -> None:
         super().settle()
         if not self._seeing:
-            self._seeing = len(self.core.registry) > 0
+            self._seeing = self.core.registry.serves(MODEL)
             self.was_blind |= self.clock.now >= self.core.started_at + self.settings.expiry_s
         if self.core.stopped:
             self._end()
@@ -127,6 +161,7 @@ class SimBroker(Node):
             else:
                 self._break(link, peer)
         self.peers.clear()
+        self.hang_up()
 
     def _break(self, link: Link, peer: Any) -> None:
         link.broken = True
@@ -148,6 +183,8 @@ class SimBroker(Node):
         target = self.core.route_chunks(worker, header(Command.CHUNKS, message.route), now)
         if target is None:
             self._perform(self.core.handle(events.FromWorker(worker, message), now))
+        elif isinstance(target, Guest):
+            self.send(target.parent, replace(message, route=target.parent_route))
         elif (gone := self._send(events.ToClient(target.peer, message))) is not None:
             self._perform(self.core.handle(gone, now))
 
@@ -155,10 +192,14 @@ class SimBroker(Node):
         queue = deque(actions)  # as in broker/server.py: what follows from a peer that is gone goes behind the rest
         while queue:
             action = queue.popleft()
-            if not isinstance(action, Log):
-                gone = self._send(action)
-                if gone is not None:
-                    queue.extend(self.core.handle(gone, self.clock.now))
+            if isinstance(action, links.Send):
+                self.send(action.broker, action.message)
+            elif isinstance(action, links.Open):
+                self.open(action.broker)
+            elif isinstance(action, links.Shut):
+                self.shut(action.broker)
+            elif not isinstance(action, Log) and (gone := self._send(action)) is not None:
+                queue.extend(self.core.handle(gone, self.clock.now))
 
     def _send(self, action: events.ToClient | events.ToWorker) -> events.Event | None:
         entry = self.peers.get(action.peer)

@@ -12,6 +12,7 @@ from tokenmq.client.core import ClientCore
 from tokenmq.client.settings import Settings
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError, TokenmqError
+from tokenmq.protocol.limits import NORMAL_PRIORITY
 from tokenmq.protocol.messages import Chunk, Chunks, FinishReason, Message, Started
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 
@@ -35,6 +36,8 @@ class Wish:
         deadline_s: as in generate().
         resume: as in generate().
         hedge_after_s: as in generate().
+        priority: as in generate().
+        affinity: as in generate(session=...).
     """
 
     max_tokens: int
@@ -46,6 +49,8 @@ class Wish:
     deadline_s: float | None = None
     resume: bool = True
     hedge_after_s: float | None = None
+    priority: int = NORMAL_PRIORITY
+    affinity: str = ""
 
 
 class Reading:
@@ -192,7 +197,7 @@ class SimClient(Peer):
         reading.closed = self.core.closed
         order = events.Submit(
             key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume, max_tokens=wish.max_tokens,
-            hedge_after_s=wish.hedge_after_s,
+            hedge_after_s=wish.hedge_after_s, priority=wish.priority, affinity=wish.affinity,
         )  # fmt: skip
         self._handle(order)
 

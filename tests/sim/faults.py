@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from .broker import SimBroker
 from .client import SimClient
-from .kinds import FAULTS
+from .kinds import FAULTS, TREE_FAULTS
+from .layout import paths
 from .net import Link, Node
 from .peer import Peer
 from .worker import SimWorker
@@ -33,7 +34,7 @@ class Faults:
 
     def strike(self) -> None:
         """Let one of the kind's faults happen, somewhere."""
-        name = self._random.choice(FAULTS)
+        name = self._random.choice(FAULTS + TREE_FAULTS if self.world.kind.tree else FAULTS)
         self.struck[f"fault {name}"] += 1
         getattr(self, name)()
 
@@ -42,6 +43,15 @@ class Faults:
         self.world.net.loss = 0.0
         for node in self.world.nodes():
             node.resume()
+
+    def repair(self) -> None:
+        """Take back what only operators can, and see whether they have; call it until nothing is left of it."""
+        for endpoint, broker in self.world.brokers.items():
+            operator = self.world.operators[endpoint]
+            if broker.alive and not operator.asked:
+                for name in sorted(broker.core.registry.held):
+                    operator.ask("undrain", worker=name)
+            self._bring_back(broker)
 
     def roll(self) -> None:
         """Drain every worker and every broker, one after the other: the next one when the last one is back."""
@@ -81,7 +91,7 @@ class Faults:
         """Have a client ask its broker to drain a worker."""
         worker, client = self._worker(), self._client()
         if worker is not None and client is not None:
-            client.ask("drain", worker=worker.name, grace_s=self._random.choice([0.0, 1.0, 3.0]))
+            client.ask("drain", worker=self._called(worker, client), grace_s=self._random.choice([0.0, 1.0, 3.0]))
 
     def replace_worker(self) -> None:
         """Give a worker's name to a new process while the old one only sleeps, or cannot be reached."""
@@ -99,6 +109,26 @@ class Faults:
         worker = self._worker()
         if worker is not None:
             worker.fail()
+
+    def sicken_engine(self) -> None:
+        """Let an engine fail whatever it is given for a while: its breakers open."""
+        worker = self._worker()
+        if worker is not None:
+            worker.sicken(self._lasts())
+
+    def hold_worker(self) -> None:
+        """Have a broker give a worker, or a broker below it, nothing new for a while."""
+        broker = self._random.choice(list(self.world.brokers.values()))
+        name = self._random.choice(list(paths(self.world, broker.name)))
+        operator = self.world.operators[broker.name]
+        operator.ask("drain", worker=name, stay=True)
+        self._clock.after(self._lasts(), lambda: operator.ask("undrain", worker=name))
+
+    def undrain_worker(self) -> None:
+        """Have a worker that drains, or does not, told to stay."""
+        worker, client = self._worker(), self._client()
+        if worker is not None and client is not None:
+            client.ask("undrain", worker=self._called(worker, client))
 
     def fail_job(self) -> None:
         worker = self._worker()
@@ -126,6 +156,29 @@ class Faults:
         broker = self._broker()
         if broker is not None:
             broker.pause(self._lasts())
+
+    def drain_branch(self) -> None:
+        """Have a broker send one below it away, which is started anew some time after it has left."""
+        child = self._child()
+        if child is not None:
+            operator = self.world.operators[self._random.choice(child.settings.uplinks)]
+            operator.ask("drain", worker=child.settings.name, grace_s=self._random.choice([0.0, 1.0, 3.0]))
+            self._clock.after(1.0 + self._lasts(), self._bring_back, child)
+
+    def cut_uplink(self) -> None:
+        """Break the connections of a broker with those above it."""
+        child = self._child()
+        for link in list(child.links.values()) if child is not None else []:
+            self.world.brokers[link.endpoint].cut(link)
+
+    def kill_mid(self) -> None:
+        child = self._child()
+        if child is not None:
+            child.kill(self._lasts())
+
+    def _bring_back(self, broker: SimBroker) -> None:
+        if broker.alive and broker.has_left() and not broker.core.exchange.draining:
+            broker.kill(0.1)
 
     # On clients.
 
@@ -204,10 +257,10 @@ class Faults:
     @staticmethod
     def _links_of(node: Node) -> list[Link]:
         return (
-            list(node.links.values())
-            if isinstance(node, Peer)
-            else node.links()
+            node.all_links()
             if isinstance(node, SimBroker)
+            else list(node.links.values())
+            if isinstance(node, Peer)
             else []
         )
 
@@ -226,7 +279,16 @@ class Faults:
         alive = [broker for broker in self.world.brokers.values() if broker.alive]
         return self._random.choice(alive) if alive else None
 
+    def _child(self) -> SimBroker | None:
+        alive = [broker for broker in self.world.brokers.values() if broker.alive and broker.settings.uplinks]
+        return self._random.choice(alive) if alive else None
+
+    def _called(self, worker: SimWorker, client: SimClient) -> str:
+        """Return what a worker is called at a client's first broker; at others it may be unknown."""
+        named = paths(self.world, client.settings.endpoints[0])
+        return next((path for path in named if path.split("/")[-1] == worker.name), worker.name)
+
     def _link(self) -> Link | None:
-        nodes: list[Peer] = [*self.world.workers, *self.world.clients]
+        nodes: list[Peer] = [*self.world.workers, *self.world.clients, *self.world.brokers.values()]
         links = [link for node in nodes if node.alive for link in node.links.values()]
         return self._random.choice(links) if links else None

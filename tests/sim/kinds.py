@@ -14,6 +14,9 @@ FAULTS = (
     "hang_engine",
     "fail_engine",
     "fail_job",
+    "sicken_engine",
+    "hold_worker",
+    "undrain_worker",
     "kill_client",
     "close_client",
     "kill_broker",
@@ -30,6 +33,8 @@ FAULTS = (
     "isolate_node",
     "delay_node",
 )
+#: What happens to brokers below others only.
+TREE_FAULTS = ("drain_branch", "cut_uplink", "kill_mid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,8 @@ class Kind:
         requests: streams a second.
         faults: faults a second.
         heal_s: longest time that a fault lasts.
-        brokers: how many brokers there may be.
+        brokers: how many brokers there may be, side by side.
+        tree: some brokers stand below others instead.
         sure: whatever happens, no stream may fail: the clients are patient, and every worker resumes.
         rolling: all workers and brokers are drained and restarted, one after the other.
         slow_readers: some readers pause, for up to a minute or for ever.
@@ -58,6 +64,7 @@ class Kind:
     faults: float
     heal_s: float = 3.0
     brokers: tuple[int, ...] = (1, 2)
+    tree: bool = False
     sure: bool = False
     rolling: bool = False
     slow_readers: bool = False
@@ -67,9 +74,12 @@ class Kind:
 
 KINDS = (
     Kind("calm", 4, (3, 6), 3.0, 0.0, sure=True),
-    Kind("heals", 56, (4, 8), 2.5, 1.2, sure=True, loss=(0.0, 0.0, 0.002)),
+    Kind("heals", 40, (4, 8), 2.5, 1.2, sure=True, loss=(0.0, 0.0, 0.002)),
     Kind("rolling", 10, (4, 6), 2.5, 0.0, brokers=(2,), sure=True, rolling=True),
-    Kind("harsh", 24, (6, 12), 2.0, 0.8, heal_s=12.0, brokers=(1, 1, 2, 3), loss=(0.0, 0.0, 0.003)),
+    Kind("harsh", 20, (6, 12), 2.0, 0.8, heal_s=12.0, brokers=(1, 1, 2, 3), loss=(0.0, 0.0, 0.003)),
+    Kind("tree", 12, (4, 8), 2.5, 1.2, tree=True, sure=True, loss=(0.0, 0.0, 0.002)),
+    Kind("rolling tree", 3, (4, 6), 2.5, 0.0, tree=True, sure=True, rolling=True),
+    Kind("harsh tree", 5, (6, 12), 2.0, 0.8, heal_s=12.0, tree=True, loss=(0.0, 0.0, 0.003)),
     Kind("readers", 5, (4, 8), 2.0, 0.5, sure=True, slow_readers=True),
     Kind("long", 1, (40, 60), 2.0, 0.5, heal_s=12.0, slow_readers=True, loss=(0.0, 0.001)),
 )

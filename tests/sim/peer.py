@@ -1,12 +1,16 @@
-"""What workers and clients have in common on the fake network: one socket for each of their brokers."""
+"""What workers, clients and brokers below others have in common on the fake network: a socket for each broker."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import Message
 
-from .broker import SimBroker
 from .net import Link, Net, Node
+
+if TYPE_CHECKING:
+    from .broker import SimBroker
 
 _UP, _DOWN = False, True
 
@@ -55,6 +59,12 @@ class Peer(Node):
     def die(self) -> None:
         """SIGKILL: the connections break; the brokers' monitors see it."""
         self.alive = False
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Let the connections break, and make none any more."""
+        for endpoint in self._sockets:
+            self._sockets[endpoint] += 1
         for endpoint, link in list(self.links.items()):
             self.brokers[endpoint].cut(link)
         self.links.clear()

@@ -87,6 +87,7 @@ class Rogue:
             lambda: self._request(attempt),
             lambda: Query(key, random.choice(["workers", "status", "nonsense"])),
             lambda: Query(key, "drain", {"worker": 7}),
+            lambda: Query(key, "set_speed", {"worker": "worker-0/nobody", "speed": random.choice([0, 1e-6])}),
         ]
         ends: list[Callable[[], Message]] = [
             Goodbye,
@@ -110,5 +111,11 @@ class Rogue:
             prior_tokens=random.choice([0, 0, 5]),
             avoid=random.choice([(), ("worker-0", "worker-1", "worker-2")]),
             queue_s=random.choice([None, 0.0, 0.5]),
+            expected_tokens=random.choice([0, 1, 1_048_576]),
+            priority=random.choice([0, 9]),
+            affinity=random.choice(["", "x"]),
+            hedge=random.choice([False, False, True]),
+            explain=random.choice([False, True]),
+            path=random.choice([(), (), ("x",) * 8]),
         )
         return Request(random.randbytes(16), envelope, payload, ())

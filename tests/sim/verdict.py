@@ -13,6 +13,7 @@ from tokenmq.client.exchange import DEADLINE_SLACK_S
 from tokenmq.client.recovery import pause_s
 
 from .client import Reading, SimClient
+from .layout import paths
 
 if TYPE_CHECKING:
     from .world import World
@@ -43,6 +44,7 @@ def check_ends(world: World) -> None:
             if reading.outcome is not None:
                 assert _justified(world, client, reading), (key.hex(), reading.outcome, reading.attempts)
                 _check_in_time(client, reading)
+                _check_names(world, reading)
                 if world.kind.name == "calm":
                     _check_undisturbed(reading)
 
@@ -52,6 +54,15 @@ def _check_in_time(client: SimClient, reading: Reading) -> None:
     if deadline_s is not None and not client.was_paused:
         late_s = reading.ended_at - reading.submitted_at - deadline_s
         assert late_s <= DEADLINE_SLACK_S + _MS, f"ended {late_s:.3f} s after its deadline"
+
+
+def _check_names(world: World, reading: Reading) -> None:
+    """Who had an attempt is called by where it stands, seen from the broker that was asked."""
+    for attempt in reading.attempts:
+        assert not attempt.worker or attempt.worker in paths(world, attempt.broker), f"a stranger: {attempt}"
+    if isinstance(reading.outcome, Ending) and reading.outcome.worker:
+        broker = reading.attempts[-1].broker
+        assert paths(world, broker).get(reading.outcome.worker) is False, f"not a worker: {reading.outcome.worker}"
 
 
 def _check_undisturbed(reading: Reading) -> None:

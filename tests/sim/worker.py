@@ -54,6 +54,7 @@ class SimWorker(Peer):
         self._started: float | None = None
         self._hangs_until = -math.inf
         self._fails = False
+        self._sick_until = -math.inf
         self._stats = EngineStats()
         #: Jobs that the engine is to end as soon as its thread has time.
         self._cancels: set[int] = set()
@@ -71,6 +72,10 @@ class SimWorker(Peer):
     def fail(self) -> None:
         """The engine's next step raises."""
         self._fails = True
+
+    def sicken(self, seconds: float) -> None:
+        """For so long, every step of the engine raises."""
+        self._sick_until = self.clock.now + seconds
 
     def fail_job(self) -> None:
         """The engine has no memory for one of its jobs."""
@@ -122,7 +127,7 @@ class SimWorker(Peer):
 
     def _step(self) -> None:
         self._steps += 1
-        if self._fails:
+        if self._fails or self.clock.now < self._sick_until:
             self._fails = False
             lost = frozenset(self.runs)
             self.runs.clear()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from random import Random
+from typing import Any
 
+from tokenmq.broker.breaker import State
+from tokenmq.broker.dispatch import POLICIES
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.client.settings import Settings as ClientSettings
 from tokenmq.worker.settings import WorkerSettings
@@ -15,6 +18,7 @@ from .client import Reading, SimClient, Wish
 from .engine import MODEL
 from .faults import Faults
 from .kinds import kind_of
+from .layout import Layout, knows_its_children, members, paths
 from .net import Net, Node
 from .rogue import Rogue
 from .verdict import check_ends
@@ -35,9 +39,11 @@ class World:
     Attributes:
         kind: what the schedule is like.
         net: clock, randomness and links.
+        layout: which brokers there are, and which of them are below others.
         brokers: by endpoint.
         workers: all that ever were, dead ones too.
         clients: likewise.
+        operators: a client of each broker that gives orders, by the broker's endpoint; nothing happens to them.
         faults: what goes wrong.
         reader_timeout_s: how long workers wait for readers.
         rogue: a program that talks nonsense; None where there is none.
@@ -52,26 +58,31 @@ class World:
         # A broker that is younger than its expiry says that workers may be back soon: where no stream may fail, that
         # must be longer than they need.
         heartbeat_s, expiry_s = random.choice([(0.5, 6.0), (1.0, 5.0)] if kind.sure else [(0.3, 0.9), (1.0, 5.0)])
-        self._broker_settings = BrokerSettings(
-            heartbeat_s=heartbeat_s,
-            expiry_s=expiry_s,
-            max_waiting=random.choice([2, 50]),
-            policy=random.choice(["shortest-queue", "lottery"]),
-        )
         self._step_s = random.choice([0.02, 0.05, 0.1])
         #: Shorter than a reader's longest pause, and far longer than any fault that heals soon.
         self.reader_timeout_s = random.choice([20.0, 600.0])
         self.brokers: dict[str, SimBroker] = {}
-        for number in range(random.choice(kind.brokers)):
-            name = f"tcp://broker-{number}:1"
-            self.brokers[name] = SimBroker(self.net, name, self._broker_settings)
+        self.layout = Layout.of(kind, random)
+        max_waiting = random.choice([2, 50])
+        for endpoint, name in self.layout.names.items():
+            settings = BrokerSettings(
+                name=name, heartbeat_s=heartbeat_s, expiry_s=expiry_s, max_waiting=max_waiting,
+                policy=random.choice(sorted(POLICIES)), uplinks=self.layout.uplinks[endpoint],
+                client_weights={"sim": random.choice([1.0, 3.0])},
+            )  # fmt: skip
+            self.brokers[endpoint] = SimBroker(self.net, self.brokers, endpoint, settings)
         self.workers: list[SimWorker] = []
         self.clients: list[SimClient] = []
-        self._worker_count = random.randint(2 if kind.rolling else 1, 3)
-        for number in range(self._worker_count):
-            self.add_worker(f"worker-{number}", slots=random.randint(1, 5))
+        homes = self.layout.homes_of_workers(random, 2 if kind.rolling else 1)
+        self._worker_count = len(homes)
+        for number, home in enumerate(homes):
+            self.add_worker(f"worker-{number}", home, slots=random.randint(1, 5))
         for _ in range(random.randint(1, 2)):
             self.add_client()
+        self.operators = {
+            endpoint: SimClient(self.net, self.brokers, ClientSettings((endpoint,), name="operator"))
+            for endpoint in self.brokers
+        }
         self.begin = self.clock.now
         self.end = self.begin + random.uniform(*kind.busy_s)
         self.faults = Faults(self)
@@ -88,6 +99,7 @@ class World:
         self.faults.heal()
         until = self.clock.now + _CALM_S + (_PAUSES_S if self.kind.slow_readers else 0.0)
         while not self.at_rest() and self.clock.now < until:
+            self.faults.repair()
             self.clock.run_until(self.clock.now + _LOOK_S)
         self.check_rest()
         check_ends(self)
@@ -96,10 +108,10 @@ class World:
         """Return all nodes that live."""
         return [node for node in (*self.brokers.values(), *self.workers, *self.clients) if node.alive]
 
-    def add_worker(self, name: str, *, slots: int) -> None:
-        """Start a worker process."""
+    def add_worker(self, name: str, home: tuple[str, ...], *, slots: int) -> None:
+        """Start a worker process that registers at these brokers."""
         settings = WorkerSettings(
-            brokers=tuple(self.brokers), models=(MODEL,), name=name, slots=slots,
+            brokers=home, models=(MODEL,), name=name, slots=slots, speed=self.random.choice([None, None, 1.0, 20.0]),
             stall_after_s=self.random.choice([2.0, 30.0]), reader_timeout_s=self.reader_timeout_s,
         )  # fmt: skip
         resumes = self.kind.sure or self.random.random() < 0.85
@@ -110,7 +122,7 @@ class World:
 
     def replace(self, worker: SimWorker) -> None:
         """Start a process that takes a worker's place."""
-        self.add_worker(worker.name, slots=worker.settings.slots)
+        self.add_worker(worker.name, worker.settings.brokers, slots=worker.settings.slots)
 
     def _exited(self, worker: SimWorker) -> None:
         # As a supervisor does. One that was superseded has its successor already.
@@ -119,16 +131,16 @@ class World:
 
     def add_client(self) -> None:
         """Start a client process."""
-        endpoints = tuple(self.random.sample(list(self.brokers), len(self.brokers)))
+        endpoints, name = self.layout.home_of_client(self.random), self.random.choice(["sim", "other"])
         if self.kind.sure:
             settings = ClientSettings(
-                endpoints, name="sim", connect_timeout_s=60.0, recovery_timeout_s=600.0, max_attempts=10_000,
+                endpoints, name=name, connect_timeout_s=60.0, recovery_timeout_s=600.0, max_attempts=10_000,
                 first_token_timeout_s=3.0, inter_token_timeout_s=1.5,
             )  # fmt: skip
         else:
             settings = ClientSettings(
                 endpoints,
-                name="sim",
+                name=name,
                 connect_timeout_s=self.random.choice([0.5, 5.0]),
                 recovery_timeout_s=self.random.choice([2.0, 30.0]),
                 max_attempts=self.random.choice([1, 3, 16]),
@@ -175,6 +187,8 @@ class World:
             deadline_s=random.choice([None, None, None, None, 0.2, 5.0]),
             resume=self.kind.sure or random.random() < 0.85,
             hedge_after_s=random.choice([None, None, 0.05, 0.5]),
+            priority=random.choice([0, 5, 5, 9]),
+            affinity=random.choice(["", "", "a", "b"]),
         )
 
     def _cancel(self) -> None:
@@ -183,7 +197,20 @@ class World:
             client.cancel(self.random.choice(list(client.open_readings)))
 
     def _ask(self) -> None:
-        self._living_client().ask(self.random.choice(["models", "workers", "status"]))
+        """Ask or order something that does no harm, whatever happens meanwhile."""
+        random, client = self.random, self._living_client()
+        worker = random.choice(list(paths(self, client.settings.endpoints[0])))
+        questions: list[tuple[str, dict[str, Any]]] = [
+            ("models", {}),
+            ("workers", {"tree": random.random() < 0.5}),
+            ("status", {"tree": random.random() < 0.5}),
+            ("route", {"model": MODEL, "affinity": random.choice(["", "a"])}),
+            ("refresh", {}),
+            ("set_policy", {"policy": random.choice(sorted(POLICIES))}),
+            ("set_speed", {"worker": worker, "speed": random.choice([None, 0.01, 1.0, 100.0])}),
+        ]
+        method, arguments = random.choice(questions)
+        client.ask(method, **arguments)
 
     def _open_ids(self) -> list[bytes]:
         return [key for client in self.clients for key in client.open_readings]
@@ -192,11 +219,12 @@ class World:
 
     def all_found(self) -> bool:
         """Tell whether every broker runs and has every worker that lives, and no worker is missing."""
-        alive = {worker.name: worker.core._incarnation for worker in self.workers if worker.alive}
-        if len(alive) < self._worker_count or sum(worker.alive for worker in self.workers) > len(alive):
+        names = [worker.name for worker in self.workers if worker.alive]
+        if len(names) != self._worker_count or len(set(names)) != self._worker_count:
             return False  # one is down, or its successor has not met it yet
         return all(
-            broker.alive and {worker.name: worker.incarnation for worker in broker.core.registry} == alive
+            broker.alive
+            and {worker.name: worker.incarnation for worker in broker.core.registry} == members(self, broker)
             for broker in self.brokers.values()
         )
 
@@ -204,10 +232,17 @@ class World:
         """Tell whether nothing is under way any more, and everybody has found everybody."""
         if any(client.open_readings or client.asked for client in self.clients if client.alive):
             return False
+        if any(operator.asked for operator in self.operators.values()):
+            return False
         if not self.all_found():
             return False
-        if any(broker.core.exchange.records for broker in self.brokers.values()):
-            return False
+        for broker in self.brokers.values():
+            exchange = broker.core.exchange
+            # The only timers left are those of workers that are suspended: they must run out.
+            if exchange.records or exchange.next_deadline() is not None or broker.core.registry.held:
+                return False
+            if not knows_its_children(broker):
+                return False
         return not any(worker.runs or len(worker.core._streams) for worker in self.workers if worker.alive)
 
     def check_rest(self) -> None:
@@ -222,7 +257,13 @@ class World:
             assert broker.alive, "a broker is not back"
             assert broker.core.exchange.tally() == {"waiting": 0, "running": 0, "orphaned": 0}
             assert broker.core.exchange.next_deadline() is None, "a timer is left"
+            assert broker.core.management.next_deadline() is None, "a question is left"
             assert all(not worker.in_flight and not worker.routes for worker in broker.core.registry)
+            assert not broker.core.uplink.guests(), "a guest is left"
+            assert knows_its_children(broker), "a broker does not know what is below it"
+            for worker in broker.core.registry:
+                assert worker.breaker.state is not State.OPEN, f"{worker.name} is suspended for ever"
+                assert worker.free > 0, f"{worker.name} would get nothing: {worker}"
         for worker in self.workers:
             if worker.alive:
                 assert not worker.runs, "a job is left in an engine"
