@@ -95,7 +95,7 @@ class Broker:
 
         The requests are on top of those of the real broker, and all have ended when this returns.
         """
-        registry, exchange = self.core.registry, self.core.exchange
+        registry, chooser = self.core.registry, self.core.exchange.chooser
         client = ClientSession(peer=b"d", liveness=Liveness(1.0, 5.0, 0.0, 0.0), name="", route=bytes(16))
         records = deque(
             RequestRecord.of(request(_OTHER_IDS + number), client, self._now) for number in range(_CONVERSATIONS)
@@ -104,7 +104,7 @@ class Broker:
         for number in range(rounds + _CONVERSATIONS // 2):
             if number < rounds:
                 record = records.popleft()
-                worker = exchange._choose(record, exchange._candidates(record))
+                worker = chooser.choose(record, chooser.candidates(record))
                 worker.charge(record)
                 record.worker = worker
                 registry.changed(worker, self._now)
