@@ -7,7 +7,7 @@ which is the best that can be had without interrupting what runs, and one queue 
 
 Shares are shares of tokens: after a long request of its own, a client that others compete with is behind them for as
 long as its share of the workers takes to make up for it. In a small cluster that is a long time. So there is a second
-table, in which all requests are equally long.
+table, with lengths that are exponentially distributed.
 
 Run: python benchmarks/routing_fairness.py.
 """
@@ -22,7 +22,7 @@ from random import Random
 from chaos_figures import percentile
 from routing_broker import Simulation
 from routing_figures import Estimate
-from routing_load import FIXED, PARETO, POISSON, SERVICE_S, Cluster, Job, bound_of, draw_tokens, jobs_of
+from routing_load import EXPONENTIAL, PARETO, POISSON, SERVICE_S, Cluster, Job, bound_of, draw_tokens, jobs_of
 from routing_rules import Outcome, central_queue
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each size (default: 3)")
     options = parser.parse_args()
     print(f"p99 wait of a client, in mean service times, while another sends {options.flood:,} requests at once")
-    for heading, lengths in (("heavy-tailed lengths", PARETO), ("equal lengths", FIXED)):
+    for heading, lengths in (("heavy-tailed lengths", PARETO), ("exponential lengths", EXPONENTIAL)):
         print(f"  {heading:20} {'without':>15} {'with':>15} {'more':>15} {'preferred':>15} {'first come':>15}")
         for workers, slots in SIZES:
             cluster = Cluster.of(workers, slots=slots)
