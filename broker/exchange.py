@@ -72,6 +72,8 @@ class Exchange:
         self._weights = dict(settings.client_weights)
         #: Requests that run, by share.
         self._running: Counter[str] = Counter()
+        #: Requests that run, and nobody waits for them.
+        self._orphaned = 0
         self._rooms: dict[str, WaitingRoom] = {}
         #: When the requests that somebody waits for must be ended, by key.
         self._deadlines = Timers()
@@ -339,8 +341,8 @@ class Exchange:
     def tally(self) -> dict[str, int]:
         """Return how many requests wait, run, and run without anybody waiting for them."""
         waiting = sum(map(len, self._rooms.values()))
-        orphaned = sum(1 for record in self.records.values() if record.client is None)
-        return {"waiting": waiting, "running": len(self.records) - waiting - orphaned, "orphaned": orphaned}
+        running = len(self.records) - waiting - self._orphaned
+        return {"waiting": waiting, "running": running, "orphaned": self._orphaned}
 
     def validate(self) -> None:
         """Check every invariant of requests, slots and routes.
@@ -355,6 +357,7 @@ class Exchange:
         running = {key: record for worker in self._registry for key, record in worker.in_flight.items()}
         assert not waiting.keys() & running.keys(), "a request waits and runs"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
+        assert self._orphaned == sum(record.client is None for record in self.records.values()), "who is orphaned"
         assert self._running == Counter(record.share for record in running.values()), "what runs, by share"
         for model, room in self._rooms.items():
             room.validate()
@@ -434,6 +437,7 @@ class Exchange:
 
     def _release(self, worker: WorkerSession, record: RequestRecord) -> None:
         worker.release(record)
+        self._orphaned -= record.client is None
         self._running[record.share] -= 1
         if not self._running[record.share]:
             del self._running[record.share]
@@ -497,6 +501,7 @@ class Exchange:
     def _orphan(self, record: RequestRecord) -> None:
         """Let nobody wait for a running request any more; its slot stays charged."""
         record.client = None
+        self._orphaned += 1
         self._deadlines.drop(record.key)
         self._cancel_at_worker(record)
 
