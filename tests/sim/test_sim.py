@@ -41,6 +41,9 @@ def _check_worth(kind: Kind, runs: int, sums: Counter[str]) -> None:
         assert faults > 2 * runs
     if kind.faults:
         assert sums["resumes"] > runs
+        assert sums["suspensions"] > runs // 10
+    if kind.tree:
+        assert sums["attempts below"] > 2 * runs
 
 
 def test_a_schedule_is_repeatable() -> None:

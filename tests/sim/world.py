@@ -241,7 +241,7 @@ class World:
             # The only timers left are those of workers that are suspended: they must run out.
             if exchange.records or exchange.next_deadline() is not None or broker.core.registry.held:
                 return False
-            if not knows_its_children(broker):
+            if not knows_its_children(broker) or not all(worker.free for worker in broker.core.registry):
                 return False
         return not any(worker.runs or len(worker.core._streams) for worker in self.workers if worker.alive)
 
@@ -277,12 +277,15 @@ class World:
     def tally(self) -> Counter[str]:
         """Return what happened: streams by how they ended, faults by name, resumes."""
         sums = Counter(self.faults.struck)
+        for broker in self.brokers.values():
+            sums["suspensions"] += broker.core.counters.workers_suspended  # since its last start
         for client in self.clients:
             sums["resumes"] += client.resumes
             for hedge in client.hedges:
                 sums["hedges " + ("cancelled" if hedge.cancelled else "failed" if hedge.error else "won")] += 1
             for reading in client.readings.values():
                 outcome = reading.outcome
+                sums["attempts below"] += sum("/" in attempt.worker for attempt in reading.attempts)
                 sums["streams"] += 1
                 sums["unread" if outcome is None else getattr(outcome, "code", None) or outcome.reason.value] += 1
         return sums
