@@ -258,8 +258,9 @@ class Exchange:
     def dispatch(self, models: Iterable[str], now: float) -> None:
         """Give out the free slots for these models, in the order of their waiting rooms; the most urgent first."""
         pool = self._registry.pool
-        rooms = [room for model in models if (room := self._rooms.get(model)) and pool.anyone_free(model)]
-        while rooms:
+        wanted = {model: room for model in models if (room := self._rooms.get(model))}
+        # Whether anybody is free is asked each time: a room would have to look at all that waits to find it out.
+        while rooms := [room for model, room in wanted.items() if room and pool.anyone_free(model)]:
             wishes: dict[tuple[str, bool, frozenset[str]], Free | Spare] = {}
 
             def servable(record: RequestRecord, known: dict[Any, Free | Spare] = wishes) -> bool:
@@ -270,10 +271,9 @@ class Exchange:
                     found = known[wish] = self.chooser.candidates(record)
                 return bool(found)
 
-            found = [(first, room) for room in rooms if room and (first := room.first(servable, now))]
+            found = [(first, room) for room in rooms if (first := room.first(servable, now))]
             if not found:
                 return
-            rooms = [room for _, room in found]
             (_, record), room = min(found, key=lambda each: each[0][0])
             room.serve(record, now)
             self._assign(record, wishes[record.model, record.resumed, record.avoid], now)
