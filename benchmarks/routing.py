@@ -23,8 +23,9 @@ from pathlib import Path
 from random import Random
 
 from routing_broker import Simulation
-from routing_figures import Estimate, Figures, draw, ratio, table
+from routing_figures import Estimate, Figures, ratio, table
 from routing_load import ARRIVALS, BURSTY, POISSON, Cluster, Job, jobs_of
+from routing_plots import draw
 from routing_rules import Outcome, central_queue, lottery, shortest_queue
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY, POLICIES
@@ -174,14 +175,16 @@ def plot(results: Results, folder: Path) -> list[Path]:
             {rule: [(x, p99[case][rule]) for x, case in points] for rule in (p99[points[0][1]] if points else ())}
             for points in (loads, sizes)
         )
+    paths = folder / "routing-load.svg", folder / "routing-size.svg"
+    titles = (
+        "99 % of requests wait for less: 16 workers x 5",
+        "99 % of requests wait for less: load 0.9, one request at a time",
+    )
     drawn = []
-    if all(by_load.values()):
-        path = folder / "routing-load.svg"
-        drawn += [path] if draw(path, "99 % of requests wait for less: 16 workers x 5", "load", by_load) else []
-    if all(by_size.values()):
-        path = folder / "routing-size.svg"
-        title = "99 % of requests wait for less: load 0.9, one request at a time"
-        drawn += [path] if draw(path, title, "workers", by_size, logarithmic=True) else []
+    if all(by_load.values()) and draw(paths[0], titles[0], "load", by_load, dashed=OPTIMUM):
+        drawn.append(paths[0])
+    if all(by_size.values()) and draw(paths[1], titles[1], "workers", by_size, dashed=OPTIMUM, logarithmic=True):
+        drawn.append(paths[1])
     return drawn
 
 

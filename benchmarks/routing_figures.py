@@ -1,4 +1,4 @@
-"""What a simulated rule is judged by: figures of one run, their mean over seeds with confidence, tables, plots."""
+"""What a simulated rule is judged by: figures of one run, their mean over seeds with confidence, tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from chaos_figures import percentile
 from routing_load import SERVICE_S
@@ -17,8 +16,8 @@ WARM_UP = 0.1
 #: Student's t for 95 % by degrees of freedom; more of them are taken for infinitely many.
 _T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _T95_MANY = 1.96
-#: Below this a wait is nothing: plots have logarithmic axes.
-_LEAST_SHOWN = 1e-3
+#: Below this a wait is nothing to divide by.
+_NOTHING = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class Estimate:
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Estimate | None:
     """Estimate a ratio from pairs of the same seed; None where a divisor is nothing."""
-    if min(below) < _LEAST_SHOWN:
+    if min(below) < _NOTHING:
         return None
     return Estimate.of([a / b for a, b in zip(above, below, strict=True)])
 
@@ -93,54 +92,3 @@ def table(results: Mapping[str, Sequence[Figures]], optimum: str) -> Iterator[st
         ]
         compared = ratio([figures.mean for figures in runs], best)
         yield f"  {rule:28} {' '.join(map(str, columns))} {compared or '-'!s:>16}"
-
-
-def draw(
-    path: Path,
-    title: str,
-    axis: str,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
-    *,
-    logarithmic: bool = False,
-) -> bool:
-    """Draw lines over a logarithmic axis of waits, where matplotlib is installed.
-
-    Args:
-        path: the file to write, .svg or .png.
-        title: of the whole.
-        axis: what the horizontal axis shows.
-        panels: by title, the lines of each panel by name, as points (x, wait).
-        logarithmic: the horizontal axis is, too.
-
-    Returns:
-        Whether it was drawn.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tokenmq", "font.size": 9})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), sharey=True, squeeze=False)
-    for panel, (heading, lines) in zip(axes[0], panels.items(), strict=True):
-        for name, points in lines.items():
-            xs, waits = zip(*points, strict=True)
-            style = (
-                {"color": "black", "linestyle": "--"} if name == "central queue" else {"marker": "o", "markersize": 3}
-            )
-            panel.plot(xs, [max(wait, _LEAST_SHOWN) for wait in waits], label=name, linewidth=1.2, **style)
-        panel.set(title=heading, xlabel=axis, yscale="log", xscale="log" if logarithmic else "linear")
-        if logarithmic:
-            ticks = [x for x, _ in next(iter(lines.values()))]
-            panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            panel.minorticks_off()
-        panel.grid(visible=True, linewidth=0.3)
-    axes[0][0].set_ylabel("mean service times")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-    return True
