@@ -9,6 +9,9 @@ from dataclasses import dataclass
 _SMOOTHING = 0.15
 #: A measurement counts half after this time without a new one: a worker that was slow once is not left out for ever.
 _HALF_LIFE_S = 60.0
+#: Speeds that READY may tell. Workers measure their own requests, and what they say can be anything: a broker that
+#: reckoned with it could divide by nothing, and one liar would hide what all the others do.
+_SLOWEST, _FASTEST = 1e-6, 1e6
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Speed:
         """Take the decoding of one request: `tokens` after the first one, in so many seconds."""
         if tokens < 1 or seconds <= 0:
             return  # a single token has no pace
+        seconds = min(max(seconds, tokens / _FASTEST), tokens / _SLOWEST)
         if self._seconds == 0:
             self._tokens, self._seconds = float(tokens), seconds
         else:

@@ -48,6 +48,13 @@ class TestSpeed:
         speed.measure(tokens, seconds, 0.0)
         assert speed.measured is None
 
+    @pytest.mark.parametrize(("tokens", "seconds"), [(19, 5e-324), (19, 1e-300), (2**63 - 1, 1.0), (1, 1e9)])
+    def test_what_nobody_can_be_is_cut_to_what_ready_may_tell(self, tokens: int, seconds: float) -> None:
+        speed = Speed()
+        speed.measure(tokens, seconds, 0.0)
+        assert speed.measured is not None
+        assert 1e-6 <= speed.measured <= 1e6 * (1 + 1e-9)
+
     def test_an_old_measurement_gives_way_to_what_is_usual(self) -> None:
         speed = Speed()
         speed.measure(10, 1.0, 0.0)
@@ -95,6 +102,24 @@ class TestRegistry:
         assert kinds(client.asks(3))[0] == ("fast", "REQUEST")
         assert kinds(client.asks(4))[0] == ("new", "REQUEST")
         assert kinds(client.asks(5))[0] == ("slow", "REQUEST")
+
+    def test_an_impossible_pace_stops_nobody(self, stage: Stage) -> None:
+        """Infinite or vanishing speeds would end the broker: a cost is something over a speed."""
+        client = stage.client()
+        liar, other = stage.worker("w1", "m", speed=None), stage.worker("w2", "m", speed=None)
+        for number in range(1, 9, 2):
+            client.asks(number)
+            client.asks(number + 1)
+            held = {record.id for record in worker_session(stage, "w1").in_flight.values()}
+            for id in (number, number + 1):
+                if request_id(id) in held:
+                    finishes(liar, id, 20, 1e-300)
+                else:
+                    finishes(other, id, 20, 1.0)
+        assert worker_session(stage, "w2").speed == pytest.approx(19.0)
+        stage.passes(1e5, listening=False)
+        liar.vanishes()
+        assert kinds(client.asks(9)) == [("w2", "REQUEST")]
 
     def test_tokens_of_earlier_attempts_are_not_the_workers(self, stage: Stage) -> None:
         infos = tuple(replace(info, resumes=True) for info in stage.worker("w0").ready.models)
