@@ -17,6 +17,7 @@ from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.links import Connected, Lost, Open, Received, Send, Shut
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
+    Accepted,
     Cancel,
     Chunk,
     Chunks,
@@ -192,7 +193,7 @@ class Tree:
         self._peers[broker, worker.id] = worker
         infos = tuple(ModelInfo(model, resumes=resumes) for model in models or ("m",))
         worker.says(Ready(name, next(self._starts), "test/1", infos, slots, "synthetic", Load(), speed))
-        worker.heard.clear()
+        worker.take(Accepted)
         self.passes(0.2)
         return worker
 
