@@ -1,4 +1,4 @@
-"""A diamond of brokers on two roots, in any order of events: no answer is lost or doubled, and nothing is left over."""
+"""A diamond of brokers on two roots, in any order of events: no answer is lost or doubled, nothing is left over."""
 
 from __future__ import annotations
 
