@@ -11,7 +11,7 @@ uses the last worker of a model).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from ..protocol.errors import ErrorCode
@@ -39,24 +39,31 @@ class Breaker:
 
     Attributes:
         state: where it stands.
-        failures: engine failures since the last success.
+        failures: engine failures since the last success; those of one request count once.
         again_at: when the worker is tried again; means something while OPEN.
         pause_s: how long it is left alone after the next opening.
+        blamed: ids of the requests that failed while it was closed: fewer than FAILURES.
     """
 
     state: State = State.CLOSED
     failures: int = 0
     again_at: float = 0.0
     pause_s: float = PAUSE_S
+    blamed: set[bytes] = field(default_factory=set)
 
-    def failed(self, now: float) -> bool:
-        """Note that the engine has failed a request; tell whether this opened the breaker."""
+    def failed(self, now: float, request: bytes) -> bool:
+        """Note that the engine has failed the request of this id; tell whether this opened the breaker."""
+        if self.state is State.CLOSED:
+            if request in self.blamed:
+                return False  # it is tried again and again: one that breaks every engine must not suspend them all
+            self.blamed.add(request)
         self.failures += 1
         if self.state is State.OPEN or (self.state is State.CLOSED and self.failures < FAILURES):
             return False  # what it still ran when it was opened says nothing new
         self.state = State.OPEN
         self.again_at = now + self.pause_s
         self.pause_s = min(2 * self.pause_s, MAX_PAUSE_S)
+        self.blamed.clear()
         return True
 
     def succeeded(self) -> bool:
@@ -65,6 +72,7 @@ class Breaker:
         self.state = State.CLOSED
         self.failures = 0
         self.pause_s = PAUSE_S
+        self.blamed.clear()
         return closed
 
     def try_again(self) -> None:

@@ -99,7 +99,8 @@ class Chooser:
         """Learn from the end of a request how its worker does."""
         if isinstance(answer, Error):
             # A broker below suspends its own workers.
-            if answer.code in ENGINE_FAULTS and not worker.is_broker and worker.breaker.failed(now):
+            engine_failed = answer.code in ENGINE_FAULTS and not worker.is_broker
+            if engine_failed and worker.breaker.failed(now, record.id):
                 self._counters.workers_suspended += 1
                 self._pauses.set(worker.peer, worker.breaker.again_at)
                 self._outbox.log(

@@ -84,8 +84,8 @@ class Pools(RuleBasedStateMachine):
     @rule(data=st.data(), times=st.integers(1, FAILURES), tried=st.booleans())
     def fails(self, data: st.DataObject, times: int, tried: bool) -> None:
         worker = data.draw(st.sampled_from(self.workers()))
-        for _ in range(times):
-            worker.breaker.failed(self.now)
+        for number in range(times):
+            worker.breaker.failed(self.now, bytes([number]))
         if tried and worker.breaker.state is State.OPEN:
             worker.breaker.try_again()
         self.registry.changed(worker, self.now)

@@ -9,26 +9,34 @@ from tokenmq.protocol.messages import FinishReason, Load, WorkerState
 
 from .stage import Stage, WorkerPeer, kinds, worker_session
 
+REQUESTS = [bytes([number]) for number in range(FAILURES + 1)]
+
 
 class TestBreaker:
     def test_it_opens_after_failures_in_a_row(self) -> None:
         breaker = Breaker()
-        assert [breaker.failed(0.0) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
+        assert [breaker.failed(0.0, REQUESTS[n]) for n in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
         assert breaker.state is State.OPEN
         assert breaker.again_at == PAUSE_S
 
     def test_a_success_between_them_begins_the_count_anew(self) -> None:
         breaker = Breaker()
         for _ in range(10):
-            assert not any(breaker.failed(0.0) for _ in range(FAILURES - 1))
+            assert not any(breaker.failed(0.0, REQUESTS[n]) for n in range(FAILURES - 1))
             assert not breaker.succeeded()
+
+    def test_a_request_that_is_tried_again_counts_once(self) -> None:
+        breaker = Breaker()
+        assert not any(breaker.failed(0.0, REQUESTS[0]) for _ in range(10))
+        assert breaker.failures == 1
+        assert [breaker.failed(0.0, REQUESTS[n]) for n in range(1, FAILURES)][-1]
 
     def test_each_failed_trial_doubles_the_pause_up_to_a_limit(self) -> None:
         breaker, pauses = Breaker(), []
-        for _ in range(FAILURES - 1):
-            breaker.failed(0.0)
+        for n in range(FAILURES - 1):
+            breaker.failed(0.0, REQUESTS[n])
         for _ in range(8):
-            assert breaker.failed(100.0)
+            assert breaker.failed(100.0, REQUESTS[-1])
             pauses.append(breaker.again_at - 100.0)
             breaker.try_again()
         assert pauses[:3] == [PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S]
@@ -36,17 +44,17 @@ class TestBreaker:
 
     def test_a_trial_that_succeeds_closes_it_and_forgets_the_pauses(self) -> None:
         breaker = Breaker()
-        for _ in range(FAILURES):
-            breaker.failed(0.0)
+        for n in range(FAILURES):
+            breaker.failed(0.0, REQUESTS[n])
         breaker.try_again()
         assert breaker.succeeded()
         assert breaker == Breaker(again_at=PAUSE_S)
 
     def test_what_ran_on_when_it_opened_changes_nothing(self) -> None:
         breaker = Breaker()
-        for _ in range(FAILURES):
-            breaker.failed(0.0)
-        assert not breaker.failed(0.5)
+        for n in range(FAILURES):
+            breaker.failed(0.0, REQUESTS[n])
+        assert not breaker.failed(0.5, REQUESTS[-1])
         assert breaker.again_at == PAUSE_S
 
 
@@ -137,6 +145,14 @@ class TestWorkers:
             client.asks(number)
             worker.fails(number, code)
         assert worker_session(stage, "w1").breaker == Breaker()
+
+    def test_a_request_that_breaks_every_engine_suspends_nobody(self, stage: Stage) -> None:
+        workers = {name: stage.worker(name) for name in ("w1", "w2")}
+        client = stage.client()
+        for attempt in range(1, 4 * FAILURES):
+            [(to, _)] = [each for each in kinds(client.asks(1, attempt=attempt)) if each[1] == "REQUEST"]
+            workers[to].fails(1, attempt=attempt)
+        assert {worker_session(stage, name).breaker.state for name in workers} == {State.CLOSED}
 
     def test_a_cancelled_request_says_nothing(self, stage: Stage) -> None:
         worker = stage.worker("w1")
