@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from random import Random
 
 from ..protocol.messages import Decision, Error, Finish, FinishReason
 from ..protocol.timers import Timers
 from .breaker import ENGINE_FAULTS, State
 from .decision import explain
-from .dispatch import Job, find_policy
+from .dispatch import POLICIES, Candidate, Job, Policy, find_policy
 from .metrics import Counters
 from .outbox import Outbox
 from .pool import Free, Spare
@@ -49,6 +50,7 @@ class Chooser:
         self._dispatches = 0
         #: When a worker that was suspended is tried again, by its connection.
         self._pauses = Timers()
+        registry.pool.rank_anew(self._guarded(registry.pool.policy))
 
     def candidates(self, record: RequestRecord, *, strictly: bool = False) -> Free | Spare:
         """Return the workers that may take a request now; `strictly` none that it avoids."""
@@ -89,9 +91,10 @@ class Chooser:
         Raises:
             ValueError: there is none of that name; the message lists those that there are.
         """
-        self._registry.pool.rank_anew(find_policy(name))
-        self._outbox.log("policy_changed", policy=name, before=self.policy_name)
+        policy, before = self._guarded(find_policy(name)), self.policy_name
         self.policy_name = name
+        self._outbox.log("policy_changed", policy=name, before=before)
+        self._registry.pool.rank_anew(policy)
 
     # Whom to trust.
 
@@ -151,10 +154,34 @@ class Chooser:
             if isinstance(chosen, WorkerSession) and chosen in free:
                 return chosen
             why = "it chose none of the candidates"
-        self._outbox.log(
-            "policy_failed", level=logging.ERROR, policy=self.policy_name, why=why, doing="taking the least rank"
-        )
+        self._policy_failed(why, "taking the least rank")
         return free.least()
+
+    def _guarded(self, policy: Policy) -> Policy:
+        """Return a policy whose rank is a number, whatever an installed one does: the cost where it gives none."""
+        if policy in POLICIES.values():
+            return policy  # ours are called twice a request, and know what they do
+        told = False
+
+        def rank(worker: Candidate) -> float:
+            nonlocal told
+            try:
+                found = float(policy.rank(worker))
+            except Exception as error:  # noqa: BLE001 (as in `_choose`)
+                why = f"its rank: {type(error).__name__}: {error}"
+            else:
+                if not math.isnan(found):
+                    return found
+                why = "its rank is not a number"
+            if not told:  # once: each report of each worker asks for its rank
+                told = True
+                self._policy_failed(why, "ranking by cost where it fails")
+            return worker.cost
+
+        return replace(policy, rank=rank)
+
+    def _policy_failed(self, why: str, doing: str) -> None:
+        self._outbox.log("policy_failed", level=logging.ERROR, policy=self.policy_name, why=why, doing=doing)
 
     def _explain(self, record: RequestRecord, worker: WorkerSession, free: Free | Spare) -> None:
         decision = record.decision = explain(self._broker, self.policy_name, worker, free)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tokenmq.broker import dispatch
+from tokenmq.broker import chooser, core, dispatch
 from tokenmq.broker.dispatch import Policy
 from tokenmq.protocol.messages import (
     Considered,
@@ -175,6 +176,24 @@ class TestPolicies:
         assert requests(ask(stage.client(), 1)) == [("w1", 1)]
         [line] = stage.logged("policy_failed")
         assert line["why"] == ("KeyError: 'tier'" if fault == "raises" else "it chose none of the candidates")
+
+    @pytest.mark.parametrize("fault", ["raises", "nan", "none"])
+    @pytest.mark.parametrize("later", [False, True])
+    def test_a_rank_that_is_wrong_stops_nobody(
+        self, stages: Any, monkeypatch: pytest.MonkeyPatch, fault: str, later: bool
+    ) -> None:
+        def rank(worker: Any) -> Any:
+            return {"raises": lambda: 1 / worker.load, "nan": lambda: math.nan, "none": lambda: None}[fault]()
+
+        monkeypatch.setattr(chooser if later else core, "find_policy", lambda name: Policy(rank=rank))
+        stage = stages()
+        stage.worker("dear", slots=9, speed=1.0)
+        stage.worker("cheap", slots=9, speed=9.0)
+        if later:
+            stage.core.exchange.chooser.set_policy("installed")
+        assert requests(ask(stage.client(), 1)) == [("cheap", 1)]
+        assert len(stage.logged("policy_failed")) == 1
+        stage.core.validate()
 
     def test_whom_it_would_take(self, stage: Stage) -> None:
         assert stage.core.exchange.chooser.route("m", "") is None
