@@ -86,6 +86,8 @@ class BrokerServer:
     def run(self) -> None:
         """Serve until `drain` has been called and everything has ended; then close."""
         started = {"frontend": ",".join(self.frontend), "backend": ",".join(self.backend)}
+        if self._settings.uplinks:
+            started["uplink"] = ",".join(self._settings.uplinks)
         write(logger, Log("broker_started", {"name": self._settings.name, **started}))
         if self._settings.insecure:
             write(logger, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
