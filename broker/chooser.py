@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -12,6 +13,7 @@ from ..protocol.timers import Timers
 from .breaker import ENGINE_FAULTS, State
 from .decision import explain
 from .dispatch import POLICIES, Candidate, Job, Policy, find_policy
+from .hops import parents_of
 from .metrics import Counters
 from .outbox import Outbox
 from .pool import Free, Spare
@@ -54,11 +56,16 @@ class Chooser:
 
     def candidates(self, record: RequestRecord, *, strictly: bool = False) -> Free | Spare:
         """Return the workers that may take a request now; `strictly` none that it avoids."""
-        by_name = self._registry.by_name
+        pool, by_name = self._registry.pool, self._registry.by_name
         avoided = [worker for name in record.avoid if (worker := by_name.get(name)) is not None]
-        return self._registry.pool.candidates(
-            record.model, resuming=record.resumed, avoided=avoided, strictly=strictly
-        )
+        # A broker may have others than the worker that failed, or that is late: it is not worth waiting for somebody
+        # else, but whoever is free elsewhere is the better choice. It may have had that one only.
+        ways = [broker for name in record.avoid for broker in self._ways_to(name)]
+        if ways:
+            others = pool.candidates(record.model, resuming=record.resumed, avoided=[*avoided, *ways], strictly=True)
+            if others:
+                return others
+        return pool.candidates(record.model, resuming=record.resumed, avoided=avoided, strictly=strictly)
 
     def choose(self, record: RequestRecord, free: Free | Spare) -> WorkerSession:
         """Return the worker that gets the request, and tell why if it asks for that."""
@@ -182,6 +189,13 @@ class Chooser:
 
     def _policy_failed(self, why: str, doing: str) -> None:
         self._outbox.log("policy_failed", level=logging.ERROR, policy=self.policy_name, why=why, doing=doing)
+
+    def _ways_to(self, name: str) -> Iterator[WorkerSession]:
+        """Go through the brokers here that a worker of this name may be behind."""
+        for parent in parents_of(name):
+            worker = self._registry.by_name.get(parent)
+            if worker is not None and worker.is_broker:
+                yield worker
 
     def _explain(self, record: RequestRecord, worker: WorkerSession, free: Free | Spare) -> None:
         decision = record.decision = explain(self._broker, self.policy_name, worker, free)

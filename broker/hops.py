@@ -6,7 +6,7 @@ it, errors, decisions or the workers that a request avoids, finds its way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from ..protocol.limits import MAX_AVOIDED, MAX_HOPS, MAX_NAME_CHARS
@@ -25,6 +25,14 @@ def name_there(child: str, worker: str) -> str:
     """Return what a worker is called at the broker that it is behind; "" where it is not behind that one."""
     prefix = child + _SEPARATOR
     return worker.removeprefix(prefix) if worker.startswith(prefix) else ""
+
+
+def parents_of(worker: str) -> Iterator[str]:
+    """Go through what a broker that a worker is behind may be called: names may have slashes of their own."""
+    end = worker.find(_SEPARATOR)
+    while end >= 0:
+        yield worker[:end]
+        end = worker.find(_SEPARATOR, end + 1)
 
 
 def avoid_below(child: str, avoid: Iterable[str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenmq.broker.hops import answer_from, avoid_below, loop_in, name_below
+from tokenmq.broker.hops import answer_from, avoid_below, loop_in, name_below, parents_of
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.limits import MAX_AVOIDED, MAX_HOPS, MAX_NAME_CHARS
 from tokenmq.protocol.messages import Considered, Decision, Error, Finish, FinishReason, Timings, Usage
@@ -17,6 +17,13 @@ ID = b"i" * 16
 )
 def test_a_name_grows_by_the_broker_it_comes_through(worker: str, name: str) -> None:
     assert name_below("west", worker) == name
+
+
+@pytest.mark.parametrize(
+    ("worker", "parents"), [("gpu-3", []), ("west/gpu-3", ["west"]), ("west/north/gpu-3", ["west", "west/north"])]
+)
+def test_who_a_worker_may_be_behind(worker: str, parents: list[str]) -> None:
+    assert list(parents_of(worker)) == parents
 
 
 def test_the_longest_names_together_are_still_a_name() -> None:

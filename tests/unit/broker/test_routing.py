@@ -10,6 +10,7 @@ import pytest
 
 from tokenmq.broker import chooser, core, dispatch
 from tokenmq.broker.dispatch import Policy
+from tokenmq.broker.events import FromWorker
 from tokenmq.protocol.messages import (
     Considered,
     Decision,
@@ -19,6 +20,7 @@ from tokenmq.protocol.messages import (
     FinishReason,
     Load,
     Request,
+    Started,
     Timings,
     Usage,
 )
@@ -59,6 +61,15 @@ class TestHedges:
         ask(client, 1)
         assert kinds(ask(client, 1, attempt=2, hedge=True, avoid=("w1",))) == [("ann", "ERROR busy")]
         assert stage.core.exchange.tally() == {"waiting": 0, "running": 2, "orphaned": 0}
+
+    def test_it_rather_goes_another_way_than_the_first(self, stage: Stage) -> None:
+        """A broker below may have no other worker than the one that is late."""
+        for name, speed in (("site", 9.0), ("near", 1.0)):
+            stage.worker(name, slots=9, speed=speed, brokers=("b",) if name == "site" else ())
+        client = stage.client()
+        assert requests(ask(client, 1)) == [("site", 1)]
+        stage.core.handle(FromWorker(worker_session(stage, "site").peer, Started(request_id(1), 1, "gpu")), stage.now)
+        assert requests(ask(client, 1, attempt=2, hedge=True)) == [("near", 1)]
 
     def test_each_gets_its_own_credit_cancel_and_answer(self, stage: Stage) -> None:
         first, second = stage.worker("w1"), stage.worker("w2")
@@ -145,6 +156,20 @@ class TestDecisions:
             assert decision.worker in [each.worker for each in decision.considered]
             chosen.append(decision.worker)
         assert len(set(chosen)) == 20
+
+
+class TestWaysBelow:
+    def test_who_failed_behind_a_broker_is_tried_elsewhere_first(self, stage: Stage) -> None:
+        stage.worker("site", slots=9, speed=9.0, brokers=("b",))
+        stage.worker("near", speed=1.0)
+        client = stage.client()
+        assert requests(ask(client, 1, avoid=("site/gpu",))) == [("near", 1)]
+        assert requests(ask(client, 2, avoid=("site/gpu",))) == [("site", 2)]  # nobody waits for `near`
+
+    def test_a_slash_in_a_workers_name_makes_no_broker_of_another(self, stage: Stage) -> None:
+        stage.worker("site", slots=9, speed=9.0)
+        stage.worker("near", speed=1.0)
+        assert requests(ask(stage.client(), 1, avoid=("site/gpu",))) == [("site", 1)]
 
 
 class TestPolicies:
