@@ -29,6 +29,7 @@ from routing_broker import Simulation
 from routing_load import POISSON, Cluster, Job, arrival_times, jobs_of, mean_tokens
 
 from tokenmq.broker.dispatch import DEFAULT_POLICY
+from tokenmq.broker.settings import MAX_WAITING
 from tokenmq.client import AsyncClient
 from tokenmq.client.local import LocalCluster
 
@@ -40,11 +41,11 @@ SLOTS = 4
 LOAD = 0.8
 #: Lengths are a tenth of those in routing.py, 6 to 819 tokens: a request takes 0.75 s on average, and not 5.
 SHORTER = 10
-#: For the flood: three workers that run 16 streams each, and requests of 9 tokens, of which 8 take 25 ms each.
-FLOOD_SPEEDS = (40.0, 40.0, 40.0)
+#: For the flood: three workers that run 16 streams each, and requests of a second: 4 to 12 tokens, 8 on average.
+FLOOD_SPEEDS = (8.0, 8.0, 8.0)
 FLOOD_SLOTS = 16
-FLOOD_TOKENS = 8
-FLOOD_SERVICE_S = FLOOD_TOKENS / FLOOD_SPEEDS[0]
+FLOOD_TOKENS = (4, 12)
+FLOOD_SERVICE_S = 1.0
 #: What the client that is watched takes of the workers.
 _WATCHED_LOAD = 0.1
 _FLOOD = 10_000
@@ -171,29 +172,35 @@ def shares_and_waits(seconds: float, seed: str) -> None:
     compare(jobs, served, seed)
 
 
-def flood(endpoint: str, requests: int) -> None:
+def flood_job(number: int, at: float, random: Random) -> Job:
+    """Draw a request of the second part."""
+    tokens = random.randint(*FLOOD_TOKENS)
+    return Job(number, at, tokens, tokens + 1)
+
+
+def flood(endpoint: str, requests: int, seed: str) -> None:
     """Be the client that floods."""
-    jobs = [Job(number, 0.0, FLOOD_TOKENS, FLOOD_TOKENS + 1) for number in range(requests)]
-    asyncio.run(run_client(endpoint, "flood", jobs))
+    random = Random(f"{seed}/flood")
+    asyncio.run(run_client(endpoint, "flood", [flood_job(number, 0.0, random) for number in range(requests)]))
 
 
 def watched_jobs(requests: int, seed: str) -> list[Job]:
     """Draw the requests of the client that is watched, while a flood of so many others lasts."""
     slots = FLOOD_SLOTS * len(FLOOD_SPEEDS)
     end = _WATCHED_PART * requests * FLOOD_SERVICE_S / slots
-    times = arrival_times(POISSON, _WATCHED_LOAD * slots / FLOOD_SERVICE_S, Random(seed))
-    due = takewhile(lambda at: at < end, times)
-    return [Job(number, at, FLOOD_TOKENS, FLOOD_TOKENS + 1) for number, at in enumerate(due)]
+    times = arrival_times(POISSON, _WATCHED_LOAD * slots / FLOOD_SERVICE_S, Random(f"{seed}/times"))
+    random = Random(f"{seed}/watched")
+    return [flood_job(number, at, random) for number, at in enumerate(takewhile(lambda at: at < end, times))]
 
 
-def fairness(requests: int, seed: str) -> None:
+def fairness(requests: int, max_waiting: int, seed: str) -> None:
     """Compare what one client waits for with and without a flood of another one."""
     jobs = watched_jobs(requests, seed)
     print(f"{len(jobs)} requests of one client, alone; then while another sends {requests:,} at once", flush=True)
-    with LocalCluster() as cluster:
+    with LocalCluster("--max-waiting", str(max_waiting)) as cluster:
         start(cluster, FLOOD_SPEEDS, FLOOD_SLOTS)
         alone = asyncio.run(run_client(cluster.frontend, "watched", jobs))
-        process = multiprocessing.get_context("spawn").Process(target=flood, args=(cluster.frontend, requests))
+        process = multiprocessing.get_context("spawn").Process(target=flood, args=(cluster.frontend, requests, seed))
         process.start()
         try:
             beside = asyncio.run(run_client(cluster.frontend, "watched", jobs, busy=True))
@@ -218,12 +225,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0, help="of the first part (default: 120)")
     parser.add_argument("--flood", type=int, default=_FLOOD, help=f"requests of the flood (default: {_FLOOD})")
+    parser.add_argument(
+        "--max-waiting", type=int, default=MAX_WAITING,
+        help=f"of the flood so many wait at the broker, others try again and again (default: {MAX_WAITING})",
+    )  # fmt: skip
     parser.add_argument("--seed", default="real", help="of all that is drawn (default: real)")
     options = parser.parse_args()
     if options.seconds > 0:
         shares_and_waits(options.seconds, options.seed)
     if options.flood > 0:
-        fairness(options.flood, options.seed)
+        fairness(options.flood, options.max_waiting, options.seed)
 
 
 if __name__ == "__main__":
