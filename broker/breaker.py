@@ -43,6 +43,7 @@ class Breaker:
         again_at: when the worker is tried again; means something while OPEN.
         pause_s: how long it is left alone after the next opening.
         blamed: ids of the requests that failed while it was closed: fewer than FAILURES.
+        trial: what tries the worker while HALF_OPEN; None while nothing does.
     """
 
     state: State = State.CLOSED
@@ -50,6 +51,12 @@ class Breaker:
     again_at: float = 0.0
     pause_s: float = PAUSE_S
     blamed: set[bytes] = field(default_factory=set)
+    trial: bytes | None = None
+
+    @property
+    def suspends(self) -> bool:
+        """Whether the worker is to get nothing now, if there is another one."""
+        return self.state is State.OPEN or self.trial is not None
 
     def failed(self, now: float, request: bytes) -> bool:
         """Note that the engine has failed the request of this id; tell whether this opened the breaker."""
@@ -61,6 +68,7 @@ class Breaker:
         if self.state is State.OPEN or (self.state is State.CLOSED and self.failures < FAILURES):
             return False  # what it still ran when it was opened says nothing new
         self.state = State.OPEN
+        self.trial = None
         self.again_at = now + self.pause_s
         self.pause_s = min(2 * self.pause_s, MAX_PAUSE_S)
         self.blamed.clear()
@@ -70,6 +78,7 @@ class Breaker:
         """Note that the engine has finished a request; tell whether this closed the breaker."""
         closed = self.state is not State.CLOSED
         self.state = State.CLOSED
+        self.trial = None
         self.failures = 0
         self.pause_s = PAUSE_S
         self.blamed.clear()
@@ -78,3 +87,13 @@ class Breaker:
     def try_again(self) -> None:
         """Let one request through: the pause is over."""
         self.state = State.HALF_OPEN
+
+    def given(self, request: bytes) -> None:
+        """Note that the worker gets this request: the first one after the pause tries it."""
+        if self.state is State.HALF_OPEN and self.trial is None:
+            self.trial = request
+
+    def freed(self, request: bytes) -> None:
+        """Note that the worker needs no slot for this request any more: if it said nothing, another one tries it."""
+        if self.trial == request:
+            self.trial = None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from .breaker import State
 from .dispatch import Policy
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Place:
         index: its index in the list of free workers; -1 where it has no free slot.
         version: counts its changes: entries of the heap with another one are out of date.
         counted: it counts to its group's `ready`.
-        spare: its breaker is open, and it would be free.
+        spare: its breaker suspends it, and it would be free.
     """
 
     group: Group | None = None
@@ -56,7 +55,7 @@ class Group:
         serves: the models' names, each with whether the workers resume it.
         workers: all of them, in whatever state, by connection.
         free: those that may get a request now.
-        spare: those that might, were their breakers not open.
+        spare: those that might, did their breakers not suspend them.
         ready: how many take requests, now or when a slot is free, and are not suspended.
     """
 
@@ -72,7 +71,7 @@ class Group:
         """File a worker of this group anew after a change: whether it is free, and its rank."""
         place = worker.place
         place.version += 1
-        suspended = worker.breaker.state is State.OPEN
+        suspended = worker.breaker.suspends
         counted = worker.takes_requests and not suspended
         if counted is not place.counted:
             self.ready += counted - place.counted
@@ -299,7 +298,7 @@ class Pool:
         for serves, group in self._groups.items():
             assert group.serves == serves
             assert group.workers, "a group without workers"
-            suspended = {peer for peer, worker in group.workers.items() if worker.breaker.state is State.OPEN}
+            suspended = {peer for peer, worker in group.workers.items() if worker.breaker.suspends}
             free = {peer for peer, worker in group.workers.items() if worker.free > 0}
             assert {worker.peer for worker in group.free} == free - suspended, "who is free"
             assert group.spare.keys() == free & suspended, "who is spare"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..protocol.liveness import Liveness
 from ..protocol.messages import Load, Ready, WorkerState
-from .breaker import Breaker, State
+from .breaker import Breaker
 from .dispatch import Policy
 from .pool import Place, Pool
 from .requests import RequestRecord, key_of
@@ -187,15 +187,13 @@ class WorkerSession(Session):
 
     @property
     def free(self) -> int:
-        """Slots that the broker may fill now, its breaker aside; of one that is being tried, one."""
-        if not self.takes_requests:
-            return 0
-        slots = 1 if self.breaker.state is State.HALF_OPEN else self.ready.slots
-        return max(0, slots - self.load)
+        """Slots that the broker may fill now, its breaker aside."""
+        return max(0, self.ready.slots - self.load) if self.takes_requests else 0
 
     def charge(self, record: RequestRecord) -> None:
         """Give the worker the request: take a slot and open the way back to the client."""
         self.in_flight[record.key] = record
+        self.breaker.given(record.key)
         self.outstanding_tokens += record.cost_tokens
         hold = self.routes.setdefault(record.route, RouteHold(record.client))
         hold.count += 1
@@ -211,11 +209,13 @@ class WorkerSession(Session):
         if not record.parked:
             record.parked = True
             self.parked += 1
+            self.breaker.freed(record.key)
             self.outstanding_tokens -= record.cost_tokens
 
     def release(self, record: RequestRecord) -> None:
         """Free the slot; close the way back to the client when this was its last request here."""
         del self.in_flight[record.key]
+        self.breaker.freed(record.key)
         if record.parked:
             self.parked -= 1
         else:

@@ -141,7 +141,7 @@ class Pools(RuleBasedStateMachine):
             for worker in self.workers()
             if any(info.name == model and (info.resumes or not resuming) for info in worker.ready.models)
         ]
-        trusted = [worker for worker in able if worker.takes_requests and worker.breaker.state is not State.OPEN]
+        trusted = [worker for worker in able if worker.takes_requests and not worker.breaker.suspends]
         chosen = trusted or [worker for worker in able if worker.takes_requests]
         others = [worker for worker in chosen if worker not in avoided]
         if others or strictly:

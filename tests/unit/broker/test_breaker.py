@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tokenmq.broker.breaker import FAILURES, MAX_PAUSE_S, PAUSE_S, Breaker, State
-from tokenmq.protocol.messages import FinishReason, Load, WorkerState
+from tokenmq.protocol.messages import FinishReason, Load, Parked, WorkerState
 
-from .stage import Stage, WorkerPeer, kinds, worker_session
+from .stage import Stage, WorkerPeer, kinds, request_id, worker_session
 
 REQUESTS = [bytes([number]) for number in range(FAILURES + 1)]
 
@@ -127,6 +127,39 @@ class TestWorkers:
         assert stage.logged("worker_trusted") == [{"worker": "bad"}]
         assert worker_session(stage, "bad").breaker.state is State.CLOSED
         assert kinds(good.finishes(10)) == [("ann", "FINISH stop")]
+
+    def test_of_a_last_worker_all_slots_are_used_while_it_is_tried(self, stage: Stage) -> None:
+        bad = stage.worker("bad", slots=3)
+        suspend(stage, bad)
+        bad.beats(load=Load(running=1))  # another broker's
+        stage.passes(PAUSE_S)
+        client = stage.client()
+        assert kinds(client.asks(10)) == kinds(client.asks(11)) == [("bad", "REQUEST")]
+        assert client.asks(12) == []
+
+    def test_others_and_older_requests_do_not_keep_it_from_being_tried(self, stage: Stage) -> None:
+        bad = stage.worker("bad", slots=9)
+        client = stage.client()
+        client.asks(1)
+        suspend(stage, bad, first=2)
+        bad.beats(load=Load(running=5, held=1))
+        stage.busy_worker("good", stage.client("bob"), 10)
+        assert client.asks(11) == client.asks(12) == []
+        said = kinds(stage.passes(PAUSE_S))
+        assert [(to, kind) for to, kind in said if kind == "REQUEST"] == [("bad", "REQUEST")]
+
+    def test_a_trial_that_says_nothing_gives_way_to_another(self, stage: Stage) -> None:
+        bad = stage.worker("bad", slots=9)
+        suspend(stage, bad)
+        stage.busy_worker("good", stage.client("bob"), 10)
+        client = stage.client()
+        client.asks(11)
+        stage.passes(PAUSE_S)
+        assert client.asks(12) == []
+        client.cancels(11)
+        assert ("bad", "REQUEST") in kinds(bad.finishes(11, reason=FinishReason.CANCELLED))
+        client.asks(13)
+        assert ("bad", "REQUEST") in kinds(bad.says(Parked(request_id(12), 1)))
 
     def test_a_failed_trial_suspends_it_again(self, stage: Stage) -> None:
         bad = stage.worker("bad", slots=9)
