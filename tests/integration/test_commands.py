@@ -290,6 +290,8 @@ def test_json_logs_carry_the_request_id(make_cluster: Callable[..., LocalCluster
         stream = client.generate(MODEL, prompt="a secret prompt", max_tokens=3)
         stream.text()
     for process in (cluster.broker, cluster.workers[0]):
+        # What is sent comes before what is logged of it.
+        eventually(lambda log=process.log: "request_finished" in log.read_text(), "the end is in the log")
         lines = [json.loads(line) for line in process.log.read_text().splitlines()]
         assert all({"time", "level", "logger", "event"} <= line.keys() for line in lines)
         assert any(line["event"] == "request_finished" and line["request"] == stream.id for line in lines)
