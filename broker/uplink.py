@@ -52,11 +52,7 @@ LOOK_AGAIN_S = 0.05
 
 
 class Uplink:
-    """The sessions with all parents; of a broker without any, nothing.
-
-    Attributes:
-        id: this broker's own, among all that may stand below one another.
-    """
+    """The sessions with all parents; of a broker without any, nothing."""
 
     def __init__(
         self,
@@ -75,7 +71,7 @@ class Uplink:
         """Have no session yet; `tick` opens the sockets.
 
         Args:
-            id: this broker's own.
+            id: this broker's own, among all that may stand below one another.
             incarnation: grows with each start of this broker.
             software: its name and version.
             settings: the parents' endpoints, our name, the grace time.
@@ -86,7 +82,6 @@ class Uplink:
             query: sees to it that a parent's question is answered, by `answer`.
             asker_lost: drops the questions of a parent that have no answer yet.
         """
-        self.id = id
         self._incarnation = incarnation
         self._software = software
         self._settings = settings
