@@ -159,8 +159,8 @@ def measure(policy: str, workers: int, rounds: int, repeats: int) -> Cost:
 def main() -> None:
     """Measure all policies; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2_000, help="requests of a measurement (default: 2000)")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements, the least counts (default: 5)")
+    parser.add_argument("--rounds", type=int, default=1_000, help="requests of a measurement (default: 1000)")
+    parser.add_argument("--repeats", type=int, default=20, help="measurements, the least counts (default: 20)")
     parser.add_argument("--workers", type=int, default=MANY, help=f"against {FEW} (default: {MANY})")
     options = parser.parse_args()
     print(f"CPU us a request; ratio: {options.workers} workers over {FEW}; core: {RATE:,} decisions a second")
