@@ -89,7 +89,7 @@ class Chooser:
         able = [worker for worker in self._registry.serving(model) if worker.takes_requests]
         if not able:
             return None
-        likely = min(able, key=lambda worker: (pool.policy.rank(worker), worker.last_used))
+        likely = min(able, key=lambda worker: (pool.policy.rank(worker), worker.last_used, worker.place.number))
         return explain(self._broker, self.policy_name, likely, [])
 
     def set_policy(self, name: str) -> None:

@@ -32,6 +32,7 @@ class Place:
         group: the group; None before it is in one.
         index: its index in the list of free workers; -1 where it has no free slot.
         version: counts its changes: entries of the heap with another one are out of date.
+        number: which worker of the pool it was when it came: of equal ones the one that came first is taken.
         counted: it counts to its group's `ready`.
         spare: its breaker suspends it, and it would be free.
     """
@@ -39,11 +40,12 @@ class Place:
     group: Group | None = None
     index: int = -1
     version: int = 0
+    number: int = 0
     counted: bool = False
     spare: bool = False
 
 
-#: Rank, last use, a number that is never equal, version, worker.
+#: Rank, last use, the worker's number, version, worker: two entries differ before their workers would be compared.
 _Entry = tuple[float, int, int, int, "WorkerSession"]
 
 
@@ -65,7 +67,6 @@ class Group:
     spare: dict[bytes, WorkerSession] = field(default_factory=dict)
     ready: int = 0
     _heap: list[_Entry] = field(default_factory=list)
-    _entries: int = 0
 
     def put(self, worker: WorkerSession, policy: Policy) -> None:
         """File a worker of this group anew after a change: whether it is free, and its rank."""
@@ -115,18 +116,19 @@ class Group:
 
     def rank_anew(self, policy: Policy) -> None:
         """Rank the free workers by another policy, or after something that concerns them all."""
-        self._heap = [self._entry(worker, policy) for worker in self.free]
+        self._heap = [_entry(worker, policy) for worker in self.free]
         heapify(self._heap)
 
     def _push(self, worker: WorkerSession, policy: Policy) -> None:
         if len(self._heap) > _STALE * len(self.free) + _STALE_SPARE:
             self.rank_anew(policy)
         else:
-            heappush(self._heap, self._entry(worker, policy))
+            heappush(self._heap, _entry(worker, policy))
 
-    def _entry(self, worker: WorkerSession, policy: Policy) -> _Entry:
-        self._entries += 1
-        return policy.rank(worker), worker.last_used, self._entries, worker.place.version, worker
+
+def _entry(worker: WorkerSession, policy: Policy) -> _Entry:
+    place = worker.place
+    return policy.rank(worker), worker.last_used, place.number, place.version, worker
 
 
 class Free:
@@ -168,10 +170,8 @@ class Free:
         raise IndexError("no worker has this number")
 
     def least(self) -> WorkerSession:
-        """Return the one of the least rank; of several the one that was used longest ago."""
-        entries = [entry for group in self._groups if (entry := group.least(self._excluded)) is not None]
-        # Ranks of two groups are compared with their last use; the numbers behind these are each group's own.
-        return min(entries, key=lambda entry: entry[:2])[4]
+        """Return the one of the least rank; of several the one that was used longest ago, or came first."""
+        return min(entry for group in self._groups if (entry := group.least(self._excluded)) is not None)[4]
 
 
 class Spare:
@@ -195,8 +195,8 @@ class Spare:
         return self._workers[index]
 
     def least(self) -> WorkerSession:
-        """Return the one of the least rank; of several the one that was used longest ago."""
-        return min(self._workers, key=lambda worker: (self._policy.rank(worker), worker.last_used))
+        """Return the one of the least rank; of several the one that was used longest ago, or came first."""
+        return min(self._workers, key=lambda worker: _entry(worker, self._policy))
 
 
 class Pool:
@@ -207,6 +207,7 @@ class Pool:
         self.policy = policy
         self._groups: dict[frozenset[tuple[str, bool]], Group] = {}
         self._by_model: dict[str, list[Group]] = {}
+        self._joined = 0
 
     def join(self, worker: WorkerSession) -> None:
         """Take a worker in; it must be in no group."""
@@ -218,6 +219,9 @@ class Pool:
                 self._by_model.setdefault(model, []).append(group)
         group.workers[worker.peer] = worker
         worker.place.group = group
+        if not worker.place.number:  # one that changes what it serves keeps its number
+            self._joined += 1
+            worker.place.number = self._joined
         group.put(worker, self.policy)
 
     def leave(self, worker: WorkerSession) -> None:
@@ -234,7 +238,7 @@ class Pool:
             del group.spare[worker.peer]
         group.ready -= worker.place.counted
         # Its entries in the heap are out of date by their version.
-        worker.place = Place(version=worker.place.version + 1)
+        worker.place = Place(version=worker.place.version + 1, number=worker.place.number)
         if not group.workers:
             del self._groups[group.serves]
             for model in {name for name, _ in group.serves}:

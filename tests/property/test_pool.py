@@ -117,7 +117,10 @@ class Pools(RuleBasedStateMachine):
             return
         rank = self.registry.pool.policy.rank
         least = found.least()
-        assert (rank(least), least.last_used) == min((rank(worker), worker.last_used) for worker in expected)
+        arrivals = [worker.name for worker in self.workers()]
+        assert least is min(
+            expected, key=lambda worker: (rank(worker), worker.last_used, arrivals.index(worker.name))
+        )
         self.use(found, model)
 
     def use(self, found: Free | Spare, model: str) -> None:

@@ -234,6 +234,22 @@ class TestPolicies:
         stage.core.exchange.hold(worker_session(stage, "w1"), True, stage.now)
         assert stage.core.exchange.chooser.route("m", "") is None
 
+    def test_of_workers_that_are_equal_and_were_never_used_the_first_is_taken_whoever_reports_last(
+        self, stage: Stage
+    ) -> None:
+        first, second = stage.worker("w9"), stage.worker("w1", "m", "another")  # a group each, and one with company
+        third = stage.worker("w5")
+        client = stage.client()
+        for worker in (second, first, third, first):
+            worker.beats(load=Load())
+            assert client.queries("route", model="m")["worker"] == "w9"
+        first.changes(models=("m", "another"))  # into the other group, after that one's
+        assert client.queries("route", model="m")["worker"] == "w9"
+        for worker in (first, second, third):
+            worker.beats(load=Load(running=1))
+        decision = client.queries("route", model="m")
+        assert (decision["worker"], decision["candidates"]) == ("w9", 0)
+
     def test_a_cache_that_is_full_and_a_step_that_hangs_make_a_worker_dear(self, stage: Stage) -> None:
         crowded, hung, idle = (stage.worker(name, slots=9) for name in ("crowded", "hung", "idle"))
         client = stage.client("bob")
