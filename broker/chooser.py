@@ -73,7 +73,9 @@ class Chooser:
         if record.explain:
             self._explain(record, worker, free)
         self._dispatches += 1
-        worker.last_used = self._dispatches
+        first, worker.last_used = worker.last_used == 0, self._dispatches
+        if first:
+            self._registry.changed(worker, self._outbox.now)  # it is no longer taken for a promise
         return worker
 
     def route(self, model: str, affinity: str) -> Decision | None:

@@ -241,8 +241,8 @@ class Exchange:
         models = [info.name for info in worker.ready.models]
         self.refusals.models_served(models)
         for model in models:
-            for record in self._rooms.get(model, ()):
-                record.avoid -= {worker.name}
+            if model in self._rooms:
+                self._rooms[model].forgive(worker.name)
 
     def workers_changed(self, models: Iterable[str], now: float) -> None:
         """Look at what waits for these models after workers of theirs have come, gone or changed.
@@ -404,7 +404,7 @@ class Exchange:
         room = self._rooms[record.model]
         message = f"{len(room)} requests wait for {record.model!r} already"
         busy = error(record, ErrorCode.BUSY, message, retryable=True)
-        return replace(busy, retry_after_s=room.retry_after_s(record.share))
+        return replace(busy, retry_after_s=room.turn_away(record.share, self._outbox.now))
 
     def _fail_unservable(self, model: str, room: WaitingRoom) -> None:
         if not self._registry.serves(model):

@@ -26,12 +26,17 @@ from operator import itemgetter
 
 from .requests import RequestRecord
 
+#: Whom the requests of one client may avoid, in so many different ways: a few failed workers make a few.
+_MOST_LINES = 16
+
 
 class Share:
     """One client in one class.
 
     Attributes:
         records: what waits, in the order of arrival, each with its number among all arrivals.
+        lines: the same by whom the requests avoid. Nothing else tells them apart when workers are free for some and
+            not for others, so that only the first of each line has to be looked at.
         finish: the finish tag of what was served last.
         tag: the start tag of the next one; `finish` while nothing waits.
         running: requests of the client that ran when its next one came to be the next.
@@ -39,15 +44,46 @@ class Share:
         served_at: when a request of it was served here.
     """
 
-    __slots__ = ("finish", "records", "running", "served_at", "tag", "weight")
+    __slots__ = ("finish", "lines", "records", "running", "served_at", "tag", "weight")
 
     def __init__(self) -> None:
         """Have nothing waiting, and nothing served."""
         self.records: OrderedDict[RequestRecord, int] = OrderedDict()
+        self.lines: dict[frozenset[str], OrderedDict[RequestRecord, None]] = {}
         self.finish = self.tag = 0.0
         self.running = 0
         self.weight = 1.0
         self.served_at = -math.inf
+
+    def add(self, record: RequestRecord, number: int) -> None:
+        """Let a request wait behind the others."""
+        if record.avoid not in self.lines and len(self.lines) >= _MOST_LINES:
+            record.avoid = frozenset()  # no more than a wish, and this one is costly
+        self.records[record] = number
+        self.lines.setdefault(record.avoid, OrderedDict())[record] = None
+
+    def drop(self, record: RequestRecord) -> None:
+        """Take a request out."""
+        del self.records[record]
+        line = self.lines[record.avoid]
+        del line[record]
+        if not line:
+            del self.lines[record.avoid]
+
+    def first(self, servable: Callable[[RequestRecord], bool]) -> RequestRecord | None:
+        """Return the first request that is servable."""
+        heads = [next(iter(line)) for line in self.lines.values()]
+        if len(heads) > 1:
+            heads.sort(key=self.records.__getitem__)
+        return next((head for head in heads if servable(head)), None)
+
+    def forgive(self, worker: str) -> None:
+        """Avoid a worker no longer."""
+        if any(worker in avoid for avoid in self.lines):
+            self.lines = {}
+            for record in self.records:
+                record.avoid -= {worker}
+                self.lines.setdefault(record.avoid, OrderedDict())[record] = None
 
 
 class ShareClass:
@@ -88,7 +124,7 @@ class ShareClass:
             share = self.shares[record.share] = Share()
         elif not share.records:
             del self._idle[bisect_left(self._idle, (share.tag, record.share))]
-        share.records[record] = number
+        share.add(record, number)
         if len(share.records) == 1:
             share.weight = self._weight_of(record.share)
             share.tag = max(share.finish, self._joining_tag(record.cost_tokens / share.weight))
@@ -99,9 +135,9 @@ class ShareClass:
         """Return the next request that is servable, and since when its client waits to be served."""
         for *_, name in self._order:
             share = self.shares[name]
-            for record in share.records:
-                if servable(record):
-                    return max(record.arrived_at, share.served_at), record
+            record = share.first(servable)
+            if record is not None:
+                return max(record.arrived_at, share.served_at), record
         return None
 
     def serve(self, record: RequestRecord, now: float) -> None:
@@ -142,6 +178,10 @@ class ShareClass:
             assert numbers == sorted(numbers), "a share is out of order"
             assert share.tag >= share.finish, "a share does not pay for what was served"
             assert all(record.share == name for record in share.records), "a request is in another's share"
+            for avoid, line in share.lines.items():
+                assert list(line) == [record for record in share.records if record.avoid == avoid], "a line is wrong"
+            assert sum(map(len, share.lines.values())) == len(share.records), "a request is in no line"
+            assert all(share.lines.values()), "an empty line is kept"
 
     def _joining_tag(self, cost: float) -> float:
         if not self._order:
@@ -154,7 +194,7 @@ class ShareClass:
 
     def _take_out(self, record: RequestRecord, share: Share, tag: float, running: int) -> None:
         del self._order[bisect_left(self._order, _entry(share, record.share))]
-        del share.records[record]
+        share.drop(record)
         if share.records:
             share.tag = tag
             self._line_up(share, record.share, running)

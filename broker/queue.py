@@ -76,6 +76,8 @@ class WaitingRoom:
         self._arrivals = 0
         self._left_at: float | None = None
         self._interval_s: float | None = None
+        #: When the one who was turned away last is to come back.
+        self._back_at = -math.inf
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
@@ -123,7 +125,8 @@ class WaitingRoom:
         """Return the next request.
 
         Args:
-            servable: whether a worker is free for a request; the others are passed over.
+            servable: whether a worker is free for a request; the others are passed over. It must follow from whether
+                the request resumes, and from whom it avoids.
             now: the time. Waiting makes all more urgent alike, and so it decides nothing.
 
         Returns:
@@ -138,6 +141,12 @@ class WaitingRoom:
                 if best is None or (urgency, -level) < best[:2]:
                     best = urgency, -level, found[1]
         return best and (best[0], best[2])
+
+    def forgive(self, worker: str) -> None:
+        """Let nobody avoid a worker any longer: it has begun anew."""
+        for each in self._classes.values():
+            for share in each.shares.values():
+                share.forgive(worker)
 
     def serve(self, record: RequestRecord, now: float) -> None:
         """Take out one because a worker takes it."""
@@ -155,15 +164,20 @@ class WaitingRoom:
         if not self:
             self._left_at = None
 
-    def retry_after_s(self, share: str) -> float:
-        """Return seconds until a place for a share is likely to be free: until all shares have had a turn.
+    def turn_away(self, share: str, now: float) -> float:
+        """Return seconds after which somebody who finds no place is to come back.
+
+        Until all shares have had a turn; and each one who is turned away comes back one departure after the one
+        before, since thousands that come back at one moment would be turned away again.
 
         Args:
             share: who asks; one more to share with where it has nothing waiting.
+            now: the time.
         """
         interval_s = _FIRST_RETRY_S if self._interval_s is None else self._interval_s
         shares = len(self._requests_of) + (share not in self._requests_of)
-        return min(max(interval_s * shares, _LEAST_RETRY_S), _MOST_RETRY_S)
+        self._back_at = min(max(self._back_at, now) + interval_s, now + _MOST_RETRY_S)
+        return min(max(interval_s * shares, self._back_at - now, _LEAST_RETRY_S), _MOST_RETRY_S)
 
     def summary(self, now: float) -> dict[str, Any]:
         """Return what an operator is to know of the room."""

@@ -334,7 +334,7 @@ class Registry:
 
     def _reckon(self, worker: WorkerSession, now: float) -> None:
         told = worker.speed_set or worker.ready.speed
-        worker.speed = worker.measured.at(now, self._usual) if told is None else told
+        worker.speed = worker.measured.at(now, self._usual, tried=worker.last_used > 0) if told is None else told
 
     def _count_measured(self, worker: WorkerSession, sign: int) -> None:
         speed = worker.measured.measured

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 _SMOOTHING = 0.15
 #: A measurement counts half after this time without a new one: a worker that was slow once is not left out for ever.
 _HALF_LIFE_S = 60.0
+#: Measured speeds are taken in steps of this factor: no two workers measure the same, and one that is a thousandth
+#: faster than the others would get all requests while they are idle.
+_STEP = 1.1
+#: A worker that has never had a request is taken for so much faster than usual: it gets one, and is measured.
+_UNTRIED = 2.0
 #: Speeds that READY may tell. Workers measure their own requests, and what they say can be anything: a broker that
 #: reckoned with it could divide by nothing, and one liar would hide what all the others do.
 _SLOWEST, _FASTEST = 1e-6, 1e6
@@ -44,11 +49,21 @@ class Speed:
             self._seconds += _SMOOTHING * (seconds - self._seconds)
         self._measured_at = now
 
-    def at(self, now: float, usual: float | None) -> float:
-        """Return what to reckon with; `usual` is what workers here do, None where nobody was measured."""
+    def at(self, now: float, usual: float | None, *, tried: bool) -> float:
+        """Return what to reckon with.
+
+        Args:
+            now: the time.
+            usual: what workers here do; None where nobody was measured.
+            tried: whether the worker has ever had a request.
+        """
         measured = self.measured
         if measured is None:
-            return usual or 1.0
-        if usual is None:
-            return measured
-        return float(usual + (measured - usual) * 0.5 ** ((now - self._measured_at) / _HALF_LIFE_S))
+            return 1.0 if usual is None else _in_steps(usual if tried else _UNTRIED * usual)
+        if usual is not None:
+            measured = usual + (measured - usual) * 0.5 ** ((now - self._measured_at) / _HALF_LIFE_S)
+        return _in_steps(measured)
+
+
+def _in_steps(speed: float) -> float:
+    return float(_STEP ** round(math.log(speed, _STEP)))

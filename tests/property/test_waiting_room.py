@@ -82,6 +82,7 @@ class Books(RuleBasedStateMachine):
         return RequestRecord(
             self.number.to_bytes(16, "big"), "m", 1, None, b"r" * 16, None, size_bytes, self.now,
             prior_tokens=int(resumes), share=share, priority=priority, expected_tokens=tokens,
+            avoid=frozenset({f"w{self.number % 7}"}),
         )  # fmt: skip
 
     # What happens.
@@ -124,7 +125,7 @@ class Books(RuleBasedStateMachine):
         summary = self.room.summary(self.now)
         assert summary["clients"] == len({record.share for record in waiting})
         assert summary["oldest_s"] == max((self.now - record.arrived_at for record in waiting), default=0.0)
-        assert all(0.05 <= self.room.retry_after_s(share) <= 30.0 for share in SHARES)
+        assert all(0.05 <= self.room.turn_away(share, self.now) <= 30.0 for share in SHARES)
 
     @invariant()
     def is_fair(self) -> None:
@@ -215,7 +216,7 @@ class WaitingRoomMachine(Books):
     @rule(blocked=st.sets(st.integers(0, 6)), serve=st.booleans())
     def serve_what_can_be_served(self, blocked: set[int], serve: bool) -> None:
         def servable(record: RequestRecord) -> bool:
-            return int.from_bytes(record.id, "big") % 7 not in blocked
+            return not any(f"w{number}" in record.avoid for number in blocked)
 
         candidates = [record for records in self.lines.values() for record in records if servable(record)]
         found = self.room.first(servable, self.now)
@@ -231,6 +232,11 @@ class WaitingRoomMachine(Books):
             self.room.serve(record, self.now)
             self.served_at[line] = self.now
             self.drop(record)
+
+    @rule(number=st.integers(0, 6))
+    def forgive(self, number: int) -> None:
+        self.room.forgive(f"w{number}")
+        assert not any(f"w{number}" in record.avoid for record in self.room)
 
     # Who may push whom out.
 

@@ -26,12 +26,14 @@ class Scene:
         self._number = 0
 
     def record(
-        self, share: str = "a", *, tokens: int = 100, priority: int = 5, size_bytes: int = 1, resumes: bool = False
-    ) -> RequestRecord:
+        self, share: str = "a", *, tokens: int = 100, priority: int = 5, size_bytes: int = 1, resumes: bool = False,
+        avoid: str = "",
+    ) -> RequestRecord:  # fmt: skip
         self._number += 1
         return RequestRecord(
             request_id(self._number), "m", 1, None, b"r" * 16, None, size_bytes, self.now, prior_tokens=int(resumes),
             share=share, priority=priority, prompt_tokens=0, expected_tokens=tokens,
+            avoid=frozenset([avoid] if avoid else []),
         )  # fmt: skip
 
     def admit(
@@ -230,13 +232,18 @@ class TestShares:
 
 class TestWhatCannotBeServed:
     def test_it_blocks_nobody(self, scene: Scene) -> None:
-        mine = scene.many(2, "a")
-        theirs = scene.many(2, "b")
-        low = scene.come("a", priority=1)
-        assert scene.next(lambda record: record is not mine[0]) is mine[1]
-        assert scene.next(lambda record: record not in mine) is theirs[0]
-        assert scene.next(lambda record: record is theirs[1]) is theirs[1]
-        assert scene.next(lambda record: record.priority < 5) is low
+        records = {}
+        for avoid, share, priority in [
+            ("w1", "a", 5),
+            ("w2", "a", 5),
+            ("w3", "b", 5),
+            ("w4", "b", 5),
+            ("w5", "a", 1),
+        ]:
+            records[avoid] = scene.record(share, priority=priority, avoid=avoid)
+            scene.room.admit(records[avoid], 0.0)
+        for avoid, record in records.items():
+            assert scene.next(lambda other, avoid=avoid: avoid in other.avoid) is record
         assert scene.next(lambda record: False) is None
 
     def test_it_keeps_its_turn(self, scene: Scene) -> None:
@@ -257,19 +264,48 @@ class TestWhatCannotBeServed:
         assert scene.shares(10) == "a" * 8 + "ca"
 
     def test_a_later_one_of_its_client_may_go_before_it(self, scene: Scene) -> None:
-        first, second = scene.many(2, "a")
+        first, second = scene.record(avoid="w1"), scene.record()
+        scene.room.admit(first, 0.0)
+        scene.room.admit(second, 0.0)
         scene.come("b")
-        assert scene.serve(lambda record: record is not first) is second
+        assert scene.serve(lambda record: not record.avoid) is second
         assert scene.serve().share == "b"
         assert scene.serve() is first
 
     def test_an_old_one_lifts_no_later_one_of_its_client(self, scene: Scene) -> None:
-        old = scene.come("a", priority=4)
+        old = scene.record(priority=4, avoid="w1")
+        scene.room.admit(old, 0.0)
         scene.now = 100.0
         scene.come("a", priority=4)
         greater = scene.come("b")
         assert scene.next() is old
-        assert scene.next(lambda record: record is not old) is greater
+        assert scene.next(lambda record: not record.avoid) is greater
+
+    def test_one_look_tells_of_all_that_avoid_the_same(self, scene: Scene) -> None:
+        looks = []
+        for _ in range(1000):
+            scene.room.admit(scene.record(avoid="w1"), 0.0)
+        last = scene.come("a")
+        assert scene.next(lambda record: bool(looks.append(record)) or not record.avoid) is last
+        assert len(looks) == 2
+
+    def test_a_client_that_avoids_in_ever_new_ways_is_not_heeded(self, scene: Scene) -> None:
+        scene.checked = False
+        for number in range(1000):
+            scene.room.admit(scene.record(avoid=f"w{number}"), 0.0)
+        looks = []
+        scene.next(lambda record: bool(looks.append(record)))
+        assert len(looks) == 17
+        scene.room.validate()
+
+    def test_a_worker_that_has_begun_anew_is_avoided_no_longer(self, scene: Scene) -> None:
+        first, second, third = scene.record(avoid="w1"), scene.record(avoid="w2"), scene.record()
+        for record in (first, second, third):
+            scene.room.admit(record, 0.0)
+        assert scene.next(lambda record: not record.avoid) is third
+        scene.room.forgive("w1")
+        assert scene.next(lambda record: not record.avoid) is first
+        scene.room.validate()
 
 
 class TestPriorities:
@@ -466,19 +502,31 @@ class TestFullOfBytes:
 
 class TestWhenToComeBack:
     def test_it_follows_the_pace_of_departures(self, scene: Scene) -> None:
-        assert scene.room.retry_after_s("a") == 1.0
+        assert scene.room.turn_away("a", scene.now) == 1.0
         scene.many(100)
         for number in range(50):
             scene.now = 0.25 * number
             scene.serve()
-        assert scene.room.retry_after_s("a") == pytest.approx(0.25, rel=0.05)
+        assert scene.room.turn_away("a", scene.now) == pytest.approx(0.25, rel=0.05)
 
     def test_each_client_that_waits_has_its_turn_before(self, scene: Scene) -> None:
         scene.many(3, "a")
         scene.many(5, "b")
         scene.come("c", resumes=True)
-        assert scene.room.retry_after_s("a") == 3.0
-        assert scene.room.retry_after_s("d") == 4.0
+        assert scene.room.turn_away("a", scene.now) == 3.0
+        assert scene.room.turn_away("d", scene.now) == 4.0
+
+    def test_those_who_are_turned_away_together_do_not_come_back_together(self, scene: Scene) -> None:
+        scene.many(50, "a")
+        for _ in range(40):
+            scene.now += 0.5
+            scene.serve()
+        told = [scene.room.turn_away("a", scene.now) for _ in range(100)]
+        assert told[:3] == pytest.approx([0.5, 1.0, 1.5], rel=0.1)
+        assert told == sorted(told)
+        assert told[-1] == 30.0
+        scene.now += 100.0
+        assert scene.room.turn_away("a", scene.now) == pytest.approx(0.5, rel=0.1)
 
     def test_it_is_bounded(self) -> None:
         fast, slow = Scene(), Scene()
@@ -487,8 +535,8 @@ class TestWhenToComeBack:
             for _ in range(50):
                 scene.now += pause_s
                 scene.serve()
-        assert fast.room.retry_after_s("a") == 0.05
-        assert slow.room.retry_after_s("a") == 30.0
+        assert fast.room.turn_away("a", fast.now) == 0.05
+        assert slow.room.turn_away("a", slow.now) == 30.0
 
     @pytest.mark.parametrize("cancelled", [False, True])
     def test_idle_time_does_not_count(self, scene: Scene, cancelled: bool) -> None:
@@ -502,7 +550,7 @@ class TestWhenToComeBack:
             scene.now = 3600.0 * number
             scene.come()
             scene.serve()
-        assert scene.room.retry_after_s("a") == 1.0
+        assert scene.room.turn_away("a", scene.now) == 1.0
 
 
 class TestSummary:

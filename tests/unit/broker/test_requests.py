@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tokenmq.broker import refusals as refusals_module
 from tokenmq.broker import queue as queue_module
+from tokenmq.broker import refusals as refusals_module
 from tokenmq.broker.requests import key_of
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.limits import MAX_TEXT_CHARS
