@@ -632,10 +632,16 @@ _EVENTS: dict[type[Event], Callable[[BrokerCore, Any, float], None]] = {
     **dict.fromkeys((Connected, Lost, Malformed, Received, Refused), BrokerCore._from_parent),
 }
 
+#: Who begins a session at the wrong socket, a HELLO at the workers' or a READY at the clients', is told of the other.
+_STRAYS: dict[type[Message], str] = {
+    Ready: "; this is a frontend, for clients: workers, and brokers with --uplink, belong at a broker's backend",
+    Hello: "; this is a backend, for workers: clients belong at a broker's frontend",
+}
+
 
 def _unknown(message: Message, expected: str) -> Disconnect:
     why = f"no session with this peer: expected {expected}, got {message.command.name}"
-    return Disconnect(DisconnectCode.UNKNOWN_PEER, why)
+    return Disconnect(DisconnectCode.UNKNOWN_PEER, why + _STRAYS.get(type(message), ""))
 
 
 def _protocol(error: ProtocolError) -> Disconnect:

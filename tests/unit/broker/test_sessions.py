@@ -48,6 +48,21 @@ def test_strangers_are_sent_to_register_first(stage: Stage) -> None:
     assert kinds(stage.stranger_client().garbles(request_id(1))) == [("stranger", "DISCONNECT protocol")]
 
 
+def test_who_begins_at_the_wrong_socket_is_told_of_the_other(stage: Stage) -> None:
+    [(_, worker)] = stage.stranger_client().says(ready_of("x"))
+    assert isinstance(worker, Disconnect)
+    assert "expected HELLO, got READY; this is a frontend" in worker.message
+    assert worker.message.endswith("belong at a broker's backend")
+    [(_, client)] = stage.stranger_worker().says(Hello("x", "y"))
+    assert isinstance(client, Disconnect)
+    assert "expected READY, got HELLO; this is a backend" in client.message
+    assert client.message.endswith("belong at a broker's frontend")
+    [(_, other)] = stage.stranger_client().beats()
+    assert other == Disconnect(
+        DisconnectCode.UNKNOWN_PEER, "no session with this peer: expected HELLO, got HEARTBEAT"
+    )
+
+
 def test_a_stranger_that_says_goodbye_is_not_answered(stage: Stage) -> None:
     assert stage.stranger_client().says(Goodbye()) == []
     assert stage.stranger_worker().says(Goodbye()) == []
