@@ -49,6 +49,8 @@ from .summary import Summarizer, load_of
 #: What is told above is looked at again after this time at the earliest: a look costs as much as there are workers,
 #: and what it finds is wrong for hardly longer than a message takes.
 LOOK_AGAIN_S = 0.05
+#: What an operator does about a parent that has sent this broker away: it is not dialled again.
+_START_ANEW = "start this broker anew to come back"
 
 
 class Uplink:
@@ -217,12 +219,12 @@ class Uplink:
         self._close_ways([broker])
         self._asker_lost(broker)
         if self._leaving.pop(broker, None) is not None:
-            self._outbox.log("uplink_left", parent=broker)
+            self._outbox.log("uplink_left", parent=broker, doing=_START_ANEW)
         return requests
 
     def barred(self, code: DisconnectCode, _now: float) -> None:
         """Tell that no parent is left: our own clients are still served."""
-        doing = "serving our own clients only; start this broker anew to come back"
+        doing = f"serving our own clients only; {_START_ANEW}"
         self._outbox.log("uplinks_closed", level=logging.ERROR, code=code.value, doing=doing)
 
     def _close_ways(self, parents: Collection[str]) -> None:
@@ -338,4 +340,4 @@ class Uplink:
         self._close_ways([parent])
         self._asker_lost(parent)
         del self._leaving[parent]
-        self._outbox.log("uplink_left", parent=parent, unfinished=len(guests))
+        self._outbox.log("uplink_left", parent=parent, unfinished=len(guests), doing=_START_ANEW)

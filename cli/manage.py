@@ -141,7 +141,7 @@ def remove(worker: str, as_json: bool, broker: tuple[str, ...]) -> None:
         _print_done(values, f"{worker} is removed; requests in flight: {values['in_flight']}", as_json=as_json)
 
 
-@click.command(short_help="Have WORKER finish what it holds and exit.")
+@click.command(short_help="Have WORKER finish what it holds and leave.")
 @click.argument("worker")
 @option(
     "--grace", type=click.FloatRange(min=0), show_default="the worker's own", metavar="S",
@@ -151,13 +151,14 @@ def remove(worker: str, as_json: bool, broker: tuple[str, ...]) -> None:
     "--wait", type=click.FloatRange(min=0), default=0.0, metavar="S",
     help="Wait so many seconds at most until it has left, or with --stay, finished; exit with 1 if it has not.",
 )  # fmt: skip
-@option("--stay", is_flag=True, help="Only get no new requests from this broker, until `undrain`, and do not exit.")
+@option("--stay", is_flag=True, help="Only get no new requests from this broker, until `undrain`, and do not leave.")
 @json_option
 @broker_option
 def drain(worker: str, grace: float | None, wait: float, stay: bool, as_json: bool, broker: tuple[str, ...]) -> None:
-    """Have WORKER (a name that `workers` lists) finish what it holds and exit.
+    """Have WORKER (a name that `workers` lists) finish what it holds and leave.
 
-    No request fails by it while others serve its model.
+    No request fails by it while others serve its model. A worker leaves all its brokers, and exits. A broker below
+    this one leaves only this one, and runs on; once it has left, it comes back when it is started anew.
     """
     with connected(broker) as client:
         before = _worker_row(client, worker)

@@ -689,6 +689,8 @@ def test_drain_of_a_parent_gives_back_what_has_not_ended_in_time(tree: Tree) -> 
     assert (error.code, error.worker, error.retryable) == ("draining", "mid/leaf", True)
     assert len(tree.logged("mid", "uplink_leaving")) == 1
     assert not after_draining(tree, "mid", "root", Draining)
+    [left] = tree.logged("mid", "uplink_left")
+    assert (left["unfinished"], left["doing"]) == (1, "start this broker anew to come back")
     assert worker.take(Cancel).id == request_id(1)
     assert "mid" not in tree.cores["root"].registry.by_name
 
