@@ -3,7 +3,8 @@
 Workers that serve the same models in the same way are one group. A group keeps those with a free slot in a list, for
 policies that draw or compare, and in a heap by the policy's rank, for those that want the least: a worker that
 changes is put in once more, and what is out of date is passed over when it comes up. So a decision takes logarithmic
-time, and a worker's change, too, however many models it serves.
+time, and a worker's change, too, however many models it serves. (It is linear in the number of a model's groups: as
+many as there are different sets of models with it, and hundreds would be odd.)
 """
 
 from __future__ import annotations
