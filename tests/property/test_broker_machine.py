@@ -1,25 +1,19 @@
 """BrokerCore against clients and workers that do anything, in any order; a model on the side counts what is owed.
 
-Peers here are connections. A message that the core sends to a connection that is still open arrives; one that has
-been closed makes a `gone` event, as in the server. Each peer counts what it gets, as the heartbeats must tell.
+The peers and what must hold at them are in broker_stage.py; here is what they do.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from random import Random
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tokenmq.broker.breaker import State
-from tokenmq.broker.core import BrokerCore
+from tokenmq.broker.breaker import FAILURES, Breaker, State
 from tokenmq.broker.dispatch import POLICIES
 from tokenmq.broker.events import (
-    Action,
     BadClient,
     BadWorker,
     ClientGone,
@@ -31,19 +25,16 @@ from tokenmq.broker.events import (
 )
 from tokenmq.broker.requests import key_of
 from tokenmq.broker.settings import BrokerSettings
-from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.codec import encode
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
-    Accepted,
     Cancel,
     Chunk,
     Chunks,
-    Command,
     Credit,
     Disconnect,
     DisconnectCode,
-    Drain,
     Draining,
     Envelope,
     Error,
@@ -53,226 +44,46 @@ from tokenmq.protocol.messages import (
     Heartbeat,
     Hello,
     Load,
-    Message,
     ModelInfo,
     Parked,
-    Query,
     Ready,
+    Reply,
     Request,
     Started,
     Timings,
     Usage,
-    Welcome,
     WorkerState,
 )
 
-MODELS = ("a", "b", "c")
-NAMES = ("w1", "w2", "w3", "w4")
-#: Errors about requests that no worker had, and about those that one had.
-NEVER_RAN = ("bad_request", "model_not_found", "no_worker", "busy", "queue_timeout", "cannot_resume")
-RAN = ("engine_failed", "worker_lost")
-#: Draws what happens once in a while: else nobody would live long enough for a story.
-RARE = st.integers(0, 5).map(lambda drawn: drawn == 5)
-Key = tuple[bytes, int]
+from .broker_stage import (
+    BEHIND,
+    MODELS,
+    NAMES,
+    RARE,
+    UNREAD,
+    BrokerStage,
+    ClientPeer,
+    Key,
+    Peer,
+    WorkerPeer,
+    has_client,
+    has_worker,
+)
 
 
-@dataclass(eq=False)
-class Peer:
-    """One connection.
-
-    Attributes:
-        said: messages sent in the session that the peer believes to have.
-        got: messages received in it.
-        open: the connection is there.
-        session: both sides are in a session, as far as the peer knows.
-    """
-
-    id: bytes
-    said: int = 0
-    got: int = 0
-    open: bool = True
-    session: bool = False
-
-
-@dataclass(eq=False)
-class ClientPeer(Peer):
-    #: Submissions without an answer; of each id only the latest.
-    owed: set[Key] = field(default_factory=set)
-    #: Those of them that a worker has been given.
-    started: set[Key] = field(default_factory=set)
-    #: It knows that the broker leaves.
-    told: bool = False
-
-    def live(self, id: bytes) -> int:
-        """Return the attempt of the request that an answer is owed for, 0 for none."""
-        return max((attempt for known, attempt in self.owed if known == id), default=0)
-
-
-@dataclass(eq=False)
-class WorkerPeer(Peer):
-    name: str = ""
-    incarnation: int = 1
-    models: tuple[str, ...] = ("a",)
-    resumes: bool = False
-    slots: int = 1
-    state: WorkerState = WorkerState.READY
-    others: int = 0
-    draining: bool = False
-    held: dict[Key, Request] = field(default_factory=dict)
-    #: What of it takes no slot any more.
-    parked: set[Key] = field(default_factory=set)
-
-    @property
-    def running(self) -> int:
-        return len(self.held) - len(self.parked)
-
-
-class BrokerMachine(RuleBasedStateMachine):
+class BrokerMachine(BrokerStage, RuleBasedStateMachine):
     """Peers come, speak, break and leave; after each step everything must add up."""
 
     @initialize(
         policy=st.sampled_from(sorted(POLICIES)), max_waiting=st.sampled_from([0, 1, 5, 100, 100]),
-        seed=st.integers(0, 1000),
+        seed=st.integers(0, 1000), below=st.booleans(),
     )  # fmt: skip
-    def begin(self, policy: str, max_waiting: int, seed: int) -> None:
-        self.settings = BrokerSettings(heartbeat_s=1.0, expiry_s=5.0, policy=policy, max_waiting=max_waiting)
-        self.random = Random(seed)
-        self.now = 1000.0
-        self.start()
-        self.clients: list[ClientPeer] = []
-        self.workers: list[WorkerPeer] = []
-        self.peers: dict[bytes, Peer] = {}
-        self.numbers = 0
-        #: Workers that a submission is to be kept from.
-        self.avoid: dict[Key, tuple[str, ...]] = {}
+    def begin(self, policy: str, max_waiting: int, seed: int, below: bool) -> None:
+        self.set_up(BrokerSettings(heartbeat_s=1.0, expiry_s=5.0, policy=policy, max_waiting=max_waiting), seed)
         for name in ("w1", "w2"):
             self.client_comes()
-            self.worker_comes(name, 1, ("a", "b"), 2, WorkerState.READY, resumes=name == "w1")
-
-    def start(self) -> None:
-        self.core = BrokerCore(self.settings, software="test", now=self.now, random=self.random)
-        self.drained = False
-
-    # What the server does.
-
-    def perform(self, actions: Iterable[Action]) -> None:
-        queue = deque(actions)
-        while queue:
-            action = queue.popleft()
-            if isinstance(action, Log):
-                continue
-            peer = self.peers[action.peer]
-            assert isinstance(peer, ClientPeer) == isinstance(action, ToClient), "a message on the wrong side"
-            # Whatever the core says can be said.
-            assert decode(encode(action.message)) == action.message
-            if peer.open:
-                self.arrive(peer, action.message)
-            else:
-                gone = ClientGone if isinstance(action, ToClient) else WorkerGone
-                queue.extend(self.core.handle(gone(action.peer, "gone"), self.now))
-
-    def arrive(self, peer: Peer, message: Message) -> None:
-        if isinstance(message, Disconnect):
-            self.session_over(peer)
-            return
-        if isinstance(message, (Welcome, Accepted)):
-            peer.session, peer.got = True, 0
-        assert peer.session, f"{message.command.name} to a peer without a session"
-        if isinstance(message, Heartbeat):
-            assert message.sent == peer.got, "a heartbeat does not tell what was sent"
-        peer.got += 1
-        if isinstance(message, Goodbye):
-            assert not isinstance(peer, ClientPeer) or not peer.owed, "the broker leaves without an answer"
-            self.session_over(peer)
-        elif isinstance(peer, ClientPeer):
-            self.arrive_at_client(peer, message)
-        elif isinstance(peer, WorkerPeer):
-            self.arrive_at_worker(peer, message)
-
-    def arrive_at_client(self, client: ClientPeer, message: Message) -> None:
-        if isinstance(message, (Finish, Error)) and message.attempt:
-            key = (message.id, message.attempt)
-            assert key in client.owed, "an answer that nobody is owed"
-            if isinstance(message, Error):
-                assert message.code not in (RAN if not message.worker else NEVER_RAN), "the wrong worker is blamed"
-            assert bool(message.worker) == (key in client.started), "who was told to have started is not who ended it"
-            client.owed.discard(key)
-            client.started.discard(key)
-        elif isinstance(message, Started):
-            key = (message.id, message.attempt)
-            assert key in client.owed, "the start of a submission that nobody waits for"
-            assert key not in client.started, "a submission starts twice"
-            client.started.add(key)
-        elif isinstance(message, Draining):
-            assert self.drained
-            client.told = True
-        else:
-            assert message.command in (
-                Command.WELCOME, Command.HEARTBEAT, Command.REPLY, Command.ERROR, Command.CHUNKS,
-            )  # fmt: skip
-
-    def arrive_at_worker(self, worker: WorkerPeer, message: Message) -> None:
-        if isinstance(message, Request):
-            self.arrive_request(worker, message)
-        elif isinstance(message, (Cancel, Credit)):
-            key = (message.id, message.attempt)
-            assert key in worker.held, f"{message.command.name} for a request that the worker does not hold"
-        else:
-            assert isinstance(message, (Accepted, Heartbeat, Drain))
-
-    def arrive_request(self, worker: WorkerPeer, request: Request) -> None:
-        envelope, key = request.envelope, (request.id, request.envelope.attempt)
-        assert worker.state is WorkerState.READY, "a request for a worker that is not ready"
-        assert not worker.draining, "a request for a worker that drains"
-        assert key not in worker.held, "a request twice"
-        assert envelope.model in worker.models
-        assert envelope.route is not None
-        assert (envelope.avoid, envelope.queue_s) == ((), None)
-        assert worker.resumes or not envelope.prior_tokens, "a worker that cannot resume"
-        if worker.name in self.avoid[key]:
-            others = [
-                other.name
-                for other in self.core.registry.serving(envelope.model)
-                if other.name not in self.avoid[key]
-                and other.state is WorkerState.READY
-                and other.breaker.state is not State.OPEN
-                and (not envelope.prior_tokens or other.resumes(envelope.model))
-            ]
-            assert not others, "a worker that is to be avoided, though there are others"
-        worker.held[key] = request
-        assert worker.running + worker.others <= worker.slots, "more requests than slots"
-
-    def session_over(self, peer: Peer) -> None:
-        peer.session = False
-        if isinstance(peer, ClientPeer):
-            peer.owed.clear()
-            peer.started.clear()
-            peer.told = False
-        elif isinstance(peer, WorkerPeer):
-            peer.held.clear()
-            peer.parked.clear()
-
-    def from_client(self, client: ClientPeer, message: Message) -> None:
-        client.said += 1
-        self.perform(self.core.handle(FromClient(client.id, message), self.now))
-
-    def from_worker(self, worker: WorkerPeer, message: Message) -> None:
-        worker.said += 1
-        self.perform(self.core.handle(FromWorker(worker.id, message), self.now))
-
-    def some_client(self, index: int) -> ClientPeer:
-        here = [client for client in self.clients if client.open and client.session]
-        return here[index % len(here)]
-
-    def some_worker(self, index: int) -> WorkerPeer:
-        here = [worker for worker in self.workers if worker.open and worker.session]
-        return here[index % len(here)]
-
-    def has_client(self) -> bool:
-        return any(client.open and client.session for client in self.clients)
-
-    def has_worker(self) -> bool:
-        return any(worker.open and worker.session for worker in self.workers)
+            second = name == "w2"
+            self.worker_comes(name, 1, ("a", "b"), 2, WorkerState.READY, resumes=not second, below=second and below)
 
     # Clients.
 
@@ -282,24 +93,30 @@ class BrokerMachine(RuleBasedStateMachine):
         client = ClientPeer(b"c" + len(self.peers).to_bytes(4, "big"))
         self.peers[client.id] = client
         self.clients.append(client)
-        self.from_client(client, Hello("client", "test"))
+        self.from_client(client, Hello("client", "test"))  # all of one name share
         assert client.session
 
     @rule(
         index=st.integers(0, 9), model=st.sampled_from([*MODELS, "a", "a", "a", "a", "b", "b", "b", "unknown"]),
         deadline_s=st.sampled_from([None, None, None, 0.0, 0.3, 2.0, 3600.0]),
         queue_s=st.sampled_from([None, None, None, 0.0, 0.2, 1.0]), number=st.integers(1, 4),
-        prior_tokens=st.sampled_from([0, 0, 3]), avoid=st.lists(st.sampled_from(NAMES), max_size=3).map(tuple),
+        prior_tokens=st.sampled_from([0, 0, 3]),
+        avoid=st.lists(st.sampled_from([*NAMES, *BEHIND]), max_size=3, unique=True).map(tuple),
+        priority=st.sampled_from([5, 5, 5, 0, 9]), hedge=RARE,
+        path=st.integers(0, 20).map(lambda drawn: ("x",) * 8 * (drawn == 13)),
     )  # fmt: skip
     @precondition(has_client)
     def submit(
         self, index: int, model: str, deadline_s: float | None, queue_s: float | None, number: int, prior_tokens: int,
-        avoid: tuple[str, ...],
+        avoid: tuple[str, ...], priority: int, hedge: bool, path: tuple[str, ...],
     ) -> None:  # fmt: skip
         for _ in range(number):
-            if self.has_client():
+            if has_client(self):
                 self.numbers += 1
-                envelope = Envelope(model, 1, 8, deadline_s, None, prior_tokens, avoid, queue_s)
+                envelope = Envelope(
+                    model, 1, 8, deadline_s, None, prior_tokens, avoid, queue_s, priority=priority, affinity=model,
+                    hedge=hedge, explain=number == 1, path=path,
+                )  # fmt: skip
                 self.submit_one(self.some_client(index), self.recent(0), envelope)
 
     @rule(
@@ -312,17 +129,32 @@ class BrokerMachine(RuleBasedStateMachine):
         envelope = Envelope("a", attempt, 8, prior_tokens=prior_tokens, avoid=avoid)
         self.submit_one(self.some_client(index), self.recent(back), envelope)
 
+    @rule(index=st.integers(0, 9), which=st.integers(0, 9))
+    @precondition(lambda self: any(client.open and client.started for client in self.clients))
+    def hedge(self, index: int, which: int) -> None:
+        """Once more what a worker has, beside it."""
+        clients = [client for client in self.clients if client.open and client.started]
+        client = clients[index % len(clients)]
+        id, attempt = list(client.started)[which % len(client.started)]
+        _, envelope = self.arrived[id, attempt]
+        self.submit_one(client, id, replace(envelope, attempt=client.live(id) + 1, hedge=True))
+
     def submit_one(self, client: ClientPeer, id: bytes, envelope: Envelope) -> None:
-        key, live = (id, envelope.attempt), client.live(id)
-        if envelope.attempt > live:  # else a repeat, or late
-            client.owed.discard((id, live))
-            client.started.discard((id, live))
+        key = (id, envelope.attempt)
+        if envelope.attempt > client.live(id):  # else a repeat, or late
+            former = client.alive(id)
+            # Who has one of its attempts is to be avoided; only with a hedge do these go on.
+            late = [client.started[other] for other in former if other in client.started]
+            for other in former if not envelope.hedge else ():
+                client.withdraw(other)
             client.owed.add(key)
             if key_of(*key) not in self.core.exchange.records:
-                former = self.core.exchange.records.get(key_of(id, live))
-                failed = (former.worker.name,) if former is not None and former.worker is not None else ()
-                self.avoid[key] = (*envelope.avoid, *failed)
+                self.avoid[key] = (*envelope.avoid, *late)
+                self.arrivals += 1
+                self.arrived[key] = (self.arrivals, envelope)
         self.from_client(client, Request(id, envelope, b"payload"))
+        if envelope.hedge:
+            assert key not in client.owed or key in client.started, "a hedge waits"
 
     @rule(index=st.integers(0, 9), back=st.integers(0, 8), attempt=st.sampled_from([1, 1, 2, 3]))
     @precondition(has_client)
@@ -340,21 +172,60 @@ class BrokerMachine(RuleBasedStateMachine):
     def recent(self, back: int) -> bytes:
         return max(0, self.numbers - back).to_bytes(16, "big")
 
-    @rule(index=st.integers(0, 9), method=st.sampled_from(["models", "workers", "status", "nonsense"]))
+    @rule(
+        index=st.integers(0, 9), question=st.sampled_from([
+            ("models", {}), ("status", {}), ("nonsense", {}), ("workers", {"tree": True}), ("status", {"tree": True}),
+            ("route", {"model": "a"}), ("refresh", {}), ("set_speed", {"worker": BEHIND[0], "speed": 2.0}),
+        ]),
+    )  # fmt: skip
     @precondition(has_client)
-    def query(self, index: int, method: str) -> None:
-        client = self.some_client(index)
-        before = client.got
-        self.from_client(client, Query(b"q" * 16, method))
-        assert client.got == before + 1
+    def query(self, index: int, question: tuple[str, dict[str, object]]) -> None:
+        method, arguments = question
+        if method in ("models", "nonsense"):
+            self.ask_now(self.some_client(index), method)
+        else:
+            self.ask(self.some_client(index), method, **arguments)
 
-    @rule(index=st.integers(0, 9), name=st.sampled_from(NAMES))
+    @rule(
+        index=st.integers(0, 9), order=st.sampled_from(["hold", "hold", "undrain", "undrain", "drain", "remove"]),
+        name=st.sampled_from(NAMES), really=RARE,
+    )  # fmt: skip
     @precondition(has_client)
-    def ask_to_drain(self, index: int, name: str) -> None:
-        client = self.some_client(index)
-        before = client.got
-        self.from_client(client, Query(b"q" * 16, "drain", {"worker": name}))
-        assert not client.session or client.got > before
+    def order(self, index: int, order: str, name: str, really: bool) -> None:
+        """Who is held gets nothing, also when it comes back under its name, until it is undrained or removed."""
+        client, here = self.some_client(index), name in self.core.registry.by_name
+        if order == "hold":
+            if here:
+                self.held.add(name)
+            self.ask_now(client, "drain", worker=name, stay=True)
+        elif order == "undrain":
+            self.held.discard(name)
+            self.ask_now(client, "undrain", worker=name)
+        elif order == "drain":
+            self.ask_now(client, "drain", worker=name)
+        elif really:
+            if here:
+                self.held.discard(name)
+                self.speeds.pop(name, None)
+            self.ask_now(client, "remove", worker=name)
+            assert name not in self.core.registry.by_name
+
+    @rule(
+        index=st.integers(0, 9), policy=st.sampled_from([None, None, None, *sorted(POLICIES), "nonsense"]),
+        name=st.sampled_from(NAMES), speed=st.sampled_from([None, 1e-6, 3.0, 1e6]),
+    )  # fmt: skip
+    @precondition(has_client)
+    def tune(self, index: int, policy: str | None, name: str, speed: float | None) -> None:
+        if policy is not None:
+            self.ask_now(self.some_client(index), "set_policy", policy=policy)
+            return
+        if name in self.core.registry.by_name:
+            self.speeds.pop(name, None)
+            if speed is not None:
+                self.speeds[name] = speed
+        self.ask_now(self.some_client(index), "set_speed", worker=name, speed=speed)
+
+    # Sessions of clients.
 
     @rule(index=st.integers(0, 9), lost=RARE)
     @precondition(has_client)
@@ -368,7 +239,7 @@ class BrokerMachine(RuleBasedStateMachine):
     def client_garbles(self, index: int, named: bool) -> None:
         client = self.some_client(index)
         client.said += 1
-        error = ProtocolError("garbled", subject=b"x" * 16 if named else None)
+        error = ProtocolError("garbled", subject=UNREAD if named else None)
         self.perform(self.core.handle(BadClient(client.id, error), self.now))
         assert client.session == named
 
@@ -408,16 +279,18 @@ class BrokerMachine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES), incarnation=st.integers(1, 3),
         models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3).map(tuple), slots=st.integers(1, 3),
         state=st.sampled_from([WorkerState.READY, WorkerState.READY, WorkerState.LOADING]), resumes=st.booleans(),
+        below=RARE, speed=st.sampled_from([None, 1.5]),
     )  # fmt: skip
     @precondition(lambda self: sum(worker.open for worker in self.workers) < 6)
     def worker_comes(
-        self, name: str, incarnation: int, models: tuple[str, ...], slots: int, state: WorkerState, resumes: bool
-    ) -> None:
+        self, name: str, incarnation: int, models: tuple[str, ...], slots: int, state: WorkerState, resumes: bool,
+        below: bool = False, speed: float | None = None,
+    ) -> None:  # fmt: skip
         known = self.core.registry.by_name.get(name)
         newest = known.incarnation if known else 0
         worker = WorkerPeer(
             b"w" + len(self.peers).to_bytes(4, "big"), name=name, incarnation=incarnation, models=models, slots=slots,
-            state=state, resumes=resumes,
+            state=state, resumes=resumes, speed=speed, brokers=(f"broker {name}", "broker x") if below else (),
         )  # fmt: skip
         self.peers[worker.id] = worker
         self.workers.append(worker)
@@ -441,7 +314,8 @@ class BrokerMachine(RuleBasedStateMachine):
     def ready(self, worker: WorkerPeer) -> Ready:
         models = tuple(ModelInfo(name, resumes=worker.resumes) for name in worker.models)
         return Ready(
-            worker.name, worker.incarnation, "test", models, worker.slots, "test", self.load(worker), 1.5
+            worker.name, worker.incarnation, "test", models, worker.slots, "test", self.load(worker), worker.speed,
+            brokers=worker.brokers,
         )  # fmt: skip
 
     def load(self, worker: WorkerPeer) -> Load:
@@ -471,7 +345,21 @@ class BrokerMachine(RuleBasedStateMachine):
         self.from_worker(worker, self.ready(worker))
         assert worker.session
 
-    @rule(index=st.integers(0, 9), which=st.integers(0, 9), well=st.booleans(), number=st.integers(1, 6))
+    @rule(really=RARE)
+    def a_loop_registers(self, really: bool) -> None:
+        """A broker that this one stands below cannot stand below it."""
+        if not really:
+            return
+        peer = WorkerPeer(b"w" + len(self.peers).to_bytes(4, "big"), name="w1", brokers=("x", self.core.id))
+        self.peers[peer.id] = peer
+        self.workers.append(peer)
+        self.from_worker(peer, self.ready(peer))
+        assert not peer.session
+        peer.open = False
+
+    @rule(
+        index=st.integers(0, 9), which=st.integers(0, 9), well=st.booleans(), number=st.integers(1, 6),
+    )  # fmt: skip
     @precondition(lambda self: any(worker.open and worker.held for worker in self.workers))
     def worker_answers(self, index: int, which: int, well: bool, number: int) -> None:
         for _ in range(number):
@@ -484,10 +372,46 @@ class BrokerMachine(RuleBasedStateMachine):
         id, attempt = key
         del worker.held[key]
         worker.parked.discard(key)
+        given = worker.given.pop(key, "")
         if well:
-            self.from_worker(worker, Finish(id, attempt, FinishReason.STOP, Usage(1, 1), Timings(), ""))
+            worker.succeeds()
+            usage, timings = Usage(1, 5), Timings(decode_s=1.0 / worker.slots)
+            self.from_worker(worker, Finish(id, attempt, FinishReason.STOP, usage, timings, given))
         else:
-            self.from_worker(worker, Error(id, attempt, "engine_failed", "it broke"))
+            worker.fails(id, self.now)
+            self.from_worker(worker, Error(id, attempt, "engine_failed", "it broke", worker=given))
+
+    @rule(name=st.sampled_from(NAMES), number=st.integers(3, 5))
+    @precondition(has_worker)
+    def engine_breaks(self, name: str, number: int) -> None:
+        """A worker fails all that it gets."""
+        for _ in range(number):
+            if has_client(self):
+                self.numbers += 1
+                self.submit_one(self.some_client(0), self.recent(0), Envelope("a", 1, 8))
+            for worker in self.workers:
+                if worker.open and worker.name == name and worker.held:
+                    self.answer(worker, next(iter(worker.held)), well=False)
+
+    @rule(index=st.integers(0, 9), which=st.integers(0, 9), name=st.sampled_from(["w1", "w2"]))
+    @precondition(lambda self: any(worker.open and worker.brokers and worker.held for worker in self.workers))
+    def broker_below_starts(self, index: int, which: int, name: str) -> None:
+        busy = [worker for worker in self.workers if worker.open and worker.brokers and worker.held]
+        worker = busy[index % len(busy)]
+        key = list(worker.held)[which % len(worker.held)]
+        worker.given[key] = name
+        self.from_worker(worker, Started(*key, name))
+
+    @rule(index=st.integers(0, 9), answer=st.sampled_from([None, 7, {}, {"worker": "w1"}, {"tree": 1}, [], [{}]]))
+    @precondition(lambda self: any(worker.open and worker.queries for worker in self.workers))
+    def broker_below_replies(self, index: int, answer: object) -> None:
+        asked = [worker for worker in self.workers if worker.open and worker.queries]
+        worker = asked[index % len(asked)]
+        id = worker.queries.pop()
+        said = Reply(id, answer) if answer != 7 else Error(id, 0, "busy", "not now", True)
+        self.from_worker(worker, said)
+        if answer != 7:
+            self.from_worker(worker, said)  # nobody waits for it any more
 
     @rule(index=st.integers(0, 9), which=st.integers(0, 9))
     @precondition(lambda self: any(worker.open and worker.held for worker in self.workers))
@@ -648,6 +572,15 @@ class BrokerMachine(RuleBasedStateMachine):
                 assert found.received == worker.said
                 held = {key_of(*key) for key in worker.held}
                 assert found.in_flight.keys() == held, "a slot is charged too long or freed too early"
+                self.check_breaker(worker, found.breaker)
+                assert found.speed == self.speeds.get(worker.name, found.speed), "not the speed that was ordered"
+                assert found.held == (worker.name in self.held)
+
+    def check_breaker(self, worker: WorkerPeer, breaker: Breaker) -> None:
+        """Who has failed three times is suspended, then tried; whoever has finished something since is neither."""
+        trusted, suspended = worker.failures < FAILURES, worker.suspended_until > self.now
+        expected = State.CLOSED if trusted else State.OPEN if suspended else State.HALF_OPEN
+        assert breaker.state is expected, (breaker, worker.failures, worker.suspended_until, self.now)
 
     def teardown(self) -> None:
         """Workers finish or die, and nothing is left."""
@@ -670,6 +603,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert self.core.exchange.records == {}
         assert len(self.core.registry) == 0
         assert not any(client.owed for client in self.clients)
+        assert not any(client.asked for client in self.clients), "a question without an answer"
 
 
 TestBrokerMachine = BrokerMachine.TestCase
