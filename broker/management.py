@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import BadRequestError, ForbiddenError, ModelNotFoundError, ProtocolError, TokenmqError
-from ..protocol.limits import MAX_BODY_BYTES
+from ..protocol.limits import FASTEST_TOKENS_PER_S, MAX_BODY_BYTES, SLOWEST_TOKENS_PER_S
 from ..protocol.messages import Error, Query, Reply
 from ..protocol.packing import pack
 from ..protocol.schema import Check, boolean, fail, number, seconds, text
@@ -201,6 +201,7 @@ class _Method:
 
 _WORKER = {"worker": text(empty=False)}
 _WITHIN = {"within_s": number(LEAST_S, MOST_S)}
+_SPEED = number(SLOWEST_TOKENS_PER_S, FASTEST_TOKENS_PER_S)
 _METHODS = {
     "models": _Method(_models, {}, {"order": _one_of(MODEL_ORDERS)}),
     "workers": _Method(_workers, {}, {"tree": boolean, **_WITHIN}),
@@ -211,5 +212,5 @@ _METHODS = {
     "drain": _Method(changes.drain, _WORKER, {"grace_s": seconds, "stay": boolean, **_WITHIN}, changes=True),
     "undrain": _Method(changes.undrain, _WORKER, _WITHIN, changes=True),
     "set_policy": _Method(changes.set_policy, {"policy": text(empty=False)}, changes=True),
-    "set_speed": _Method(changes.set_speed, _WORKER, {"speed": number(1e-6, 1e6), **_WITHIN}, changes=True),
+    "set_speed": _Method(changes.set_speed, _WORKER, {"speed": _SPEED, **_WITHIN}, changes=True),
 }

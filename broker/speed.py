@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..protocol.limits import FASTEST_TOKENS_PER_S, SLOWEST_TOKENS_PER_S
+
 #: Weight of the newest request: the last dozen or so count.
 _SMOOTHING = 0.15
 #: A measurement counts half after this time without a new one: a worker that was slow once is not left out for ever.
@@ -14,9 +16,6 @@ _HALF_LIFE_S = 60.0
 _STEP = 1.1
 #: A worker that has never had a request is taken for so much faster than usual: it gets one, and is measured.
 _UNTRIED = 2.0
-#: Speeds that READY may tell. Workers measure their own requests, and what they say can be anything: a broker that
-#: reckoned with it could divide by nothing, and one liar would hide what all the others do.
-_SLOWEST, _FASTEST = 1e-6, 1e6
 
 
 @dataclass(slots=True)
@@ -41,7 +40,9 @@ class Speed:
         """Take the decoding of one request: `tokens` after the first one, in so many seconds."""
         if tokens < 1 or seconds <= 0:
             return  # a single token has no pace
-        seconds = min(max(seconds, tokens / _FASTEST), tokens / _SLOWEST)
+        # Workers measure their own requests, and what they say can be anything: a broker that reckoned with it could
+        # divide by nothing, and one liar would hide what all the others do.
+        seconds = min(max(seconds, tokens / FASTEST_TOKENS_PER_S), tokens / SLOWEST_TOKENS_PER_S)
         if self._seconds == 0:
             self._tokens, self._seconds = float(tokens), seconds
         else:

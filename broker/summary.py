@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ..protocol.limits import MAX_BROKERS, MAX_COUNT, MAX_MODELS, MAX_SLOTS
+from ..protocol.limits import FASTEST_TOKENS_PER_S, MAX_BROKERS, MAX_COUNT, MAX_MODELS, MAX_SLOTS
 from ..protocol.messages import Load, ModelInfo, Ready, WorkerState
 from .breaker import State
 from .registry import Registry, WorkerSession
 
-#: The most that Load and READY can say.
+#: The most that Load can say.
 _MAX_TOKENS_PER_S = 1e12
-_MAX_SPEED = 1e6
 #: Speeds are measured with each request: those above hear of it when it makes a difference.
 _SPEED_CHANGE = 0.1
 
@@ -109,7 +108,7 @@ def _speed(workers: Sequence[WorkerSession], told: float | None) -> float | None
     known = [worker.ready.speed or worker.speed_set or worker.measured.measured for worker in workers]
     if not any(known):
         return None  # all are reckoned alike: that says nothing in comparison with others
-    total = min(_MAX_SPEED, sum(worker.speed for worker in workers))
+    total = min(FASTEST_TOKENS_PER_S, sum(worker.speed for worker in workers))
     return told if told is not None and abs(total - told) <= _SPEED_CHANGE * told else total
 
 

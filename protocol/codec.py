@@ -168,7 +168,7 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
         "slots": count(1, limits.MAX_SLOTS),
         "engine": text(),
         "load": LOAD,
-        "speed": optional(number(1e-6, 1e6)),
+        "speed": optional(number(limits.SLOWEST_TOKENS_PER_S, limits.FASTEST_TOKENS_PER_S)),
         "heartbeat_s": optional(_interval),
         "brokers": listing(_name, limits.MAX_BROKERS),
     },

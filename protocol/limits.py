@@ -39,6 +39,9 @@ MAX_SLOTS = 65_536
 MAX_CHUNKS = 65_536
 #: Largest counter that the wire carries: it fits a signed 64-bit integer everywhere.
 MAX_COUNT = 2**63 - 1
+#: Speeds of workers, tokens a second of one stream: brokers add them up and divide by them.
+SLOWEST_TOKENS_PER_S = 1e-6
+FASTEST_TOKENS_PER_S = 1e6
 #: Largest duration in seconds (about 31 years): more is a mistake, and larger floats lose milliseconds.
 MAX_SECONDS = 1e9
 

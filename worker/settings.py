@@ -7,7 +7,14 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from ..protocol.limits import MAX_MODELS, MAX_NAME_CHARS, MAX_NEW_TOKENS, MAX_SLOTS
+from ..protocol.limits import (
+    FASTEST_TOKENS_PER_S,
+    MAX_MODELS,
+    MAX_NAME_CHARS,
+    MAX_NEW_TOKENS,
+    MAX_SLOTS,
+    SLOWEST_TOKENS_PER_S,
+)
 
 #: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
 SLOTS = 16
@@ -77,8 +84,9 @@ class WorkerSettings:
             raise ValueError(f"name: expected 1 to {MAX_NAME_CHARS} characters, got {len(self.name)}")
         if not 1 <= self.slots <= MAX_SLOTS:
             raise ValueError(f"slots: expected 1 to {MAX_SLOTS}, got {self.slots}")
-        if self.speed is not None and not 1e-6 <= self.speed <= 1e6:
-            raise ValueError(f"speed: expected a number from 1e-6 to 1e6, got {self.speed}")
+        if self.speed is not None and not SLOWEST_TOKENS_PER_S <= self.speed <= FASTEST_TOKENS_PER_S:
+            bounds = f"{SLOWEST_TOKENS_PER_S:g} to {FASTEST_TOKENS_PER_S:g}"
+            raise ValueError(f"speed: expected a number from {bounds}, got {self.speed}")
         if self.heartbeat_s is not None and not 0.001 <= self.heartbeat_s < math.inf:
             raise ValueError(f"heartbeat_s: expected 0.001 or more, got {self.heartbeat_s}")
         if not self.grace_s >= 0:

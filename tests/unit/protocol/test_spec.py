@@ -100,3 +100,9 @@ def test_limits() -> None:
     with_types = {"MAX_COUNT", "MAX_SECONDS", "MAX_INTEGER"}
     names = {name for name in vars(limits) if name.startswith("MAX_")} - with_types
     assert stated == {name: getattr(limits, name) for name in names}
+
+
+def test_speeds() -> None:
+    stated = re.findall(r"`speed`(?: \||:) number from (\S+) to (\d\S*?)(?:,|\)| )", SPEC)
+    bounds = (limits.SLOWEST_TOKENS_PER_S, limits.FASTEST_TOKENS_PER_S)
+    assert [tuple(map(float, each)) for each in stated] == [bounds, bounds]  # in READY and in set_speed
