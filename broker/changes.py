@@ -91,7 +91,12 @@ def set_policy(core: BrokerCore, _now: float, policy: str) -> dict[str, Any]:
 
 
 def set_speed(core: BrokerCore, now: float, worker: str, speed: float | None = None) -> dict[str, Any]:
-    """Reckon with this speed of a worker; without one, with what it tells or what is measured."""
+    """Reckon with this speed of a worker; without one, with what it tells or what is measured.
+
+    One that is gone can only be taken back.
+    """
+    if speed is None and worker not in core.registry.by_name and core.registry.speeds.pop(worker, None) is not None:
+        return {"worker": worker, "speed": None, "speed_set": None}
     session = _session(core, worker)
     core.exchange.set_speed(session, speed, now)
     return {"worker": worker, "speed": session.speed, "speed_set": session.speed_set}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.messages import Decision, ModelInfo
@@ -13,6 +14,9 @@ from .registry import WorkerSession
 
 if TYPE_CHECKING:
     from .core import BrokerCore
+
+#: Workers that are gone, with orders that still hold, in an answer about the status.
+MAX_REMEMBERED = 100
 
 
 def models(core: BrokerCore, order: str) -> list[dict[str, Any]]:
@@ -87,11 +91,19 @@ def status(core: BrokerCore, now: float) -> dict[str, Any]:
         "workers": len(core.registry),
         "models": core.registry.models(),
         "slots": sum(worker.ready.slots for worker in core.registry),
+        "remembered": _remembered(core),
         "waiting": core.exchange.rooms(now),
         "pending": dataclasses.asdict(core.pending),
         "requests": core.exchange.tally(),
         "counters": dataclasses.asdict(core.counters),
     }
+
+
+def _remembered(core: BrokerCore) -> list[dict[str, Any]]:
+    """Return what operators have ordered of workers that are gone: it holds for whoever comes back by their names."""
+    held, speeds = core.registry.held, core.registry.speeds
+    names = nsmallest(MAX_REMEMBERED, (held | speeds.keys()) - core.registry.by_name.keys())
+    return [{"worker": name, "held": name in held, "speed_set": speeds.get(name)} for name in names]
 
 
 def route(core: BrokerCore, model: str, decision: Decision | None) -> dict[str, Any]:

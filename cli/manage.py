@@ -70,11 +70,13 @@ def status(tree: bool, as_json: bool, broker: tuple[str, ...]) -> None:
         if as_json:
             _print_json(values)
             return
-        rooms, sums = values.pop("waiting"), values.pop("tree", None)
+        rooms, remembered, sums = values.pop("waiting"), values.pop("remembered"), values.pop("tree", None)
         for name, value in values.items():
             click.echo(f"{name:<10} {_text(value)}")
         for room in rooms:
             click.echo(f"{'waiting':<10} {_room_line(room)}")
+        for gone in remembered:
+            click.echo(f"{'remembered':<10} {_gone_line(gone)}")
         if sums is not None:
             _print_tree(sums)
 
@@ -84,6 +86,12 @@ def _room_line(room: Mapping[str, Any]) -> str:
     leaving = "none has left yet" if rate is None else f"{rate:.3g} leave a second"
     clients = "1 client" if room["clients"] == 1 else f"{room['clients']} clients"
     return f"{room['model']}: {room['waiting']} of {clients}, the oldest for {room['oldest_s']:.1f} s; {leaving}"
+
+
+def _gone_line(gone: Mapping[str, Any]) -> str:
+    orders = ["held"] if gone["held"] else []
+    orders += [] if gone["speed_set"] is None else [f"speed set to {gone['speed_set']:.4g}"]
+    return f"{gone['worker']}, which is gone: {', '.join(orders)}"
 
 
 def _print_tree(sums: dict[str, Any]) -> None:
@@ -227,7 +235,9 @@ def set_speed(worker: str, speed: str, as_json: bool, broker: tuple[str, ...]) -
         raise click.BadParameter(f"expected a number or {_AUTO}, got {speed!r}", param_hint="SPEED") from None
     with connected(broker) as client:
         values = client.set_speed(worker, wanted)
-        _print_done(values, f"{worker} is reckoned with {values['speed']:.4g} tokens/s", as_json=as_json)
+        reckoned = values["speed"]
+        done = "is gone; its speed is forgotten" if reckoned is None else f"is reckoned with {reckoned:.4g} tokens/s"
+        _print_done(values, f"{worker} {done}", as_json=as_json)
 
 
 COMMANDS = (models, workers, status, route, refresh, remove, drain, undrain, set_policy, set_speed)

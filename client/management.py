@@ -130,7 +130,7 @@ class Management(ABC, Generic[AnswerT_co, RowsT_co]):
                 tells, or the broker measures.
 
         Returns:
-            `worker`, `speed`: what is reckoned with now, `speed_set`.
+            `worker`, `speed`: what is reckoned with now, None of one that is gone, `speed_set`.
         """
         return self._get("set_speed", worker=worker, speed=speed)
 

@@ -9,6 +9,7 @@ import pytest
 from tokenmq.broker.changes import REFRESH_S
 from tokenmq.broker.errands import MAX_OF_CLIENT
 from tokenmq.broker.events import WorkerGone
+from tokenmq.broker.views import MAX_REMEMBERED
 from tokenmq.protocol.messages import (
     Disconnect,
     DisconnectCode,
@@ -259,6 +260,37 @@ def test_a_speed_that_was_set_overrides_the_workers_own_until_it_is_unset(stage:
     assert worker_session(stage, "w1").speed == 4.0  # also when it comes back
     assert client.queries("set_speed", worker="w1", speed=None) == {"worker": "w1", "speed": 1.0, "speed_set": None}
     assert client.queries("route", model="m")["worker"] == "w2"
+
+
+def test_the_speed_of_a_worker_that_is_gone_can_be_taken_back(stage: Stage) -> None:
+    client = stage.client()
+    worker = stage.worker("w1", speed=1.0)
+    client.queries("set_speed", worker="w1", speed=4.0)
+    worker.vanishes()
+    assert client.queries("set_speed", worker="w1", speed=5.0).message == "no worker 'w1' here; workers: none"
+    assert client.queries("set_speed", worker="w1") == {"worker": "w1", "speed": None, "speed_set": None}
+    assert client.queries("set_speed", worker="w1").message == "no worker 'w1' here; workers: none"
+    stage.worker("w1", speed=1.0)
+    assert worker_session(stage, "w1").speed == 1.0
+
+
+def test_status_tells_what_holds_for_workers_that_are_gone(stage: Stage) -> None:
+    client = stage.client()
+    workers = [stage.worker(f"w{number:03}") for number in range(MAX_REMEMBERED + 2)]
+    for worker in workers:
+        client.queries("set_speed", worker=worker.name, speed=4.0)
+    client.queries("drain", worker="w001", stay=True)
+    assert client.queries("status")["remembered"] == []  # `workers` has it
+    for worker in workers[1:]:
+        worker.vanishes()
+    first, second, *others = client.queries("status")["remembered"]
+    assert first == {"worker": "w001", "held": True, "speed_set": 4.0}
+    assert second == {"worker": "w002", "held": False, "speed_set": 4.0}
+    assert [each["worker"] for each in others] == [f"w{number:03}" for number in range(3, MAX_REMEMBERED + 1)]
+    client.queries("set_speed", worker="w001")
+    assert client.queries("status")["remembered"][0] == {"worker": "w001", "held": True, "speed_set": None}
+    client.queries("undrain", worker="w001")
+    assert client.queries("status")["remembered"][0]["worker"] == "w002"
 
 
 @pytest.mark.parametrize("method", ["remove", "undrain", "set_speed"])
