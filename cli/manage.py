@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from ..broker.ordering import MODEL_ORDERS
-from ..client import Client
 from .asking import broker_option, connected, json_option
-from .lifecycle import fail
+from .leaving import Leaver
 from .options import option
 from .tables import table
 
-#: How often `drain --wait` looks whether the worker has left.
-_LOOK_S = 0.1
 _MODEL_COLUMNS = ("name", "workers", "ready", "slots", "running", "waiting", "context_tokens", "chat")
 _WORKER_COLUMNS = ("name", "state", "engine", "models", "slots", "in_flight", "waiting", "speed", "tokens_per_s")
 _CANDIDATE_COLUMNS = ("worker", "load", "slots", "speed", "cost")
@@ -169,33 +165,14 @@ def drain(worker: str, grace: float | None, wait: float, stay: bool, as_json: bo
     this one leaves only this one, and runs on; once it has left, it comes back when it is started anew.
     """
     with connected(broker) as client:
-        before = _worker_row(client, worker)
+        leaver = Leaver(client, worker) if wait else None
         values = client.drain(worker, grace_s=grace, stay=stay)
         does = "gets no new requests" if stay else "drains"
         _print_done(values, f"{worker} {does}; requests in flight: {values['in_flight']}", as_json=as_json)
-        if wait:
-            _wait_for(client, worker, before, values["in_flight"], wait, stay=stay)
+        if leaver:
+            leaver.wait(values["in_flight"], wait, stay=stay)
             done = "has finished" if stay else "has left"
             click.echo(f"{worker} {done}", err=as_json)
-
-
-def _wait_for(
-    client: Client, worker: str, before: Mapping[str, Any] | None, held: int, wait_s: float, *, stay: bool
-) -> None:
-    """Tell on standard error how many requests are left, until there is none or the worker has left."""
-    until = time.monotonic() + wait_s
-    while True:
-        row = _worker_row(client, worker)
-        if row is None or before is None or row["incarnation"] != before["incarnation"]:
-            return
-        if row["in_flight"] != held:
-            held = row["in_flight"]
-            click.echo(f"{worker}: requests in flight: {held}", err=True)
-        if stay and not held:
-            return
-        if time.monotonic() > until:
-            fail(f"{worker} has not {'finished' if stay else 'left'} within {wait_s:g} s; requests in flight: {held}")
-        time.sleep(_LOOK_S)
 
 
 @click.command()
@@ -241,12 +218,6 @@ def set_speed(worker: str, speed: str, as_json: bool, broker: tuple[str, ...]) -
 
 
 COMMANDS = (models, workers, status, route, refresh, remove, drain, undrain, set_policy, set_speed)
-
-
-def _worker_row(client: Client, name: str) -> dict[str, Any] | None:
-    # A name with a slash may be that of a worker behind another broker.
-    rows = client.workers(tree="/" in name)
-    return next((row for row in rows if row["name"] == name), None)
 
 
 def _text(value: Any) -> str:
