@@ -57,8 +57,8 @@ NEVER_RAN = ("bad_request", "model_not_found", "no_worker", "busy", "queue_timeo
 RAN = ("engine_failed", "worker_lost")
 #: Draws what happens once in a while: else nobody would live long enough for a story.
 RARE = st.integers(0, 5).map(lambda drawn: drawn == 5)
-#: What workers behind w1 and w2 are called, where these are brokers.
-BEHIND = ("w1/w1", "w2/w1")
+#: What workers behind w2 are called, where it is a broker.
+BEHIND = ("w2/w1", "w2/w2")
 #: The id of a query that the broker could not read.
 UNREAD = b"x" * 16
 Key = tuple[bytes, int]

@@ -101,7 +101,7 @@ class BrokerMachine(BrokerStage, RuleBasedStateMachine):
         deadline_s=st.sampled_from([None, None, None, 0.0, 0.3, 2.0, 3600.0]),
         queue_s=st.sampled_from([None, None, None, 0.0, 0.2, 1.0]), number=st.integers(1, 4),
         prior_tokens=st.sampled_from([0, 0, 3]),
-        avoid=st.lists(st.sampled_from([*NAMES, *BEHIND]), max_size=3, unique=True).map(tuple),
+        avoid=st.lists(st.sampled_from([*NAMES, *BEHIND, *BEHIND]), max_size=3, unique=True).map(tuple),
         priority=st.sampled_from([5, 5, 5, 0, 9]), hedge=RARE,
         path=st.integers(0, 20).map(lambda drawn: ("x",) * 8 * (drawn == 13)),
     )  # fmt: skip

@@ -41,7 +41,7 @@ def _check_worth(kind: Kind, runs: int, sums: Counter[str]) -> None:
         assert faults > 2 * runs
     if kind.faults:
         assert sums["resumes"] > runs
-        assert sums["suspensions"] > runs // 10
+        assert sums["suspensions"] or runs < 50
     if kind.tree:
         assert sums["attempts below"] > 2 * runs
 
