@@ -74,12 +74,12 @@ class Kind:
 
 KINDS = (
     Kind("calm", 4, (3, 6), 3.0, 0.0, sure=True),
-    Kind("heals", 40, (4, 8), 2.5, 1.2, sure=True, loss=(0.0, 0.0, 0.002)),
+    Kind("heals", 44, (4, 8), 2.5, 1.2, sure=True, loss=(0.0, 0.0, 0.002)),
     Kind("rolling", 10, (4, 6), 2.5, 0.0, brokers=(2,), sure=True, rolling=True),
     Kind("harsh", 20, (6, 12), 2.0, 0.8, heal_s=12.0, brokers=(1, 1, 2, 3), loss=(0.0, 0.0, 0.003)),
-    Kind("tree", 12, (4, 8), 2.5, 1.2, tree=True, sure=True, loss=(0.0, 0.0, 0.002)),
-    Kind("rolling tree", 3, (4, 6), 2.5, 0.0, tree=True, sure=True, rolling=True),
-    Kind("harsh tree", 5, (6, 12), 2.0, 0.8, heal_s=12.0, tree=True, loss=(0.0, 0.0, 0.003)),
+    Kind("tree", 10, (4, 8), 2.5, 1.2, tree=True, sure=True, loss=(0.0, 0.0, 0.002)),
+    Kind("rolling tree", 2, (4, 6), 2.5, 0.0, tree=True, sure=True, rolling=True),
+    Kind("harsh tree", 4, (6, 12), 2.0, 0.8, heal_s=12.0, tree=True, loss=(0.0, 0.0, 0.003)),
     Kind("readers", 5, (4, 8), 2.0, 0.5, sure=True, slow_readers=True),
     Kind("long", 1, (40, 60), 2.0, 0.5, heal_s=12.0, slow_readers=True, loss=(0.0, 0.001)),
 )
