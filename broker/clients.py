@@ -1,0 +1,196 @@
+"""What clients say to the broker, and when their sessions begin and end.
+
+What becomes of their requests is in `exchange.py`, of their queries in `management.py`. Workers are none of its
+business.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ..protocol.errors import ErrorCode
+from ..protocol.liveness import Liveness, negotiate
+from ..protocol.messages import (
+    Cancel,
+    Credit,
+    DisconnectCode,
+    Draining,
+    Error,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Query,
+    Request,
+    Welcome,
+)
+from .disconnects import Disconnects, lost, silent, unknown
+from .events import BadClient, ClientGone, FromClient
+from .exchange import Exchange
+from .management import Management
+from .metrics import Counters
+from .outbox import Outbox, clip
+from .probe import CLIENT_DELAYS_S, Probe
+from .registry import ClientSession
+from .settings import BrokerSettings
+
+
+class Clients:
+    """The sessions with all clients of the frontend.
+
+    Attributes:
+        by_peer: the sessions by the client's routing id.
+        probe: when to look for the one whose connection broke.
+    """
+
+    def __init__(
+        self,
+        software: str,
+        settings: BrokerSettings,
+        exchange: Exchange,
+        management: Management,
+        disconnects: Disconnects,
+        outbox: Outbox,
+        counters: Counters,
+    ) -> None:
+        """Have no session yet.
+
+        Args:
+            software: the broker's name and version.
+            settings: what it is called, its intervals.
+            exchange: takes their requests.
+            management: takes their queries.
+            disconnects: sends them away.
+            outbox: takes what is to be done.
+            counters: what has happened so far.
+        """
+        self.by_peer: dict[bytes, ClientSession] = {}
+        self.probe = Probe(CLIENT_DELAYS_S)
+        self._software = software
+        self._settings = settings
+        self._exchange = exchange
+        self._management = management
+        self._disconnects = disconnects
+        self._outbox = outbox
+        self._counters = counters
+        self._routes = 0
+
+    # What happens at the frontend.
+
+    def received(self, event: FromClient, now: float) -> None:
+        """Take a message."""
+        message = event.message
+        client = self.by_peer.get(event.peer)
+        if client is None:
+            self._from_new(event.peer, message, now)
+            return
+        client.received += 1
+        client.liveness.heard(now)
+        if isinstance(message, Request):
+            self._exchange.submit(client, message, now)
+        elif isinstance(message, Credit):
+            self._exchange.credit(client, message)
+        elif isinstance(message, Cancel):
+            self._exchange.cancel(client, message)
+        elif isinstance(message, Heartbeat):
+            if message.sent != client.received - 1:
+                self._disconnect(client, DisconnectCode.LOST_MESSAGES, lost(message, client))
+        elif isinstance(message, Query):
+            self._management.ask(self._management.client(client), message, now)
+        elif isinstance(message, Goodbye):
+            self._drop(client, "goodbye", level=logging.DEBUG)
+        else:
+            why = f"{message.command.name} is not allowed from a client in a session"
+            self._disconnect(client, DisconnectCode.PROTOCOL, why)
+
+    def malformed(self, event: BadClient, now: float) -> None:
+        """Take what is no message: one request's mistake, where it can be named, is no reason to end the session."""
+        error = event.error
+        self._disconnects.malformed("client", error, now)
+        client = self.by_peer.get(event.peer)
+        if client is None:
+            self._disconnects.client(event.peer, DisconnectCode.PROTOCOL, error.message)
+        elif error.subject is not None:
+            client.received += 1
+            client.liveness.heard(now)
+            answer = Error(error.subject, 0, ErrorCode.BAD_REQUEST.value, clip(error.message))
+            self._outbox.to_client(client, answer)
+        else:
+            self._disconnect(client, DisconnectCode.PROTOCOL, error.message)
+
+    def gone(self, event: ClientGone, _now: float) -> None:
+        """Take the news that nothing can be sent to a client."""
+        client = self.by_peer.get(event.peer)
+        if client is not None:
+            self._counters.clients_lost += 1
+            if event.stalled:
+                self._counters.peers_stalled += 1
+                self._disconnects.client(client.peer, DisconnectCode.EXPIRED, event.why)
+            self._drop(client, event.why, level=logging.WARNING if event.stalled else logging.INFO)
+
+    # What the core calls.
+
+    def watch(self, now: float) -> None:
+        """Give up who has been silent for too long, and say something to whom the broker was silent."""
+        for client in list(self.by_peer.values()):
+            if client.liveness.expired(now):
+                self._disconnect(client, DisconnectCode.EXPIRED, silent(client, now))
+            elif client.liveness.due(now):
+                self._outbox.heartbeat_client(client)
+
+    def greet(self) -> None:
+        """Say something to every client: the one that is gone shows itself."""
+        for client in self.by_peer.values():
+            self._outbox.heartbeat_client(client)
+
+    def new_route(self) -> bytes:
+        """Make what workers know a client by, one of the frontend's or of a broker above."""
+        self._routes += 1
+        return self._routes.to_bytes(16, "big")
+
+    def validate(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            AssertionError: one does not hold.
+        """
+        for peer, client in self.by_peer.items():
+            assert client.peer == peer
+            assert all(record.client is client for record in client.requests.values())
+            attempts = {record.key: record for alive in client.attempts.values() for record in alive}
+            assert attempts == client.requests, "attempts are filed wrong"
+            assert all(record.id == id for id, alive in client.attempts.items() for record in alive)
+
+    # How sessions begin and end.
+
+    def _from_new(self, peer: bytes, message: Message, now: float) -> None:
+        if isinstance(message, Hello):
+            self._connect(peer, message, now)
+        elif not isinstance(message, Goodbye):
+            self._disconnects.client(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "HELLO"))
+
+    def _connect(self, peer: bytes, hello: Hello, now: float) -> None:
+        settings = self._settings
+        heartbeat_s, expiry_s = negotiate(settings.heartbeat_s, settings.expiry_s, hello.heartbeat_s)
+        client = ClientSession(
+            peer=peer,
+            liveness=Liveness(heartbeat_s, expiry_s, now, now),
+            name=hello.client,
+            route=self.new_route(),
+        )
+        self.by_peer[peer] = client
+        self._outbox.to_client(client, Welcome(settings.name, self._software, heartbeat_s, expiry_s))
+        if self._exchange.draining:
+            self._outbox.to_client(client, Draining())
+        self._outbox.log("client_connected", level=logging.DEBUG, client=client.name)
+
+    def _disconnect(self, client: ClientSession, code: DisconnectCode, why: str) -> None:
+        self._disconnects.client(client.peer, code, why)
+        self._counters.clients_lost += 1
+        self._drop(client, f"{code.value}: {why}", level=logging.WARNING)
+
+    def _drop(self, client: ClientSession, why: str, *, level: int = logging.INFO) -> None:
+        del self.by_peer[client.peer]
+        self._outbox.log("client_left", level=level, client=client.name, why=why, requests=len(client.requests))
+        self._exchange.client_lost(client)
+        self._management.asker_lost(client)
