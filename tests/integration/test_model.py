@@ -40,7 +40,7 @@ def cluster() -> Iterator[LocalCluster]:
     with LocalCluster() as made:
         for _ in range(2):
             made.start_worker("--model", gguf(), "--name", MODEL, "--slots", "4", "--dtype", "float32")
-        made.wait_ready(MODEL, workers=2)
+        made.wait_ready(MODEL, workers=2, timeout_s=240)  # the first time both convert the weights
         yield made
 
 
