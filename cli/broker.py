@@ -32,7 +32,10 @@ from .options import logging_options, option, settings
     "--backend", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
     help="Where workers connect: tcp://HOST:PORT or ipc://PATH. Repeatable.",
 )  # fmt: skip
-@option("--name", default=DEFAULT_NAME, help="The broker's name in answers and logs, and where it has an --uplink.")
+@option(
+    "--name", default=DEFAULT_NAME,
+    help="The broker's name in answers and logs; with --uplink also what the brokers above know it by.",
+)  # fmt: skip
 @option(
     "--policy", default=DEFAULT_POLICY, metavar="NAME",
     help=f"How a worker is chosen among those with a free slot: {', '.join(POLICIES)}, or one that an installed "
