@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def start(cluster: LocalCluster, *arguments: str, **places: int) -> subprocess.P
     variables = {**os.environ, "TOKENMQ_CLIENT_BROKER": cluster.frontend}
     return subprocess.Popen(
         [CLIENT, *arguments], text=True, env=variables,
+        # What a shell has put into the background ignores Ctrl-C, and so does all that it starts.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **places},
     )  # fmt: skip
 
