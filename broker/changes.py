@@ -30,7 +30,7 @@ def knows(core: BrokerCore, name: str) -> bool:
 def refresh(core: BrokerCore, _now: float) -> Errand:
     """Say something to every worker: who is gone shows itself and is dropped."""
     before = list(core.registry)
-    core.greet_workers()
+    core.workers.greet()
 
     def finish(_answers: object) -> dict[str, Any]:
         by_peer = core.registry.by_peer
@@ -46,7 +46,7 @@ def remove(core: BrokerCore, now: float, worker: str) -> dict[str, Any]:
     core.registry.held.discard(worker)
     core.registry.speeds.pop(worker, None)
     in_flight = len(session.in_flight)
-    core.remove_worker(session, now)
+    core.workers.remove(session, now)
     return {"worker": worker, "in_flight": in_flight}
 
 
@@ -60,7 +60,7 @@ def drain(
     if stay:
         core.exchange.hold(session, True, now)
     else:
-        core.drain_worker(session, grace_s)
+        core.workers.drain(session, grace_s)
     return {"worker": worker, "in_flight": len(session.in_flight)}
 
 
@@ -76,7 +76,7 @@ def undrain(core: BrokerCore, now: float, worker: str) -> dict[str, Any]:
     # Also to one that does not drain as far as is known here: its DRAINING may be on its way.
     told = session.state is WorkerState.DRAINING or not held
     if told:
-        core.undrain_worker(session)
+        core.workers.undrain(session)
     return {"worker": worker, "held": held, "told": told}
 
 

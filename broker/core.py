@@ -32,7 +32,7 @@ from .guests import Guest
 from .management import Management
 from .metrics import Counters, Pending
 from .outbox import Outbox
-from .registry import ClientSession, Registry, Session, WorkerSession
+from .registry import ClientSession, Registry, Session
 from .settings import BrokerSettings
 from .uplink import Uplink
 from .workers import Workers
@@ -48,7 +48,8 @@ class BrokerCore:
 
     Attributes:
         clients: sessions by the peer's routing id.
-        registry: the workers.
+        workers: what workers say, and what they are told.
+        registry: the sessions with workers.
         exchange: the requests.
         management: the queries.
         uplink: the brokers above this one.
@@ -110,7 +111,7 @@ class BrokerCore:
             self.counters,
         )
         self.clients = self._frontend.by_peer
-        self._backend = Workers(
+        self.workers = Workers(
             self.id,
             software,
             settings,
@@ -140,9 +141,9 @@ class BrokerCore:
             FromClient: self._frontend.received,
             BadClient: self._frontend.malformed,
             ClientGone: self._frontend.gone,
-            FromWorker: self._backend.received,
-            BadWorker: self._backend.malformed,
-            WorkerGone: self._backend.gone,
+            FromWorker: self.workers.received,
+            BadWorker: self.workers.malformed,
+            WorkerGone: self.workers.gone,
             **dict.fromkeys((Connected, Lost, Malformed, Received, Refused), self.uplink.handle),
         }
 
@@ -190,13 +191,13 @@ class BrokerCore:
         self.management.expire(now)
         if self._frontend.probe.due(now):
             self._frontend.greet()
-        if self._backend.probe.due(now):
-            self._backend.greet()
+        if self.workers.probe.due(now):
+            self.workers.greet()
         if now >= self._next_tick:
             self._forgive_lag(now)
             self._next_tick = now + self._tick_s
             self._frontend.watch(now)
-            self._backend.watch(now)
+            self.workers.watch(now)
         self.uplink.tick(now)
         self._advance_drain(now)
         actions = self._outbox.take()
@@ -212,7 +213,7 @@ class BrokerCore:
             self.management.next_deadline(),
             self._drain_until,
             self._frontend.probe.again_at,
-            self._backend.probe.again_at,
+            self.workers.probe.again_at,
         )
         return min([self._next_tick, self.uplink.next_deadline(), *(time for time in others if time is not None)])
 
@@ -230,8 +231,8 @@ class BrokerCore:
     def probe_workers(self, now: float) -> list[Action]:
         """Say something to every worker, since one connection of theirs broke; see `probe_clients`."""
         self._outbox.now = now
-        if self._backend.probe.broken(now):
-            self._backend.greet()
+        if self.workers.probe.broken(now):
+            self.workers.greet()
         return self._outbox.take()
 
     def drain(self, now: float, grace_s: float) -> list[Action]:
@@ -247,24 +248,6 @@ class BrokerCore:
         self._drain_until = now + grace_s
         self._advance_drain(now)
         return self._outbox.take()
-
-    # What management has workers told, within a step.
-
-    def greet_workers(self) -> None:
-        """Say something to every worker: the one that is gone shows itself."""
-        self._backend.greet()
-
-    def drain_worker(self, worker: WorkerSession, grace_s: float | None) -> None:
-        """Ask a worker to leave. It says DRAINING when it does."""
-        self._backend.drain(worker, grace_s)
-
-    def undrain_worker(self, worker: WorkerSession) -> None:
-        """Ask a worker not to leave. It says READY when it stays."""
-        self._backend.undrain(worker)
-
-    def remove_worker(self, worker: WorkerSession, now: float) -> None:
-        """Send a worker away for good."""
-        self._backend.remove(worker, now)
 
     # All.
 

@@ -104,7 +104,7 @@ class Exchange:
 
     def _submit(self, record: RequestRecord, now: float) -> None:
         room = self._room(record.model)
-        pushed_out = room.admit(record, now)
+        pushed_out = room.admit(record)
         if pushed_out is None:
             # The room is full, and what is there may be waiting for something else than this one.
             free = self.chooser.candidates(record)
@@ -271,7 +271,7 @@ class Exchange:
                     found = known[wish] = self.chooser.candidates(record)
                 return bool(found)
 
-            found = [(first, room) for room in rooms if (first := room.first(servable, now))]
+            found = [(first, room) for room in rooms if (first := room.first(servable))]
             if not found:
                 return
             (_, record), room = min(found, key=lambda each: each[0][0])

@@ -92,11 +92,17 @@ class Group:
                 self.free.append(worker)
             self._push(worker, policy)
         elif place.index >= 0:
-            last = self.free.pop()
-            if last is not worker:
-                self.free[place.index] = last
-                last.place.index = place.index
-            place.index = -1
+            self._take_off(worker)
+
+    def drop(self, worker: WorkerSession) -> None:
+        """Forget a worker of this group. Its entries in the heap are out of date by their version."""
+        del self.workers[worker.peer]
+        if worker.place.index >= 0:
+            self._take_off(worker)
+        if worker.place.spare:
+            del self.spare[worker.peer]
+        self.ready -= worker.place.counted
+        worker.place = Place(version=worker.place.version + 1, number=worker.place.number)
 
     def least(self, excluded: frozenset[WorkerSession]) -> _Entry | None:
         """Return the entry of the worker of the least rank; None where none is free but the excluded ones."""
@@ -119,6 +125,14 @@ class Group:
         """Rank the free workers by another policy, or after something that concerns them all."""
         self._heap = [_entry(worker, policy) for worker in self.free]
         heapify(self._heap)
+
+    def _take_off(self, worker: WorkerSession) -> None:
+        """Take a worker off the list of the free ones; the last one of them moves up to its place."""
+        place, last = worker.place, self.free.pop()
+        if last is not worker:
+            self.free[place.index] = last
+            last.place.index = place.index
+        place.index = -1
 
     def _push(self, worker: WorkerSession, policy: Policy) -> None:
         if len(self._heap) > _STALE * len(self.free) + _STALE_SPARE:
@@ -229,17 +243,7 @@ class Pool:
         """Let a worker go."""
         group = worker.place.group
         assert group is not None
-        del group.workers[worker.peer]
-        if worker.place.index >= 0:
-            last = group.free.pop()
-            if last is not worker:
-                group.free[worker.place.index] = last
-                last.place.index = worker.place.index
-        if worker.place.spare:
-            del group.spare[worker.peer]
-        group.ready -= worker.place.counted
-        # Its entries in the heap are out of date by their version.
-        worker.place = Place(version=worker.place.version + 1, number=worker.place.number)
+        group.drop(worker)
         if not group.workers:
             del self._groups[group.serves]
             for model in {name for name, _ in group.serves}:

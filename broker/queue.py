@@ -96,12 +96,11 @@ class WaitingRoom:
         """Return those that resume a stream."""
         return list(self._classes.get(_RESUMED, ()))
 
-    def admit(self, record: RequestRecord, now: float) -> list[RequestRecord] | None:
+    def admit(self, record: RequestRecord) -> list[RequestRecord] | None:
         """Let a request wait, if need be in the place of others.
 
         Args:
             record: the request; its share, priority and size stay what they are while it waits.
-            now: the time.
 
         Returns:
             Those that had to leave for it; they wait no more, and somebody must tell their clients. None where it has
@@ -121,13 +120,12 @@ class WaitingRoom:
         self._requests_of[record.share] += 1
         return pushed_out
 
-    def first(self, servable: Callable[[RequestRecord], bool], now: float) -> tuple[float, RequestRecord] | None:
-        """Return the next request.
+    def first(self, servable: Callable[[RequestRecord], bool]) -> tuple[float, RequestRecord] | None:
+        """Return the next request. The time decides nothing: waiting makes all more urgent alike.
 
         Args:
             servable: whether a worker is free for a request; the others are passed over. It must follow from whether
                 the request resumes, and from whom it avoids.
-            now: the time. Waiting makes all more urgent alike, and so it decides nothing.
 
         Returns:
             Its urgency in seconds, less for what is to be served sooner, comparable between rooms; and the request.

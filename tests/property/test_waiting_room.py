@@ -90,7 +90,7 @@ class Books(RuleBasedStateMachine):
     @rule(times=st.integers(1, 8))
     def serve(self, times: int) -> None:
         for _ in range(min(times, len(self.room))):
-            found = self.room.first(lambda record: True, self.now)
+            found = self.room.first(lambda record: True)
             assert found is not None
             record = found[1]
             line = line_of(record)
@@ -198,7 +198,7 @@ class WaitingRoomMachine(Books):
         record = self.record(share, priority, tokens, size_bytes, resumes)
         before = list(self.room)
         company = self.company(record)
-        pushed_out = self.room.admit(record, self.now)
+        pushed_out = self.room.admit(record)
         if len(company) < self.limit and self.excess(company, record) <= 0:
             assert pushed_out == [], "there was room"
         elif self.excess(company, record) <= 0:
@@ -219,7 +219,7 @@ class WaitingRoomMachine(Books):
             return not any(f"w{number}" in record.avoid for number in blocked)
 
         candidates = [record for records in self.lines.values() for record in records if servable(record)]
-        found = self.room.first(servable, self.now)
+        found = self.room.first(servable)
         assert (found is None) == (not candidates), "something servable is not found"
         if found is None:
             return
@@ -304,7 +304,7 @@ class FairnessMachine(Books):
     def come(self, share: str, number: int, tokens: int) -> None:
         for _ in range(number):
             record = self.record(share, 5, tokens)
-            assert self.room.admit(record, self.now) == []
+            assert self.room.admit(record) == []
             self.file(record)
 
 

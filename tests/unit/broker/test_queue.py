@@ -40,7 +40,7 @@ class Scene:
         self, share: str = "a", *, tokens: int = 100, priority: int = 5, size_bytes: int = 1, resumes: bool = False
     ) -> tuple[RequestRecord, list[RequestRecord] | None]:
         record = self.record(share, tokens=tokens, priority=priority, size_bytes=size_bytes, resumes=resumes)
-        pushed_out = self.room.admit(record, self.now)
+        pushed_out = self.room.admit(record)
         self._check()
         return record, pushed_out
 
@@ -62,7 +62,7 @@ class Scene:
         self._check()
 
     def next(self, servable: Callable[[RequestRecord], bool] = lambda record: True) -> RequestRecord | None:
-        found = self.room.first(servable, self.now)
+        found = self.room.first(servable)
         return found and found[1]
 
     def serve(self, servable: Callable[[RequestRecord], bool] = lambda record: True) -> RequestRecord:
@@ -106,7 +106,7 @@ class TestOrderWithinAShare:
         first = scene.come()
         second = scene.record()
         second.id, second.attempt = first.id, 2
-        scene.room.admit(second, 0.0)
+        scene.room.admit(second)
         scene.leave(first)
         assert list(scene.room) == [second]
 
@@ -241,7 +241,7 @@ class TestWhatCannotBeServed:
             ("w5", "a", 1),
         ]:
             records[avoid] = scene.record(share, priority=priority, avoid=avoid)
-            scene.room.admit(records[avoid], 0.0)
+            scene.room.admit(records[avoid])
         for avoid, record in records.items():
             assert scene.next(lambda other, avoid=avoid: avoid in other.avoid) is record
         assert scene.next(lambda record: False) is None
@@ -265,8 +265,8 @@ class TestWhatCannotBeServed:
 
     def test_a_later_one_of_its_client_may_go_before_it(self, scene: Scene) -> None:
         first, second = scene.record(avoid="w1"), scene.record()
-        scene.room.admit(first, 0.0)
-        scene.room.admit(second, 0.0)
+        scene.room.admit(first)
+        scene.room.admit(second)
         scene.come("b")
         assert scene.serve(lambda record: not record.avoid) is second
         assert scene.serve().share == "b"
@@ -274,7 +274,7 @@ class TestWhatCannotBeServed:
 
     def test_an_old_one_lifts_no_later_one_of_its_client(self, scene: Scene) -> None:
         old = scene.record(priority=4, avoid="w1")
-        scene.room.admit(old, 0.0)
+        scene.room.admit(old)
         scene.now = 100.0
         scene.come("a", priority=4)
         greater = scene.come("b")
@@ -284,7 +284,7 @@ class TestWhatCannotBeServed:
     def test_one_look_tells_of_all_that_avoid_the_same(self, scene: Scene) -> None:
         looks = []
         for _ in range(1000):
-            scene.room.admit(scene.record(avoid="w1"), 0.0)
+            scene.room.admit(scene.record(avoid="w1"))
         last = scene.come("a")
         assert scene.next(lambda record: bool(looks.append(record)) or not record.avoid) is last
         assert len(looks) == 2
@@ -292,7 +292,7 @@ class TestWhatCannotBeServed:
     def test_a_client_that_avoids_in_ever_new_ways_is_not_heeded(self, scene: Scene) -> None:
         scene.checked = False
         for number in range(1000):
-            scene.room.admit(scene.record(avoid=f"w{number}"), 0.0)
+            scene.room.admit(scene.record(avoid=f"w{number}"))
         looks = []
         scene.next(lambda record: bool(looks.append(record)))
         assert len(looks) == 17
@@ -301,7 +301,7 @@ class TestWhatCannotBeServed:
     def test_a_worker_that_has_begun_anew_is_avoided_no_longer(self, scene: Scene) -> None:
         first, second, third = scene.record(avoid="w1"), scene.record(avoid="w2"), scene.record()
         for record in (first, second, third):
-            scene.room.admit(record, 0.0)
+            scene.room.admit(record)
         assert scene.next(lambda record: not record.avoid) is third
         scene.room.forgive("w1")
         assert scene.next(lambda record: not record.avoid) is first
@@ -360,10 +360,10 @@ class TestPriorities:
         other.now = AGEING_S
         for priority, urgency in [(5, AGEING_S - 50.0), (7, AGEING_S - 70.0)]:
             other.come(priority=priority)
-            found = other.room.first(lambda record: True, other.now)
+            found = other.room.first(lambda record: True)
             assert found is not None
             assert found[0] == pytest.approx(urgency)
-        mine = scene.room.first(lambda record: True, AGEING_S)
+        mine = scene.room.first(lambda record: True)
         assert mine is not None
         assert mine[0] == pytest.approx(-50.0)
 
