@@ -123,7 +123,6 @@ def load_of(registry: Registry, *, state: WorkerState, waiting: int, held: int) 
     """
     workers = list(registry)
     reports = [worker.reported for worker in workers]
-    used = [report.kv_use for report in reports]
     # Workers say what they like, and the sum must still be a message.
     return Load(
         state=state,
@@ -132,5 +131,15 @@ def load_of(registry: Registry, *, state: WorkerState, waiting: int, held: int) 
         held=held,
         steps=min(MAX_COUNT, sum(report.steps for report in reports)),
         tokens_per_s=min(_MAX_TOKENS_PER_S, sum(report.tokens_per_s for report in reports)),
-        kv_use=sum(used) / len(used) if used else 0.0,
+        kv_use=_mean([report.kv_use for report in reports]),
+        steps_per_s=min(_MAX_TOKENS_PER_S, sum(report.steps_per_s for report in reports)),
+        prefill_use=_mean([report.prefill_use for report in reports]),
+        decode_use=_mean([report.decode_use for report in reports]),
+        prefix_hits=_mean([report.prefix_hits for report in reports]),
+        memory_used_bytes=min(MAX_COUNT, sum(report.memory_used_bytes for report in reports)),
+        memory_bytes=min(MAX_COUNT, sum(report.memory_bytes for report in reports)),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -28,6 +28,7 @@ from .messages import (
     Considered,
     Credit,
     Decision,
+    Details,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -49,6 +50,8 @@ from .messages import (
     Request,
     Started,
     Timings,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
     Welcome,
     WorkerState,
@@ -67,11 +70,13 @@ from .schema import (
     listing,
     mapping,
     number,
+    octets,
     optional,
     plain,
     record,
     seconds,
     text,
+    told,
 )
 
 HEADER_BYTES = 8 + ID_BYTES
@@ -88,7 +93,20 @@ _attempt = count(1)
 _credit = count(0, limits.MAX_CREDIT_TOKENS)
 _interval = number(0.001, limits.MAX_SECONDS)
 
-MODEL_INFO = record(ModelInfo, {"name": _name, "context_tokens": count(), "chat": boolean, "resumes": boolean})
+_part = number(0.0, 1.0)
+
+MODEL_INFO = record(
+    ModelInfo,
+    {
+        "name": _name,
+        "context_tokens": count(),
+        "chat": boolean,
+        "resumes": boolean,
+        "generates": boolean,
+        "embeds": boolean,
+        "images": boolean,
+    },
+)
 LOAD = record(
     Load,
     {
@@ -99,7 +117,13 @@ LOAD = record(
         "steps": count(),
         "step_age_s": seconds,
         "tokens_per_s": number(0.0, 1e12),
-        "kv_use": number(0.0, 1.0),
+        "kv_use": _part,
+        "steps_per_s": number(0.0, 1e12),
+        "prefill_use": _part,
+        "decode_use": _part,
+        "prefix_hits": _part,
+        "memory_used_bytes": count(),
+        "memory_bytes": count(),
     },
 )
 _CONSIDERED = record(
@@ -203,8 +227,6 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
 _BODIES: dict[Command, tuple[type[Any], Check]] = {
     kind.command: (kind, entries(kind, checks)) for kind, checks in _FIELDS.items()
 }
-#: Fields that are left out when they are None; the result of a REPLY may be None and is not.
-_OPTIONAL = {kind: {item.name for item in fields(kind) if item.default is None} for kind in _FIELDS}
 _WITH_ID = {kind.command for kind in _FIELDS if any(item.name == "id" for item in fields(kind))}
 
 
@@ -239,8 +261,30 @@ def _encode_request(message: Request) -> list[bytes]:
 
 
 def _encode_chunks(message: Chunks) -> list[bytes]:
-    body = pack([[c.request_id, c.attempt, c.index, c.offset, c.token_ids, c.text] for c in message.chunks])
+    body = pack(
+        [
+            [c.request_id, c.attempt, c.index, c.offset, c.token_ids, c.text]
+            if c.details is None
+            else [c.request_id, c.attempt, c.index, c.offset, c.token_ids, c.text, _dump_details(c.details)]
+            for c in message.chunks
+        ]
+    )
     return [header(Command.CHUNKS, message.route), body]
+
+
+def _dump_details(details: Details) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    if details.logprobs:
+        body["logprobs"] = [_dump_logprobs(one) for one in details.logprobs]
+    if details.prompt_logprobs:
+        body["prompt_logprobs"] = [one and _dump_logprobs(one) for one in details.prompt_logprobs]
+    if details.vector:
+        body["vector"] = details.vector
+    return body
+
+
+def _dump_logprobs(of: TokenLogprobs) -> list[Any]:
+    return [of.token_id, of.text, of.logprob, [[one.token_id, one.text, one.logprob] for one in of.top]]
 
 
 _SPECIAL_ENCODERS: dict[type[Any], Callable[[Any], list[bytes]]] = {
@@ -259,12 +303,8 @@ def encode(message: Message) -> list[bytes]:
     if special is not None:
         return special(message)
     subject = getattr(message, "id", NO_ID)
-    kind = type(message)
-    body = {
-        name: dump(value)
-        for name in _FIELDS[kind]
-        if (value := getattr(message, name)) is not None or name not in _OPTIONAL[kind]
-    }
+    taken = _FIELDS[type(message)]
+    body = {name: dump(value) for name, value in told(message) if name in taken}
     return [header(message.command, subject), pack(body)]
 
 
@@ -285,6 +325,40 @@ def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:
     return Request(subject, envelope, frames[2], attachments)
 
 
+_token_id = count(0, limits.MAX_TOKEN_ID)
+_token_text = text(limits.MAX_TEXT_CHARS)
+#: The logarithm of a probability; one that is zero is told as the lowest of these.
+_logprob = number(limits.MIN_LOGPROB, 0.0)
+
+
+def _one_logprob(value: Any, path: str) -> TokenLogprob:
+    if not isinstance(value, list) or len(value) < 3:
+        raise fail(path, "a list of 3 elements", value)
+    return TokenLogprob(
+        _token_id(value[0], f"{path}.token_id"),
+        _token_text(value[1], f"{path}.text"),
+        _logprob(value[2], f"{path}.logprob"),
+    )
+
+
+_top = listing(_one_logprob, limits.MAX_LOGPROBS)
+
+
+def _logprobs(value: Any, path: str) -> TokenLogprobs:
+    if not isinstance(value, list) or len(value) < 4:
+        raise fail(path, "a list of 4 elements", value)
+    chosen = _one_logprob(value, path)
+    return TokenLogprobs(chosen.token_id, chosen.text, chosen.logprob, _top(value[3], f"{path}.top"))
+
+
+_details = record(
+    Details,
+    {
+        "logprobs": listing(_logprobs, limits.MAX_ARRAY_ITEMS),
+        "prompt_logprobs": listing(optional(_logprobs), limits.MAX_ARRAY_ITEMS),
+        "vector": octets(limits.MAX_VECTOR_BYTES, 4),
+    },
+)
 _request_id = binary(ID_BYTES)
 _index = count(0, limits.MAX_COMPLETIONS - 1)
 _offset = count()
@@ -331,6 +405,7 @@ def _decode_odd_chunk(value: Any, path: str) -> Chunk:
     # Longer arrays are allowed: a newer peer may add elements.
     if not isinstance(value, list) or len(value) < 6:
         raise fail(path, "a list of 6 elements", value)
+    details = _details(value[6], f"{path}.details") if len(value) > 6 else None
     return Chunk(
         _request_id(value[0], f"{path}.request_id"),
         _attempt(value[1], f"{path}.attempt"),
@@ -338,6 +413,7 @@ def _decode_odd_chunk(value: Any, path: str) -> Chunk:
         _offset(value[3], f"{path}.offset"),
         _token_ids(value[4], f"{path}.token_ids"),
         _chunk_text(value[5], f"{path}.text"),
+        details if details != Details() else None,
     )
 
 

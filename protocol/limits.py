@@ -70,7 +70,27 @@ MAX_PROMPT_CHARS = 4_000_000
 MAX_PROMPT_TOKENS = MAX_ARRAY_ITEMS
 #: Messages of one chat.
 MAX_MESSAGES = 4_096
+#: Parts of one message: texts and images.
+MAX_PARTS = 1_024
+#: Tools that a chat may name.
+MAX_TOOLS = 1_024
+#: Texts of one request for embeddings. A client divides longer lists, so that several workers share them.
+MAX_TEXTS = 256
 #: Stop strings or stop ids of one request: each is looked for at every step.
 MAX_STOPS = 64
 #: Characters of one stop string: the detokeniser holds back as many.
 MAX_STOP_CHARS = 1_024
+#: Words that must not be generated; each is looked for at every step, and a token list of each is kept.
+MAX_BAD_WORDS = 1_024
+#: Tokens with a bias of their own: each is an index of every step's logits.
+MAX_BIASES = 4_096
+#: Alternatives that are told beside each token.
+MAX_LOGPROBS = 32
+#: The logarithm of a probability that a float32 no longer holds: what a token that cannot come is told with.
+MIN_LOGPROB = -1e6
+#: One embedding: 65,536 numbers of 4 bytes; known models have a few thousand.
+MAX_VECTOR_BYTES = 262_144
+#: Characters of a JSON schema or a regular expression: grammars take memory and time by their size.
+MAX_GRAMMAR_CHARS = 262_144
+#: Texts of which one must come out.
+MAX_CHOICES = 4_096

@@ -87,12 +87,18 @@ class ModelInfo:
         context_tokens: most tokens of prompt and completion together; 0 where the engine sets no bound.
         chat: it has a chat template.
         resumes: the engine can continue a completion that another worker has begun, as if it had begun it itself.
+        generates: it continues prompts.
+        embeds: it gives vectors for texts.
+        images: prompts may have images.
     """
 
     name: str
     context_tokens: int = 0
     chat: bool = False
     resumes: bool = False
+    generates: bool = True
+    embeds: bool = False
+    images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,12 @@ class Load:
         step_age_s: seconds that the current step has lasted; 0 when the engine is idle.
         tokens_per_s: tokens generated a second, all streams together, smoothed.
         kv_use: part of the KV cache in use, 0 to 1.
+        steps_per_s: engine steps a second, smoothed.
+        prefill_use: part of the time that went into prompts, 0 to 1, smoothed.
+        decode_use: part of the time that went into further tokens, 0 to 1, smoothed.
+        prefix_hits: part of the prompts' tokens that were found in the prefix cache, 0 to 1, smoothed.
+        memory_used_bytes: the device's memory that is taken, by anybody; 0 where the engine does not know.
+        memory_bytes: the device's memory.
     """
 
     state: WorkerState = WorkerState.READY
@@ -118,6 +130,12 @@ class Load:
     step_age_s: float = 0.0
     tokens_per_s: float = 0.0
     kv_use: float = 0.0
+    steps_per_s: float = 0.0
+    prefill_use: float = 0.0
+    decode_use: float = 0.0
+    prefix_hits: float = 0.0
+    memory_used_bytes: int = 0
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +204,51 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its text alone, and the logarithm of its probability, by the model's own logits."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token as `TokenLogprob`, and the likeliest ones in its place, the likeliest first."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a chunk has besides tokens and text, where the request asked for it.
+
+    Attributes:
+        logprobs: one for each token of the chunk.
+        prompt_logprobs: one for each token of the prompt, None for the first; in the first chunk of an echo.
+        vector: float32, little endian: the embedding of the text number `index`.
+    """
+
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    vector: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one stream.
 
     Attributes:
         request_id: the stream's request.
         attempt: the submission of the request that the tokens belong to.
-        index: which of the request's completions this is; 0 where there is one.
+        index: which of the request's completions this is, or which of its texts; 0 where there is one.
         offset: position of the first token in the completion, from 0.
         token_ids: the tokens.
         text: the text that they complete. It lags behind the tokens inside a character or a possible stop string.
+        details: more, where it was asked for.
     """
 
     request_id: bytes
@@ -204,6 +257,7 @@ class Chunk:
     offset: int
     token_ids: tuple[int, ...]
     text: str
+    details: Details | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 from . import limits
@@ -105,6 +106,18 @@ def binary(size: int) -> Check:
     def check(value: Any, path: str) -> bytes:
         if type(value) is not bytes or len(value) != size:
             raise fail(path, f"{size} bytes", value)
+        return value
+
+    return check
+
+
+def octets(limit: int, unit: int = 1) -> Check:
+    """Make a check for a byte string of at most `limit` bytes, a multiple of `unit`."""
+    expected = f"at most {limit} bytes" + (f", a multiple of {unit}" if unit > 1 else "")
+
+    def check(value: Any, path: str) -> bytes:
+        if type(value) is not bytes or len(value) > limit or len(value) % unit:
+            raise fail(path, expected, value)
         return value
 
     return check
@@ -232,12 +245,30 @@ def record(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False
     return check
 
 
+@cache
+def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a dataclass with their defaults, MISSING where there is none."""
+    return tuple(
+        (item.name, item.default if item.default_factory is dataclasses.MISSING else item.default_factory())
+        for item in dataclasses.fields(kind)
+    )
+
+
+def told(value: Any) -> Iterator[tuple[str, Any]]:
+    """Go through the fields of a dataclass that a receiver cannot know: those that differ from their defaults."""
+    kind: Any = type(value)  # to mypy, not every class is hashable
+    for name, default in _defaults(kind):
+        found = getattr(value, name)
+        if found is not default and found != default:
+            yield name, found
+
+
 #: Free-form data stands a few levels deep in the records around it; the receiver's bound counts from there.
 _MAX_DUMP_DEPTH = limits.MAX_DEPTH + 8
 
 
 def dump(value: Any) -> Any:
-    """Turn records, enumerations and tuples into plain data; None fields of a record are left out.
+    """Turn records, enumerations and tuples into plain data; fields of a record that have their default are left out.
 
     Raises:
         ProtocolError: it is nested deeper than any receiver takes.
@@ -249,8 +280,7 @@ def _dump(value: Any, depth: int) -> Any:
     if depth == 0:
         raise ProtocolError(f"cannot be packed: nested deeper than {limits.MAX_DEPTH} levels")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
-        return {name: _dump(inner, depth - 1) for name, inner in pairs if inner is not None}
+        return {name: _dump(inner, depth - 1) for name, inner in told(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):

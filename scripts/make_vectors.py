@@ -28,6 +28,7 @@ from tokenmq.protocol.messages import (
     Considered,
     Credit,
     Decision,
+    Details,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -49,6 +50,8 @@ from tokenmq.protocol.messages import (
     Request,
     Started,
     Timings,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
     Welcome,
     WorkerState,
@@ -72,9 +75,43 @@ GENERATIONS: dict[str, Generation] = {
         sampling=Sampling(limits.MAX_NEW_TOKENS, 0.5, 40, 0.9, MAX_SEED, ("\n\n", "</s>"), (0, 2), ignore_eos=True),
     ),
     "to be continued": Generation(prompt="The sea is", sampling=PROMPT.sampling, prior=Prior((345, 11, 6), 9)),
+    "every restriction": Generation(
+        prompt="x",
+        sampling=Sampling(
+            min_p=0.05,
+            repetition_penalty=1.1,
+            presence_penalty=-0.5,
+            frequency_penalty=0.5,
+            logit_bias=((13, -100.0), (limits.MAX_TOKEN_ID, 2.5)),
+            bad_words=("海",),
+            min_tokens=4,
+            logprobs=limits.MAX_LOGPROBS,
+            regex="[a-z]+",
+        ),
+        echo=True,
+    ),
+    "images and tools": Generation(
+        messages=(
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {}}]},
+        ),
+        sampling=Sampling(json_schema='{"type": "object"}', logprobs=0),
+        tools=({"name": "look", "parameters": {"type": "object"}},),
+        template={"enable_thinking": False},
+    ),
+    "one of some": Generation(prompt="Yes or no?", sampling=Sampling(choice=("yes", "no"))),
+    "embeddings": Generation(texts=("The sea is", "海")),
 }
 
-FULL_LOAD = Load(WorkerState.STALLED, 7, 3, 10, 123_456, 31.5, 412.25, 0.75)
+FULL_LOAD = Load(
+    WorkerState.STALLED, 7, 3, 10, 123_456, 31.5, 412.25, 0.75, 12.5, 0.25, 0.5, 0.875, 3_000_000_000, 24_000_000_000
+)
+DETAILED = Details(
+    logprobs=(
+        TokenLogprobs(345, " blue", -0.25, (TokenLogprob(345, " blue", -0.25), TokenLogprob(9, " red", -2.0))),
+    ),
+    prompt_logprobs=(None, TokenLogprobs(22, " sea", -1.5)),
+)
 DECISION = Decision(
     "front", "shortest-queue", "west", 2, (Considered("west", 3, 32, 41.5, 0.125), Considered("gpu-0", 9, 16))
 )
@@ -152,6 +189,8 @@ MESSAGES: dict[str, Message] = {
     "chunks of two streams": Chunks(
         ROUTE, (Chunk(ID, 1, 0, 0, (1, 22, 333), "Das Meer"), Chunk(OTHER_ID, 3, 1, 99, (4444,), " 海🌊"))
     ),
+    "chunks with logprobs": Chunks(ROUTE, (Chunk(ID, 1, 0, 0, (345,), "The sea blue", DETAILED),)),
+    "chunks with a vector": Chunks(ROUTE, (Chunk(ID, 1, 7, 0, (), "", Details(vector=bytes(8))),)),
     "chunks, text without tokens": Chunks(ROUTE, (Chunk(ID, 1, 0, 64, (), " held back"),)),
     "chunks, tokens without text": Chunks(ROUTE, (Chunk(ID, 1, 0, 64, (0, limits.MAX_TOKEN_ID), ""),)),
     "chunks, largest": Chunks(
@@ -238,7 +277,7 @@ LENIENT: dict[str, tuple[list[bytes], Message]] = {
         Heartbeat(1, Load()),
     ),
     "chunks may grow": (
-        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [1], "a", {"logprobs": []}]], subject=ROUTE),
+        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [1], "a", {"logprobs": []}, 8]], subject=ROUTE),
         Chunks(ROUTE, (Chunk(ID, 1, 0, 0, (1,), "a"),)),
     ),
 }
@@ -327,6 +366,22 @@ BAD: dict[str, tuple[list[bytes], str]] = {
     "no chunks": (_frames(Command.CHUNKS, [], subject=ROUTE), "chunks: expected a list of 1 to"),
     "chunks are a list": (_frames(Command.CHUNKS, {}, subject=ROUTE), "chunks: expected a list"),
     "short chunk": (_frames(Command.CHUNKS, [[ID, 1, 0, 0, []]], subject=ROUTE), "chunks[0]: expected a list of 6"),
+    "details are a map": (
+        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [1], "a", []]], subject=ROUTE),
+        "chunks[0].details: expected a map",
+    ),
+    "a vector of odd length": (
+        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [], "", {"vector": bytes(5)}]], subject=ROUTE),
+        "chunks[0].details.vector: expected at most 262144 bytes, a multiple of 4",
+    ),
+    "a probability above 1": (
+        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [1], "", {"logprobs": [[1, "a", 0.5, []]]}]], subject=ROUTE),
+        "chunks[0].details.logprobs[0].logprob: expected a number",
+    ),
+    "a logprob without alternatives": (
+        _frames(Command.CHUNKS, [[ID, 1, 0, 0, [1], "", {"logprobs": [[1, "a", -0.5]]}]], subject=ROUTE),
+        "chunks[0].details.logprobs[0]: expected a list of 4 elements",
+    ),
     "chunk id": (_chunk(request_id=ID[:15]), "chunks[0].request_id: expected 16 bytes, got 15 bytes"),
     "chunk id is text": (_chunk(request_id="a" * 16), "chunks[0].request_id"),
     "chunk attempt": (_chunk(attempt=0), "chunks[0].attempt"),
@@ -340,9 +395,40 @@ BAD: dict[str, tuple[list[bytes], str]] = {
 BAD_PAYLOADS: dict[str, tuple[bytes, str]] = {
     "not msgpack": (b"\xc1", "request: not valid msgpack"),
     "not a map": (b"\x90", "request: expected a map, got a list of 0"),
-    "nothing to do": (b"\x80", "request: give exactly one of prompt, token_ids and messages; got none"),
+    "nothing to do": (b"\x80", "request: give exactly one of prompt, token_ids, messages and texts; got none"),
     "two prompts": (msgpack.packb({"prompt": "a", "token_ids": [1]}), "got prompt and token_ids"),
-    "unknown key": (msgpack.packb({"promt": "a"}), "request: unknown 'promt'; known are messages, prior, prompt"),
+    "unknown key": (
+        msgpack.packb({"promt": "a"}),
+        "request: unknown 'promt'; known are echo, messages, prior, prompt",
+    ),
+    "a prior of embeddings": (
+        msgpack.packb({"texts": ["a"], "prior": {"token_ids": [1]}}),
+        "request.prior: embeddings have no tokens to go on behind",
+    ),
+    "tools without a chat": (
+        msgpack.packb({"prompt": "a", "tools": [{}]}),
+        "request: tools and template are for a chat",
+    ),
+    "two grammars": (
+        msgpack.packb({"prompt": "a", "sampling": {"regex": "a", "choice": ["b"]}}),
+        "request.sampling: give one of json_schema, regex and choice; got regex and choice",
+    ),
+    "more at least than at most": (
+        msgpack.packb({"prompt": "a", "sampling": {"min_tokens": 3, "max_tokens": 2}}),
+        "request.sampling.min_tokens: 3, max_tokens is 2",
+    ),
+    "an unknown part": (
+        msgpack.packb({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        "request.messages[0].content[0].type: expected text or image, got 'image_url'",
+    ),
+    "no content": (
+        msgpack.packb({"messages": [{"role": "assistant", "content": None}]}),
+        "request.messages[0].content: expected a string",
+    ),
+    "a bias is a pair": (
+        msgpack.packb({"prompt": "a", "sampling": {"logit_bias": [[1]]}}),
+        "request.sampling.logit_bias[0]: expected a token id and a number",
+    ),
     "unknown sampling key": (
         msgpack.packb({"prompt": "a", "sampling": {"beams": 2}}),
         "request.sampling: unknown 'beams'; known are ",

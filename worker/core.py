@@ -8,6 +8,7 @@ It knows neither zmq, nor a clock, nor a thread. The rules:
 - The state is told at once when it changes:
 
       loading -> ready <-> stalled      a step lasts longer than `stall_after_s`, and ends
+      any -> stopped                    a step lasts longer than `restart_after_s`: exit code 1, for a supervisor
       any -> draining -> stopped        nothing new is taken; what is held ends, or is given back after the grace time
 
   A drain that a broker asked for can be taken back by a broker; one of the worker's own cannot.
@@ -41,6 +42,8 @@ from ..protocol.version import SOFTWARE
 from .desk import Desk
 from .engines.base import EngineStats
 from .events import (
+    EXIT_CANNOT_START,
+    EXIT_FAILED,
     Action,
     Changed,
     Drain,
@@ -134,7 +137,9 @@ class WorkerCore:
             self._announce(now)  # first: it may save the heartbeats that are due
             self._membership.tick(now)
             self._desk.tick(now)
-            if self._drain_until is not None and now >= self._drain_until:
+            if self._drain_until is None:
+                self._give_up_step(now)  # a drain has an end of its own
+            elif now >= self._drain_until:
                 self._desk.give_back(ErrorCode.DRAINING, "the worker stopped before the request ended", now)
         return self._done(now)
 
@@ -143,8 +148,11 @@ class WorkerCore:
         if self._stopped:
             return math.inf
         deadlines = [self._membership.next_deadline(), self._desk.next_deadline()]
-        if self._progress.step_started is not None and not self._stalled:
-            deadlines.append(self._progress.step_started + self._settings.stall_after_s)
+        if self._progress.step_started is not None:
+            if not self._stalled:
+                deadlines.append(self._progress.step_started + self._settings.stall_after_s)
+            if self._settings.restart_after_s and self._drain_until is None:
+                deadlines.append(self._progress.step_started + self._settings.restart_after_s)
         if self._drain_until is not None:
             deadlines.append(self._drain_until)
         return min(deadlines)
@@ -193,7 +201,8 @@ class WorkerCore:
         """Return the report of the moment for this broker."""
         started = self._progress.step_started
         in_engine = self._streams.in_engine()
-        running = min(max(0, self._stats.running), in_engine)
+        stats, rates = self._stats, self._progress.rates
+        running = min(max(0, stats.running), in_engine)
         return Load(
             state=self.state,
             running=running,
@@ -201,8 +210,14 @@ class WorkerCore:
             held=self._streams.in_engine(broker),
             steps=self._progress.steps,
             step_age_s=0.0 if started is None else max(0.0, now - started),
-            tokens_per_s=self._progress.tokens_per_s,
-            kv_use=max(0.0, min(1.0, self._stats.kv_use)),
+            tokens_per_s=rates.tokens_per_s,
+            kv_use=max(0.0, min(1.0, stats.kv_use)),
+            steps_per_s=rates.steps_per_s,
+            prefill_use=rates.prefill_use,
+            decode_use=rates.decode_use,
+            prefix_hits=rates.prefix_hits,
+            memory_used_bytes=stats.memory_used_bytes,
+            memory_bytes=stats.memory_bytes,
         )
 
     def others(self, broker: str) -> int:
@@ -229,7 +244,7 @@ class WorkerCore:
             # No failure: a supervisor that restarts what has failed would bring it back against the operator's will.
             self._stop(0, f"removed: an operator has removed worker {name!r}, and no other broker is left")
         else:
-            self._stop(1, f"superseded: a newer worker named {name!r} has registered at every broker")
+            self._stop(EXIT_FAILED, f"superseded: a newer worker named {name!r} has registered at every broker")
 
     def _on_request(self, broker: str, message: Request, now: float) -> None:
         closed = None
@@ -269,6 +284,19 @@ class WorkerCore:
         started = self._progress.step_started
         self._stalled = started is not None and now >= started + self._settings.stall_after_s
 
+    def _give_up_step(self, now: float) -> None:
+        """End, where a step lasts as if it would never end: whoever started the worker starts it again.
+
+        Its streams go on elsewhere, and a thread that is stuck in native code can only be left with its process.
+        """
+        started, after_s = self._progress.step_started, self._settings.restart_after_s
+        if started is None or not after_s or now < started + after_s:
+            return
+        self._orders.log("engine_stuck", level=logging.ERROR, step_age_s=now - started, restart_after_s=after_s)
+        message = f"the engine is stuck: its step has lasted {now - started:.0f} s"
+        self._desk.give_back(ErrorCode.ENGINE_FAILED, message, now)
+        self._stop(EXIT_FAILED, "engine_stuck")
+
     def _on_failed(self, event: EngineFailed, now: float) -> None:
         self._stats = EngineStats()
         requests = self._desk.fail(event.tickets, f"the engine failed: {event.message}", now)
@@ -278,7 +306,7 @@ class WorkerCore:
         name = "engine_died" if self._loaded else "model_load_failed"
         self._orders.log(name, level=logging.ERROR, error=event.message)
         self._desk.give_back(ErrorCode.ENGINE_FAILED, f"the engine failed: {event.message}", now)
-        self._stop(1, name)
+        self._stop(EXIT_FAILED if self._loaded else EXIT_CANNOT_START, name)
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

@@ -128,7 +128,8 @@ class Desk:
             now,
         )
         self.streams.add(stream)
-        self._orders.add(Submit(Job(stream.ticket, envelope.model, generation, message.attachments)))
+        job = Job(stream.ticket, envelope.model, generation, message.attachments, envelope.priority)
+        self._orders.add(Submit(job))
         self._orders.log(
             "request_accepted",
             message.id,

@@ -9,7 +9,6 @@ place in EngineFailed, or EngineDied for all that is left.
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from ..protocol.errors import ErrorCode
 from ..protocol.messages import FinishReason, ModelInfo
-from .engines.base import Done, Engine, EngineLoadError, Failed, Job, Output, Tokens
+from .engines.base import Done, Engine, EngineLoadError, EngineStats, Failed, Job, Output, Tokens
 from .events import (
     CancelJob,
     Changed,
@@ -29,10 +28,9 @@ from .events import (
     EngineProgress,
     Submit,
 )
+from .rates import Work, rates
 
 EngineEvent = EngineLoaded | EngineOutputs | EngineFailed | EngineDied | Changed
-#: How quickly the tokens/s figure follows: it forgets two thirds of the past in so many seconds.
-RATE_MEMORY_S = 5.0
 
 
 class EngineThread:
@@ -60,8 +58,8 @@ class EngineThread:
         self._live: set[int] = set()
         self._steps = 0
         self._step_started: float | None = None
-        #: (tokens a second, when that was true): one tuple, so that another thread reads both of one moment.
-        self._rate = (0.0, clock())
+        self._work = Work(clock())
+        self._told = EngineStats()
         # A daemon: a step that never ends must not keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tokenmq-engine", daemon=True)
 
@@ -79,9 +77,7 @@ class EngineThread:
 
     def progress(self) -> EngineProgress:
         """Return how the engine is getting on; never waits."""
-        rate, at = self._rate
-        tokens_per_s = rate * math.exp(-max(0.0, self._clock() - at) / RATE_MEMORY_S)
-        return EngineProgress(self._steps, self._step_started, tokens_per_s)
+        return EngineProgress(self._steps, self._step_started, rates(self._work, self._clock()))
 
     def stop(self, wait_s: float) -> bool:
         """End the thread after its present step and close the engine; tell whether that was done within `wait_s`."""
@@ -127,7 +123,7 @@ class EngineThread:
                 self._bring(outputs)
             wait_s = self._engine.next_step_in()
             if wait_s is not None and wait_s <= 0:
-                self._bring(self._step())
+                self._bring(self._step(), steps=1)
         except Exception as error:  # noqa: BLE001 (as above: it fails the jobs, never the worker)
             self._recover(error)
 
@@ -181,8 +177,8 @@ class EngineThread:
             self._step_started = None
             self._steps += 1
 
-    def _bring(self, outputs: Sequence[Output]) -> None:
-        """Hand out what came, and keep the books."""
+    def _bring(self, outputs: Sequence[Output], steps: int = 0) -> None:
+        """Hand out what came, after so many steps, and keep the books."""
         stats = self._engine.stats()  # first: should it raise, all jobs are still in the books, and fail
         tokens = 0
         for output in outputs:
@@ -190,14 +186,22 @@ class EngineThread:
                 tokens += len(output.token_ids)
             else:
                 self._live.discard(output.ticket)
-        self._count(tokens)
+        self._count(steps, tokens, stats)
         self._deliver(EngineOutputs(outputs, stats))
 
-    def _count(self, tokens: int) -> None:
-        """Add to the rate: an exponentially weighted count over RATE_MEMORY_S, per second."""
-        rate, at = self._rate
-        now = self._clock()
-        self._rate = (rate * math.exp(-max(0.0, now - at) / RATE_MEMORY_S) + tokens / RATE_MEMORY_S, now)
+    def _count(self, steps: int, tokens: int, stats: EngineStats) -> None:
+        """Add what was done since the last time to the rates."""
+        before, self._told = self._told, stats
+        done = Work(
+            self._clock(),
+            steps,
+            tokens,
+            stats.prefill_s - before.prefill_s,
+            stats.decode_s - before.decode_s,
+            stats.prompt_tokens - before.prompt_tokens,
+            stats.cached_tokens - before.cached_tokens,
+        )
+        self._work = self._work.plus(done)
 
     def _recover(self, error: Exception) -> None:
         """Fail what the engine had and let it begin anew; without an engine that can do so there is no worker."""

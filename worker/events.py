@@ -14,6 +14,7 @@ from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
 from ..protocol.messages import ModelInfo
 from .engines.base import EngineStats, Job, Output
+from .rates import Rates
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
@@ -41,12 +42,12 @@ class EngineProgress:
     Attributes:
         steps: steps that have ended since start.
         step_started: when the present step began; None between steps.
-        tokens_per_s: tokens generated a second, smoothed.
+        rates: how quickly it works.
     """
 
     steps: int = 0
     step_started: float | None = None
-    tokens_per_s: float = 0.0
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ class Drain:
 
     grace_s: float | None = None
 
+
+#: How a worker's process ends when something broke while it ran. Starting it again helps as a rule.
+EXIT_FAILED = 1
+#: How it ends when it could not begin: wrong options (click's code is the same), or a model that does not load.
+EXIT_CANNOT_START = 2
 
 Event: TypeAlias = (
     LinkEvent | EngineLoaded | EngineOutputs | EngineProgress | EngineFailed | EngineDied | Changed | Drain

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from ..protocol.credit import SendWindow
-from ..protocol.messages import Chunk
+from ..protocol.messages import Chunk, Details
 from .engines.base import Done, Failed, Tokens
 
 #: Tokens in one chunk, and characters after which no further piece is joined to it. A reader that has granted much
@@ -20,6 +21,11 @@ MAX_CHUNK_TOKENS = 16_384
 MAX_CHUNK_CHARS = 262_144
 #: Bytes after which a CHUNKS message is closed: with a last chunk of the largest size it is still below the limit.
 MAX_BATCH_BYTES = 4 * 1024 * 1024
+#: What the logprobs of a token with its alternatives count for, about: 20 of them with texts of a few letters.
+_DETAIL_CHARS = 512
+
+#: (token ids, text, details)
+Piece: TypeAlias = tuple[tuple[int, ...], str, Details | None]
 
 
 @dataclass(slots=True)
@@ -28,50 +34,67 @@ class Lane:
 
     Attributes:
         window: credit; `window.sent` is the offset of the next chunk.
-        pieces: (token ids, text) as the engine gave them; a text is never split, it leaves with its last token.
+        pieces: as the engine gave them; a text is never split, it leaves with its last token.
         cut: tokens of the first piece that have left already.
     """
 
     window: SendWindow
-    pieces: deque[tuple[tuple[int, ...], str]] = field(default_factory=deque)
+    pieces: deque[Piece] = field(default_factory=deque)
     cut: int = 0
 
     def ready(self) -> bool:
         """Tell whether something may leave now: a token with credit, or text whose tokens have all left."""
         return bool(self.pieces) and (self.window.available > 0 or not self.pieces[0][0])
 
-    def take(self) -> tuple[int, tuple[int, ...], str] | None:
-        """Take what may leave now, joined: (offset, token ids, text), or None."""
+    def take(self) -> tuple[int, tuple[int, ...], str, Details | None] | None:
+        """Take what may leave now, joined: (offset, token ids, text, details), or None."""
         if not self.ready():
             return None
         offset = self.window.sent
         room = min(self.window.available, MAX_CHUNK_TOKENS)
-        token_ids, text = self.pieces[0]
+        token_ids, text, details = self.pieces[0]
         if len(self.pieces) == 1 and not self.cut and len(token_ids) <= room:  # nearly always: the reader keeps up
             self.pieces.clear()
         else:
-            token_ids, text = self._join(room)
+            token_ids, text, details = self._join(room)
         self.window.send(len(token_ids))
-        return offset, token_ids, text
+        return offset, token_ids, text, details
 
-    def _join(self, room: int) -> tuple[tuple[int, ...], str]:
+    def _join(self, room: int) -> Piece:
         taken: list[int] = []
         texts: list[str] = []
+        more: list[Details] = []
         chars = 0
         while self.pieces and chars < MAX_CHUNK_CHARS:
-            token_ids, text = self.pieces[0]
+            token_ids, text, details = self.pieces[0]
             rest = token_ids[self.cut :]
+            some = rest[:room]
+            taken.extend(some)
+            if details is not None:
+                more.append(_of_tokens(details, self.cut, len(some)))
+                chars += _DETAIL_CHARS * len(details.logprobs)
             if len(rest) > room:
-                taken.extend(rest[:room])
                 self.cut += room
                 break
-            taken.extend(rest)
             texts.append(text)
             chars += len(text)
             room -= len(rest)
             self.cut = 0
             self.pieces.popleft()
-        return tuple(taken), "".join(texts)
+        return tuple(taken), "".join(texts), _joined(more)
+
+
+def _of_tokens(details: Details, first: int, count: int) -> Details:
+    """Return what a piece's details tell of `count` of its tokens; what is about all leaves with the first."""
+    logprobs = details.logprobs[first : first + count]
+    return replace(details, logprobs=logprobs) if first == 0 else Details(logprobs)
+
+
+def _joined(parts: Sequence[Details]) -> Details | None:
+    """Join the details of pieces in a row; a vector stands alone in its lane, and an echo in its first piece."""
+    if not parts:
+        return None
+    return replace(parts[0], logprobs=tuple(one for part in parts for one in part.logprobs))
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +148,7 @@ class Stream:
         lane = self.lanes.get(output.index)
         if lane is None:
             lane = self.lanes[output.index] = Lane(SendWindow(self.limit, self.prior))
-        lane.pieces.append((output.token_ids, text))
+        lane.pieces.append((output.token_ids, text, output.details))
         self.kept += len(output.token_ids)
 
     def grant(self, limit: int) -> None:
@@ -164,6 +187,9 @@ def batches(chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, ...]]:
             yield tuple(chunks[begin:end])
             begin, weight = end, 0
         weight += 64 + 5 * len(chunk.token_ids) + 4 * len(chunk.text)
+        if chunk.details is not None:
+            given = len(chunk.details.logprobs) + len(chunk.details.prompt_logprobs)
+            weight += len(chunk.details.vector) + _DETAIL_CHARS * given
     yield tuple(chunks[begin:])
 
 

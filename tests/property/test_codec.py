@@ -25,6 +25,7 @@ from tokenmq.protocol.messages import (
     Considered,
     Credit,
     Decision,
+    Details,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -46,6 +47,8 @@ from tokenmq.protocol.messages import (
     Request,
     Started,
     Timings,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
     Welcome,
     WorkerState,
@@ -84,10 +87,35 @@ loads = st.builds(
     seconds,
     st.floats(0, 1e12),
     st.floats(0, 1),
+    st.floats(0, 1e12),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    counts,
+    counts,
 )
 considered = st.builds(Considered, texts, counts, counts, st.floats(0, 1e12), st.floats(0, 1e15))
 decisions = st.builds(Decision, names, names, texts, counts, st.lists(considered, max_size=3).map(tuple))
-chunks = st.builds(Chunk, ids, attempts, st.integers(0, limits.MAX_COMPLETIONS - 1), counts, token_ids, texts)
+token_texts = (st.integers(0, limits.MAX_TOKEN_ID), texts, st.floats(limits.MIN_LOGPROB, 0))
+logprobs = st.builds(
+    TokenLogprobs, *token_texts, st.lists(st.builds(TokenLogprob, *token_texts), max_size=3).map(tuple)
+)
+details = st.builds(
+    Details,
+    st.lists(logprobs, max_size=3).map(tuple),
+    st.lists(st.none() | logprobs, max_size=3).map(tuple),
+    st.integers(0, 5).flatmap(lambda size: st.binary(min_size=4 * size, max_size=4 * size)),
+).filter(lambda given: given != Details())
+chunks = st.builds(
+    Chunk,
+    ids,
+    attempts,
+    st.integers(0, limits.MAX_COMPLETIONS - 1),
+    counts,
+    token_ids,
+    texts,
+    st.none() | details,
+)
 messages: dict[Command, st.SearchStrategy[Message]] = {
     Command.HELLO: st.builds(Hello, texts, texts, st.none() | intervals),
     Command.WELCOME: st.builds(Welcome, names, texts, intervals, intervals),
@@ -96,7 +124,7 @@ messages: dict[Command, st.SearchStrategy[Message]] = {
         names,
         counts,
         texts,
-        st.lists(st.builds(ModelInfo, names, counts, st.booleans(), st.booleans()), max_size=3).map(tuple),
+        st.lists(st.builds(ModelInfo, names, counts, *[st.booleans()] * 5), max_size=3).map(tuple),
         st.integers(1, limits.MAX_SLOTS),
         texts,
         loads,

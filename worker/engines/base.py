@@ -29,7 +29,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ...protocol.messages import FinishReason, ModelInfo
+from ...protocol.limits import NORMAL_PRIORITY
+from ...protocol.messages import Details, FinishReason, ModelInfo
 from ...protocol.payload import Generation
 
 
@@ -43,12 +44,14 @@ class Job:
         generation: prompt and sampling, valid in form; what only the model can judge (prompt length, chat template)
             the engine checks. With a `prior` the completion has begun elsewhere, see the module.
         attachments: raw bytes, such as images.
+        priority: 0 to 9: where not all can run, those with a greater one do.
     """
 
     ticket: int
     model: str
     generation: Generation
     attachments: tuple[bytes, ...] = ()
+    priority: int = NORMAL_PRIORITY
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +60,17 @@ class Tokens:
 
     Attributes:
         ticket: the request's.
-        token_ids: one or more tokens, in order; or none, when only held-back text is released.
+        token_ids: one or more tokens, in order; or none, when only held-back text is released, or a vector comes.
         text: the text that they complete; may be empty inside a character or a possible stop string.
-        index: which completion of the request.
+        index: which completion of the request, or which of its texts.
+        details: logprobs or a vector, where the request asks for them.
     """
 
     ticket: int
     token_ids: tuple[int, ...]
     text: str
     index: int = 0
+    details: Details | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +117,23 @@ class EngineStats:
         running: requests in the batch.
         waiting: requests submitted and not in the batch yet.
         kv_use: part of the KV cache in use, 0 to 1.
+        prefill_s: seconds spent on prompts since it was loaded.
+        decode_s: seconds spent on further tokens since then.
+        prompt_tokens: tokens of prompts that it has taken since then.
+        cached_tokens: those of them that were found in a prefix cache.
+        memory_used_bytes: the device's memory that is taken, by anybody; 0 where that is not known.
+        memory_bytes: the device's memory.
     """
 
     running: int = 0
     waiting: int = 0
     kv_use: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    memory_used_bytes: int = 0
+    memory_bytes: int = 0
 
 
 def _to_nobody(models: Sequence[ModelInfo]) -> None:

@@ -54,9 +54,9 @@ def test_a_reply_of_none_survives() -> None:
 
 
 def test_records_inside_a_reply_become_maps() -> None:
-    message = decode(encode(Reply(ID, (Load(), {"a": (1,)}))))
+    message = decode(encode(Reply(ID, (Load(running=3), {"a": (1,)}))))
     assert isinstance(message, Reply)
-    assert message.result[0]["state"] == "ready"
+    assert message.result[0] == {"running": 3}  # what has its default is left out
     assert message.result[1] == {"a": [1]}
 
 

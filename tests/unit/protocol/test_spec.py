@@ -13,7 +13,7 @@ import pytest
 from tokenmq.protocol import limits
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.errors import ErrorCode
-from tokenmq.protocol.messages import Command, Decision, DisconnectCode, FinishReason, Load, WorkerState
+from tokenmq.protocol.messages import Command, Decision, DisconnectCode, FinishReason, Load, ModelInfo, WorkerState
 from tokenmq.protocol.payload import Generation, Prior, Sampling
 
 ROOT = Path(__file__).parents[3]
@@ -69,7 +69,7 @@ def test_fields(command: Command) -> None:
     names = {item.name for item in dataclasses.fields(record)} - {"id"}
     text = section(command.name)
     if command is Command.READY:
-        names |= {"name", "context_tokens", "chat", "resumes"} | {item.name for item in dataclasses.fields(Load)}
+        names |= {item.name for kind in (ModelInfo, Load) for item in dataclasses.fields(kind)}
     if command is Command.FINISH:
         names |= {item.name for item in dataclasses.fields(Decision)}
     if command is Command.DISCONNECT:
@@ -87,7 +87,7 @@ def test_payload() -> None:
     names = {item.name for kind in (Generation, Prior, Sampling) for item in dataclasses.fields(kind)}
     assert first_column(section("Payload")) == names
     defaults = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (\S+) \|", section("Payload"), re.MULTILINE))
-    words = {"empty": (), "false": False}
+    words = {"empty": (), "false": False, "none": None}
     for item in dataclasses.fields(Sampling):
         text = defaults[item.name]
         assert words.get(text, text) == item.default or float(text) == item.default

@@ -134,7 +134,8 @@ def test_it_loads_runs_a_job_and_counts_its_steps(rig: Any) -> None:
     progress = one.thread.progress()
     assert progress.steps == 2
     assert progress.step_started is None
-    assert 0.0 < progress.tokens_per_s <= 2 / 5.0
+    assert 0.0 < progress.rates.tokens_per_s <= 2 / 5.0
+    assert 0.0 < progress.rates.steps_per_s <= 2 / 5.0
 
 
 class Narrow(ScriptedEngine):

@@ -27,6 +27,7 @@ from tokenmq.protocol.messages import (
     WorkerState,
 )
 from tokenmq.worker.events import CancelJob, EngineProgress, Stop
+from tokenmq.worker.rates import Rates
 
 
 def test_it_opens_a_socket_and_registers_at_once_while_the_model_loads(fresh: Any, say: Any) -> None:
@@ -86,7 +87,7 @@ def test_the_load_tells_apart_what_runs_what_waits_and_whose_it_is(say: Any) -> 
     story.loaded()
     jobs = [story.take(say.request(number), say.broker) for number in (1, 2)]
     story.take(say.request(1), say.other)  # the same id from another broker is another request
-    story.tell(EngineProgress(7, story.now - 0.5, 12.5))
+    story.tell(EngineProgress(7, story.now - 0.5, Rates(12.5, 3.0, 0.25, 0.5, 0.75)))
     story.engine(say.tokens(jobs[0], 1), running=2)
     beats = {
         action.broker: action.message.load for action in story.tick(1.0) if isinstance(action.message, Heartbeat)
@@ -94,6 +95,7 @@ def test_the_load_tells_apart_what_runs_what_waits_and_whose_it_is(say: Any) -> 
     assert {broker: load.held for broker, load in beats.items()} == {say.broker: 2, say.other: 1}
     load = beats[say.broker]
     assert (load.running, load.waiting, load.steps, load.tokens_per_s, load.step_age_s) == (2, 1, 7, 12.5, 1.5)
+    assert (load.steps_per_s, load.prefill_use, load.decode_use, load.prefix_hits) == (3.0, 0.25, 0.5, 0.75)
 
 
 def test_a_broker_hears_early_what_others_send_here_and_what_of_it_has_ended(say: Any) -> None:
