@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -14,10 +15,10 @@ from typing import NoReturn
 EXIT_FAILED = 1
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line to standard error and exit with code 1."""
+def fail(message: str, exit_code: int = EXIT_FAILED) -> NoReturn:
+    """Print one line to standard error and exit with this code."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_FAILED)
+    sys.exit(exit_code)
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -45,6 +46,21 @@ def allow_many_files() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS takes no RLIM_INFINITY here
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def end_with_supervisor() -> None:
+    """Exit at once when standard input ends: it is a pipe that the supervisor holds, so it has died.
+
+    A thread that waits for it sees every way to die, on every system, and from the first moment on.
+    """
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(sys.stdin.fileno(), 1024):
+                pass
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, name="tokenmq-lifeline", daemon=True).start()
 
 
 def on_signals(drain: Callable[[], None]) -> None:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
+from ..transport.endpoints import DEFAULT_BACKEND, EndpointError, check_destination
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
+from ..worker.events import EXIT_CANNOT_START
 from ..worker.server import WorkerServer
-from ..worker.settings import GRACE_S, READER_TIMEOUT_S, SLOTS, STALL_AFTER_S, WorkerSettings, default_name
+from ..worker.settings import (
+    GRACE_S,
+    READER_TIMEOUT_S,
+    RESTART_AFTER_S,
+    SLOTS,
+    STALL_AFTER_S,
+    WorkerSettings,
+    default_name,
+)
 from . import logs
-from .lifecycle import fail, leave, on_signals
+from .devices import parse_devices
+from .lifecycle import end_with_supervisor, fail, leave, on_signals
 from .options import logging_options, option, settings
+from .supervise import Supervisor, make_teams
 
 # Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
 # machine then nearly stop each other (measured on 2 cores: 27 tokens/s alone, below 0.5 each together, 16 with this).
@@ -48,6 +60,17 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     "all of them, or to none.",
 )  # fmt: skip
 @option("--device", default="auto", help="cuda, cuda:1, mps, cpu; auto: the first of them that is there.")
+@option(
+    "--devices", metavar="LIST", show_default="one worker, on --device",
+    help="One worker process for each, kept running by a supervisor: all, or a list such as 0,1 (CUDA devices) or "
+    "cpu,cpu. See docs/devices.md.",
+)  # fmt: skip
+@option(
+    "--threads", type=click.IntRange(min=1), metavar="N", show_default="OMP_NUM_THREADS, else the cores, shared "
+    "among --devices",
+    help="CPU threads that the model's computations use in each process.",
+)  # fmt: skip
+@option("--supervised", is_flag=True, hidden=True, help="Started by a supervisor, which holds standard input.")
 @option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
 @option(
     "--max-context", type=int, show_default="the model's, at most 4096 on cuda, else 2048", metavar="TOKENS",
@@ -74,6 +97,11 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="Seconds after which an engine step that does not end keeps new requests away.",
 )  # fmt: skip
 @option(
+    "--restart-after", type=click.FloatRange(min=0), default=RESTART_AFTER_S, metavar="S",
+    help="Seconds after which a worker whose engine step does not end exits with code 1, so that its supervisor "
+    "starts it again; 0: never.",
+)  # fmt: skip
+@option(
     "--reader-timeout", type=float, default=READER_TIMEOUT_S, metavar="S",
     help="Seconds that tokens wait for a reader that takes none before its request is given up.",
 )  # fmt: skip
@@ -91,6 +119,9 @@ def main(
     slots: int,
     speed: float | None,
     device: str,
+    devices: str | None,
+    threads: int | None,
+    supervised: bool,
     dtype: str,
     max_context: int | None,
     cache_dir: str | None,
@@ -98,6 +129,7 @@ def main(
     tokens_per_second: float,
     heartbeat_interval: float | None,
     stall_after: float,
+    restart_after: float,
     reader_timeout: float,
     grace: float,
     log_format: str,
@@ -106,11 +138,18 @@ def main(
     """Run a worker: it loads a model, registers with its brokers and serves their requests.
 
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
+    Exit codes: 0 after a drain, 1 when something broke, 2 when it could not start as it was told.
     """
-    logs.configure(log_format, log_level)
+    if supervised:
+        end_with_supervisor()
+        logs.configure(log_format, log_level, worker=worker_name)
+    else:
+        logs.configure(log_format, log_level)
     served = name or _served_name(model)
     if not served:
-        fail("--model: it must not be empty")
+        fail("--model: it must not be empty", EXIT_CANNOT_START)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported
     own: dict[str, dict[str, Any]] = {
         "transformers": {
             "model": model,
@@ -132,20 +171,37 @@ def main(
             heartbeat_s=heartbeat_interval,
             grace_s=grace,
             stall_after_s=stall_after,
+            restart_after_s=restart_after,
             reader_timeout_s=reader_timeout,
         )
+        if devices and not supervised:
+            supervise(worker_settings, devices, device, worker_name)
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         server = WorkerServer(make_engine(engine, **options), worker_settings)
     except (ValueError, EngineLoadError) as error:
-        fail(str(error))
+        fail(str(error), EXIT_CANNOT_START)
     on_signals(server.drain)
     try:
         exit_code = server.run()
     except EndpointError as error:
-        fail(str(error))
+        fail(str(error), EXIT_CANNOT_START)
     if server.engine_abandoned:
         leave(exit_code)
     raise SystemExit(exit_code)
+
+
+def supervise(worker_settings: WorkerSettings, devices: str, device: str, worker_name: str | None) -> NoReturn:
+    """Run one process of this command for each device, and exit with their supervisor's code.
+
+    Raises:
+        ValueError: a setting is wrong: better told once, here, than by each process.
+    """
+    if device != "auto":
+        raise ValueError("--device and --devices: give one of them")
+    for endpoint in worker_settings.brokers:
+        check_destination(endpoint)
+    teams = make_teams(sys.argv[1:], devices=parse_devices(devices), size=1, name=worker_name, numbered=True)
+    raise SystemExit(Supervisor(teams, worker_settings.grace_s).run())
 
 
 def _served_name(model: str) -> str:
@@ -155,4 +211,4 @@ def _served_name(model: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="zmq-worker")

@@ -32,12 +32,13 @@ def write(logger: logging.Logger, log: Log) -> None:
     values = dict(log.fields)
     if log.request_id is not None:
         values = {"request": log.request_id.hex(), **values}
-    line = " ".join([log.event, *(f"{name}={_shown(value)}" for name, value in values.items())])
+    line = " ".join([log.event, *(f"{name}={shown(value)}" for name, value in values.items())])
     logger.log(log.level, line, extra={"tokenmq": {"event": log.event, **values}})
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a field's value as it stands in a line: floats short, in quotes what would not be read as one word."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    shown = str(value)
-    return repr(shown) if not shown or any(not c.isprintable() or c in ' "=' for c in shown) else shown
+    text = str(value)
+    return repr(text) if not text or any(not c.isprintable() or c in ' "=' for c in text) else text

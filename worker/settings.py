@@ -22,6 +22,9 @@ SLOTS = 16
 GRACE_S = 10.0
 #: A step of a healthy engine takes well under a second, a first step that compiles some ten seconds.
 STALL_AFTER_S = 30.0
+#: A step this long does not end any more: ten times what makes a worker stalled, longer than a first step that compiles
+#: a large model (minutes). Shorter than what people wait before they look.
+RESTART_AFTER_S = 300.0
 #: A worker holds at most `slots * HOLD_FACTOR + HOLD_SPARE` requests: two brokers that fill all slots and a few
 #: that are on their way while a slot becomes free. What is beyond would only wait here, where no broker can move it.
 HOLD_FACTOR = 2
@@ -37,9 +40,9 @@ MOST_PARKED = 1024
 MOST_PARKED_TOKENS = MAX_NEW_TOKENS
 
 
-def default_name() -> str:
-    """Return `<hostname>-<pid>`: one name a process, told apart across machines."""
-    pid = f"-{os.getpid()}"
+def default_name(suffix: str = "") -> str:
+    """Return `<hostname>-<pid>` and the suffix: one name a process, told apart across machines."""
+    pid = f"-{os.getpid()}{suffix}"
     return (socket.gethostname() or "worker")[: MAX_NAME_CHARS - len(pid)] + pid
 
 
@@ -58,6 +61,8 @@ class WorkerSettings:
         heartbeat_s: a wish for a longer heartbeat interval in seconds; None for the broker's own.
         grace_s: seconds that a drain gives to held requests.
         stall_after_s: seconds after which an engine step that has not ended makes the worker `stalled`.
+        restart_after_s: seconds after which it makes the worker end with an exit code that a supervisor restarts; 0 for
+            never.
         reader_timeout_s: seconds that a stream's tokens wait for its reader's credit before it is given up.
 
     Raises:
@@ -72,6 +77,7 @@ class WorkerSettings:
     heartbeat_s: float | None = None
     grace_s: float = GRACE_S
     stall_after_s: float = STALL_AFTER_S
+    restart_after_s: float = RESTART_AFTER_S
     reader_timeout_s: float = READER_TIMEOUT_S
 
     def __post_init__(self) -> None:
@@ -93,6 +99,8 @@ class WorkerSettings:
             raise ValueError(f"grace_s: expected 0 or more, got {self.grace_s}")
         if not self.stall_after_s > 0:
             raise ValueError(f"stall_after_s: expected more than 0, got {self.stall_after_s}")
+        if not self.restart_after_s >= 0:
+            raise ValueError(f"restart_after_s: expected 0 or more, got {self.restart_after_s}")
         if not self.reader_timeout_s > 0:
             raise ValueError(f"reader_timeout_s: expected more than 0, got {self.reader_timeout_s}")
 

@@ -94,4 +94,4 @@ def test_an_empty_model_is_one_clear_line() -> None:
         [WORKER, "--engine", "synthetic", "--model", ""], capture_output=True, text=True, timeout=PATIENCE_S,
         check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: --model: it must not be empty\n")
+    assert (done.returncode, done.stderr) == (2, "error: --model: it must not be empty\n")

@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker(
             raise EngineLoadError("no model at /nowhere")
 
     with caplog.at_level(logging.INFO, "tokenmq.worker"):
-        assert start(Broken(), broker.endpoint).exit_code() == 1
+        assert start(Broken(), broker.endpoint).exit_code() == 2
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len([line for line in lines if line.startswith("model_load_failed")]) == 1
     assert "no model at /nowhere" in lines[0]

@@ -93,6 +93,7 @@ def test_settings_have_defaults_and_a_name_of_their_own() -> None:
         ({"heartbeat_s": 0.0}, "heartbeat_s"),
         ({"grace_s": -1.0}, "grace_s"),
         ({"stall_after_s": 0.0}, "stall_after_s"),
+        ({"restart_after_s": -1.0}, "restart_after_s"),
     ],
 )
 def test_settings_that_a_broker_would_refuse_are_refused_here(values: Any, told: str) -> None:

@@ -24,7 +24,16 @@ from tokenmq.protocol.messages import (
 )
 from tokenmq.protocol.messages import Drain as DrainMessage
 from tokenmq.worker.engines.base import Failed, Tokens
-from tokenmq.worker.events import CancelJob, Drain, EngineDied, EngineFailed, Stop, Submit
+from tokenmq.worker.events import (
+    EXIT_CANNOT_START,
+    EXIT_FAILED,
+    CancelJob,
+    Drain,
+    EngineDied,
+    EngineFailed,
+    Stop,
+    Submit,
+)
 from tokenmq.worker.streams import MAX_BATCH_BYTES, MAX_CHUNK_CHARS, MAX_CHUNK_TOKENS, Lane
 
 
@@ -245,7 +254,7 @@ def test_an_engine_that_cannot_load_stops_the_worker(fresh: Any, say: Any) -> No
     goodbye, shut, stop = fresh.tell(EngineDied("no such file"))
     assert isinstance(goodbye.message, Goodbye)
     assert shut == Shut(say.broker)
-    assert stop == Stop(1, "model_load_failed")
+    assert stop == Stop(EXIT_CANNOT_START, "model_load_failed")
     assert [log.event for log in fresh.logs][-1] == "model_load_failed"
 
 
@@ -255,7 +264,7 @@ def test_an_engine_that_dies_gives_everything_back(ready: Any, say: Any) -> None
     ready.engine(say.tokens(waiting, 1), say.done(waiting, 1))
     orders = ready.tell(EngineDied("gone"))
     assert {error.id for error in say.messages(orders, Error)} == {say.id(1), say.id(2)}
-    assert orders[-1] == Stop(1, "engine_died")
+    assert orders[-1] == Stop(EXIT_FAILED, "engine_died")
 
 
 def test_drain_finishes_what_is_held_and_stops(ready: Any, say: Any) -> None:

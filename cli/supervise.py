@@ -1,0 +1,170 @@
+"""The processes of a supervisor: it starts and signals them as `worker/supervisor.py` says, and tells how they end.
+
+Each process gets
+
+- a session of its own: Ctrl-C in a terminal goes to all processes of the terminal's group, and a worker that has it
+  from there and from its supervisor would take it for the second one, and end at once;
+- the end of a pipe as standard input. Nothing is ever written to it; when it closes, the supervisor has died, however
+  that came, and the process ends at once (`lifecycle.end_with_supervisor`). So none is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..protocol.log import Log, write
+from ..worker.events import EXIT_FAILED
+from ..worker.settings import default_name
+from ..worker.supervisor import Action, Ended, Seat, Signal, Signalled, Spawn, SupervisorCore
+from .devices import device_environment, teams, threads_environment
+
+LOGGER = logging.getLogger("tokenmq.supervisor")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: The longest sleep, where nothing is due; a signal ends it.
+_LONGEST_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """One worker's processes.
+
+    Attributes:
+        name: the worker's.
+        command: what each of them is started with.
+        environments: for each of them, by rank, what its environment has beyond this process's.
+        device: where it computes, for people.
+    """
+
+    name: str
+    command: Sequence[str]
+    environments: Sequence[Mapping[str, str]]
+    device: str
+
+
+class Supervisor:
+    """Runs teams until all have ended; to be used once, in the main thread, where signals are handled."""
+
+    def __init__(self, teams: Sequence[Team], grace_s: float) -> None:
+        """Take the teams, all of one size; `run` starts them."""
+        self._teams = teams
+        self._core = SupervisorCore([team.name for team in teams], grace_s, len(teams[0].environments))
+        self._processes: dict[Seat, subprocess.Popen[bytes]] = {}
+        self._exit_code: int | None = None
+
+    def run(self) -> int:
+        """Start the workers, and keep them running until a signal comes or there is none to run any more.
+
+        Returns:
+            The exit code: 0 when all have drained, 128 and the signal's number after a second signal.
+        """
+        alive, self._lifeline = os.pipe()
+        woken, wake = os.pipe()
+        os.set_blocking(woken, False)
+        os.set_blocking(wake, False)
+        self._alive = alive
+        for number in (*_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # the number itself comes through the pipe
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self._perform(self._core.start(time.monotonic()))
+        while self._exit_code is None:
+            sleep_s = min(_LONGEST_S, max(0.0, self._core.next_deadline() - time.monotonic()))
+            ready, _, _ = select.select([woken], [], [], sleep_s)
+            for number in os.read(woken, 4096) if ready else b"":
+                if number in _SIGNALS:
+                    self._perform(self._core.handle(Signalled(number), time.monotonic()))
+            self._look()
+            self._perform(self._core.tick(time.monotonic()))
+        return self._exit_code
+
+    def _look(self) -> None:
+        """Tell the core which processes have ended."""
+        for seat, process in list(self._processes.items()):
+            if process.poll() is not None:
+                del self._processes[seat]
+                self._perform(self._core.handle(Ended(seat, process.returncode), time.monotonic()))
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Spawn):
+                self._spawn(action.worker)
+            elif isinstance(action, Signal):
+                if action.seat in self._processes:
+                    self._processes[action.seat].send_signal(action.number)
+            elif isinstance(action, Log):
+                write(LOGGER, action)
+            else:
+                self._exit_code = action.exit_code
+
+    def _spawn(self, worker: int) -> None:
+        """Start a worker's processes; one that cannot be started has ended."""
+        team = self._teams[worker]
+        size = len(team.environments)
+        shared = {} if size == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        try:
+            for rank, own in enumerate(team.environments):
+                process = subprocess.Popen(  # noqa: S603 (our own command, no shell)
+                    team.command, env={**os.environ, **own, **shared}, stdin=self._alive, start_new_session=True
+                )
+                self._processes[Seat(worker, rank)] = process
+                fields = {"worker": team.name, "device": team.device, "pid": process.pid}
+                write(LOGGER, Log("worker_started", fields if size == 1 else {**fields, "rank": rank}))
+        except OSError as error:  # such as no memory for another process
+            fields = {"worker": team.name, "error": error.strerror}
+            write(LOGGER, Log("worker_not_started", fields, level=logging.ERROR))
+            for rank in range(size):
+                if Seat(worker, rank) not in self._processes:
+                    self._perform(self._core.handle(Ended(Seat(worker, rank), EXIT_FAILED), time.monotonic()))
+
+
+def make_teams(
+    arguments: Sequence[str], *, devices: Sequence[str], size: int, name: str | None, numbered: bool
+) -> list[Team]:
+    """Return the teams that `zmq-worker` with these arguments stands for.
+
+    Args:
+        arguments: the command's own; each process gets them too, and behind them what is its own: the last counts.
+        devices: one for each worker, or `size` CUDA devices for each.
+        size: processes of each worker.
+        name: the workers' name, None for one that is this process's own.
+        numbered: the workers' numbers are put behind the name.
+
+    Raises:
+        ValueError: the devices cannot be divided so.
+    """
+    divided = teams(devices, size)
+    threads = threads_environment(len(divided) * size, os.environ)
+    made = []
+    for number, team in enumerate(divided):
+        suffix = f"-{number}" if numbered else ""
+        own_name = default_name(suffix) if name is None else name + suffix
+        device, shown = device_environment(team, os.environ)
+        ranks = [{}] if size == 1 else [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+            for rank in range(size)
+        ]  # fmt: skip
+        own = ("--supervised", f"--worker-name={own_name}", f"--device={device}")
+        made.append(
+            Team(
+                name=own_name,
+                command=(sys.executable, "-m", "tokenmq.cli.worker", *arguments, *own),
+                environments=[{**shown, **threads, **rank} for rank in ranks],
+                device=",".join(team),
+            )
+        )
+    return made
+
+
+def _free_port() -> int:
+    """Return a port of the loopback interface where a worker's processes can meet."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
