@@ -22,13 +22,20 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal language model in eval mode on its device, and its tokenizer."""
+    """A model in eval mode on its device, and its tokenizer."""
 
     model: Any
     tokenizer: Any
 
 
-def load(model: str | os.PathLike[str], *, device: str, dtype: str, cache_dir: str | None) -> LoadedModel:
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str,
+    dtype: str,
+    cache_dir: str | None,
+    kind: Any = AutoModelForCausalLM,
+) -> LoadedModel:
     """Load a model.
 
     Args:
@@ -37,6 +44,7 @@ def load(model: str | os.PathLike[str], *, device: str, dtype: str, cache_dir: s
         device: a torch device or `auto`.
         dtype: a torch dtype or `auto`.
         cache_dir: folder for converted GGUF files; None for the default.
+        kind: the class of transformers that makes the model of its config.
 
     Raises:
         EngineLoadError: no such model, device or dtype, not a decoder-only language model, damaged, or no memory.
@@ -48,7 +56,7 @@ def load(model: str | os.PathLike[str], *, device: str, dtype: str, cache_dir: s
     try:
         if local and str(model).endswith(".gguf"):
             model = converted(Path(model).resolve(), number, Path(cache_dir) if cache_dir else default_cache_dir())
-        return _load(str(model), on, number, local=local)
+        return _load(kind, str(model), on, number, local=local)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -77,11 +85,11 @@ def _is_local(model: str) -> bool:
     return False
 
 
-def _load(source: str, device: torch.device, dtype: torch.dtype, *, local: bool) -> LoadedModel:
+def _load(kind: Any, source: str, device: torch.device, dtype: torch.dtype, *, local: bool) -> LoadedModel:
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.is_encoder_decoder:
         raise EngineLoadError(
-            f"{source}: {config.model_type} is an encoder-decoder; this engine serves decoders only"
+            f"{source}: {config.model_type} is an encoder-decoder, which no engine here serves"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
@@ -93,12 +101,13 @@ def _load(source: str, device: torch.device, dtype: torch.dtype, *, local: bool)
     more: dict[str, Any] = {}
     if getattr(config, "quantization_config", None) is not None:
         more["device_map"] = {"": device}  # quantised weights must be placed as they are read
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = kind.from_pretrained(
         source, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **more
     )
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    # An encoder's pooler is for classifiers: no vector depends on it, and some are published without.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
         raise EngineLoadError(f"{source}: {len(missing)} weights are missing from its files, such as {missing[0]}")
     if not more:
         model.to(device)
