@@ -33,8 +33,9 @@ from ..protocol.errors import (
     TokenmqError,
     WorkerLostError,
 )
-from ..protocol.messages import Chunk, Considered, Decision, Timings, Usage
+from ..protocol.messages import Chunk, Considered, Decision, Timings, TokenLogprob, TokenLogprobs, Usage
 from ..transport.endpoints import EndpointError
+from .embeddings import Embeddings
 from .events import Attempt
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ __all__ = [
     "DeadlineError",
     "Decision",
     "DrainingError",
+    "Embeddings",
     "EndpointError",
     "EngineFailedError",
     "ErrorCode",
@@ -70,6 +72,8 @@ __all__ = [
     "ReaderTimeoutError",
     "Stream",
     "Timings",
+    "TokenLogprob",
+    "TokenLogprobs",
     "TokenmqError",
     "Usage",
     "WorkerLostError",

@@ -21,7 +21,7 @@ _HASH_BYTES = 8
 
 
 def affinity_of(generation: Generation, session: str | None = None) -> str:
-    """Return the affinity of a request: 16 hexadecimal digits.
+    """Return the affinity of a request: 16 hexadecimal digits, or "" for embeddings, which no cache makes cheaper.
 
     Args:
         generation: what is asked for.
@@ -32,6 +32,8 @@ def affinity_of(generation: Generation, session: str | None = None) -> str:
     """
     if session is not None:
         return session_affinity(session)
+    if generation.texts is not None:
+        return ""
     if generation.messages is not None:
         # A conversation is sent whole with every turn, and grows at its end: up to the first user message it is the
         # same in all of them, and only there differs from others with the same system prompt.

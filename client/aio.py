@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from ..protocol.limits import NORMAL_PRIORITY
 from ..protocol.messages import Chunk
 from .base import BaseClient
 from .connection import CLOSE_TIMEOUT_S, Connection
+from .embeddings import Embeddings
 from .events import Close
 from .mailbox import Bell, Mailbox
 from .management import Management
@@ -131,6 +133,26 @@ class AsyncClient(BaseClient[AsyncStream], Management[_Answer, _Rows]):
 
     Several event loops may share one client; each stream belongs to the loop it was made in.
     """
+
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        deadline_s: float | None = None,
+        resume: bool | None = None,
+        priority: int = NORMAL_PRIORITY,
+        hedge_after_s: float | None = None,
+    ) -> Embeddings:
+        """Return a vector for each text, in order; arguments and errors as for `Client.embed`."""
+        work = self._embedding(
+            model, texts, deadline_s=deadline_s, resume=resume, priority=priority, hedge_after_s=hedge_after_s
+        )
+        with work:
+            for stream in work:
+                async for chunk in stream:
+                    work.take(chunk)
+        return work.result
 
     async def query(self, method: str, **arguments: Any) -> Any:
         """Ask any management question; return plain data. Raises as all methods of Management."""

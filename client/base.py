@@ -11,9 +11,11 @@ from typing import Any, Generic
 from ..protocol.credit import WINDOW_TOKENS
 from ..protocol.limits import NORMAL_PRIORITY
 from .connection import Connection
+from .embedwork import EmbedWork
 from .events import Close
+from .images import ImageSource
 from .mailbox import Bell, Mailbox
-from .request import DEFAULTS, build_ask, build_submit
+from .request import DEFAULTS, SAMPLING, SOURCE, build_ask, build_submit, seeds
 from .settings import (
     CONNECT_TIMEOUT_S,
     FIRST_TOKEN_TIMEOUT_S,
@@ -104,15 +106,27 @@ class BaseClient(ABC, Generic[StreamT_co]):
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
+        images: Sequence[ImageSource] = (),
+        echo: bool = False,
         max_tokens: int = DEFAULTS.max_tokens,
+        min_tokens: int = DEFAULTS.min_tokens,
         temperature: float = DEFAULTS.temperature,
         top_k: int = DEFAULTS.top_k,
         top_p: float = DEFAULTS.top_p,
+        min_p: float = DEFAULTS.min_p,
+        repetition_penalty: float = DEFAULTS.repetition_penalty,
+        presence_penalty: float = DEFAULTS.presence_penalty,
+        frequency_penalty: float = DEFAULTS.frequency_penalty,
+        logit_bias: Mapping[int, float] | None = None,
+        bad_words: str | Sequence[str] = DEFAULTS.bad_words,
         seed: int | None = None,
         stop: str | Sequence[str] = DEFAULTS.stop,
         stop_token_ids: Sequence[int] = DEFAULTS.stop_token_ids,
         ignore_eos: bool = DEFAULTS.ignore_eos,
-        attachments: Sequence[bytes] = (),
+        logprobs: int | None = DEFAULTS.logprobs,
+        json_schema: Mapping[str, Any] | str | None = DEFAULTS.json_schema,
+        regex: str | None = DEFAULTS.regex,
+        choice: Sequence[str] = DEFAULTS.choice,
         deadline_s: float | None = None,
         resume: bool | None = None,
         priority: int = NORMAL_PRIORITY,
@@ -126,15 +140,31 @@ class BaseClient(ABC, Generic[StreamT_co]):
             model: the model's name, one of `models()`.
             prompt: text to continue; or `token_ids`.
             token_ids: the same, already tokenised.
+            images: what the prompt's image marks (`<image>`) stand for, in order: PNG, JPEG or WebP files, as bytes
+                or paths.
+            echo: the text begins with the prompt's; with `logprobs`, the first chunk has `prompt_logprobs`, too.
             max_tokens: most tokens to generate.
+            min_tokens: nothing but `max_tokens` ends the stream before it has so many tokens.
             temperature: 0 takes the likeliest token; higher is more random.
             top_k: only the k likeliest tokens; 0 for all.
             top_p: only the likeliest tokens that together have this probability; 1 for all.
+            min_p: only tokens with at least this part of the likeliest one's probability; 0 for all.
+            repetition_penalty: above 1, tokens that prompt or completion have are less likely to come again; 1 for
+                none.
+            presence_penalty: taken off the logits of tokens that the completion has; 0 for none.
+            frequency_penalty: the same, times how often it has them.
+            logit_bias: what is added to the logits of these tokens, by token id.
+            bad_words: a string, or several, that must not come.
             seed: the same seed gives the same stream; None draws one.
             stop: a string, or several, that end the stream; they are not part of its text.
             stop_token_ids: tokens that end the stream, besides the model's own.
             ignore_eos: go on to `max_tokens` whatever the model's end tokens say.
-            attachments: raw bytes that the model reads beside the prompt, such as images.
+            logprobs: tell the logprob of each token and of so many likeliest ones in its place, in `chunk.logprobs`;
+                0 for the token's alone, None for none.
+            json_schema: the text is JSON that this schema allows; a map, or its JSON text. At most one of it, `regex`
+                and `choice` may be given.
+            regex: the whole text matches this regular expression.
+            choice: the text is one of these.
             deadline_s: seconds from now after which the answer is worth nothing; None for never.
             resume: whether what goes wrong is repaired; None for what the client was made with.
             priority: 0 to 9: while workers are busy, requests of a greater one are served before others.
@@ -149,41 +179,36 @@ class BaseClient(ABC, Generic[StreamT_co]):
             BadRequestError: an argument is not valid; the message names it.
             ClientClosedError: the client is closed.
         """
-        sampling = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "stop": stop,
-            "stop_token_ids": stop_token_ids,
-            "ignore_eos": ignore_eos,
-        }
-        options = {
-            "attachments": attachments,
-            "deadline_s": deadline_s,
-            "resume": resume,
-            "priority": priority,
-            "session": session,
-            "hedge_after_s": hedge_after_s,
-            "explain": explain,
-        }
-        return self._submit(model, {"prompt": prompt, "token_ids": token_ids}, sampling, options)
+        return self._submit(**_arguments(locals()))
 
     def chat(
         self,
         model: str,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template: Mapping[str, Any] | None = None,
+        images: Sequence[ImageSource] = (),
+        echo: bool = False,
         max_tokens: int = DEFAULTS.max_tokens,
+        min_tokens: int = DEFAULTS.min_tokens,
         temperature: float = DEFAULTS.temperature,
         top_k: int = DEFAULTS.top_k,
         top_p: float = DEFAULTS.top_p,
+        min_p: float = DEFAULTS.min_p,
+        repetition_penalty: float = DEFAULTS.repetition_penalty,
+        presence_penalty: float = DEFAULTS.presence_penalty,
+        frequency_penalty: float = DEFAULTS.frequency_penalty,
+        logit_bias: Mapping[int, float] | None = None,
+        bad_words: str | Sequence[str] = DEFAULTS.bad_words,
         seed: int | None = None,
         stop: str | Sequence[str] = DEFAULTS.stop,
         stop_token_ids: Sequence[int] = DEFAULTS.stop_token_ids,
         ignore_eos: bool = DEFAULTS.ignore_eos,
-        attachments: Sequence[bytes] = (),
+        logprobs: int | None = DEFAULTS.logprobs,
+        json_schema: Mapping[str, Any] | str | None = DEFAULTS.json_schema,
+        regex: str | None = DEFAULTS.regex,
+        choice: Sequence[str] = DEFAULTS.choice,
         deadline_s: float | None = None,
         resume: bool | None = None,
         priority: int = NORMAL_PRIORITY,
@@ -195,16 +220,32 @@ class BaseClient(ABC, Generic[StreamT_co]):
 
         Args:
             model: the model's name, one of `models()`.
-            messages: maps with `role` and `content`, the oldest first.
-            max_tokens: this and all others as for `generate`.
+            messages: maps with `role` and `content`, the oldest first. A content is a string, or a list of parts
+                {"type": "text", "text": ...} and {"type": "image", "image": bytes_or_path}; it may be None beside
+                `tool_calls`.
+            tools: what the model may call: a JSON schema of each function, as its template takes them.
+            template: further arguments of the chat template, by name, such as {"enable_thinking": False}.
+            images: for image parts without an `image`, in order, and for image marks in the texts.
+            echo: this and all that follow as for `generate`; the text begins with what the template made.
+            max_tokens: see `generate`.
+            min_tokens: see `generate`.
             temperature: see `generate`.
             top_k: see `generate`.
             top_p: see `generate`.
+            min_p: see `generate`.
+            repetition_penalty: see `generate`.
+            presence_penalty: see `generate`.
+            frequency_penalty: see `generate`.
+            logit_bias: see `generate`.
+            bad_words: see `generate`.
             seed: see `generate`.
             stop: see `generate`.
             stop_token_ids: see `generate`.
             ignore_eos: see `generate`.
-            attachments: see `generate`.
+            logprobs: see `generate`.
+            json_schema: see `generate`.
+            regex: see `generate`.
+            choice: see `generate`.
             deadline_s: see `generate`.
             resume: see `generate`.
             priority: see `generate`.
@@ -217,40 +258,81 @@ class BaseClient(ABC, Generic[StreamT_co]):
             BadRequestError: an argument is not valid; the message names it.
             ClientClosedError: the client is closed.
         """
-        sampling = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "stop": stop,
-            "stop_token_ids": stop_token_ids,
-            "ignore_eos": ignore_eos,
-        }
-        options = {
-            "attachments": attachments,
-            "deadline_s": deadline_s,
-            "resume": resume,
-            "priority": priority,
-            "session": session,
-            "hedge_after_s": hedge_after_s,
-            "explain": explain,
-        }
-        return self._submit(model, {"messages": messages}, sampling, options)
+        return self._submit(**_arguments(locals()))
 
-    def _submit(
+    def generate_n(self, n: int, model: str, prompt: str | None = None, **options: Any) -> list[StreamT_co]:
+        """Continue a prompt `n` times. Each stream is a request of its own, and recovers by itself.
+
+        Args:
+            n: how many completions.
+            model: as for `generate`, and so are all others.
+            prompt: see `generate`.
+            options: what `generate` takes by name. `seed` is that of the first stream; those that follow have the
+                next greater ones.
+
+        Returns:
+            The streams. They may be read one after the other: each has credit for all its tokens.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            ClientClosedError: the client is closed.
+        """
+        return self._submit_n(n, model, prompt=prompt, **options)
+
+    def chat_n(self, n: int, model: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[StreamT_co]:
+        """Answer a chat `n` times.
+
+        Args:
+            n: how many answers.
+            model: as for `chat`.
+            messages: see `chat`.
+            options: what `chat` takes by name; `seed` as for `generate_n`.
+
+        Returns:
+            The streams; see `generate_n`.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            ClientClosedError: the client is closed.
+        """
+        return self._submit_n(n, model, messages=messages, **options)
+
+    def _embedding(
         self,
         model: str,
-        source: Mapping[str, Any],
-        sampling: Mapping[str, Any],
-        options: Mapping[str, Any],
+        texts: Sequence[str],
+        *,
+        deadline_s: float | None,
+        resume: bool | None,
+        priority: int,
+        hedge_after_s: float | None,
+    ) -> EmbedWork[StreamT_co]:
+        """Return the work that `embed` is."""
+        options = {"resume": resume, "priority": priority, "hedge_after_s": hedge_after_s}
+
+        def begin(some: Sequence[str], left_s: float | None) -> StreamT_co:
+            return self._begin(model, {"texts": some}, {}, deadline_s=left_s, **options)
+
+        return EmbedWork(texts, begin, deadline_s)
+
+    def _submit_n(self, n: int, model: str, *, seed: int | None = None, **arguments: Any) -> list[StreamT_co]:
+        numbers = seeds(n, seed)
+        return [self._submit(model, seed=number, ahead=True, **arguments) for number in numbers]
+
+    def _submit(self, model: str, **arguments: Any) -> StreamT_co:
+        """Begin a stream; the arguments are those of `generate` or `chat`, or some of them."""
+        sampling = {name: arguments.pop(name) for name in SAMPLING if name in arguments}
+        source = {name: arguments.pop(name) for name in SOURCE if name in arguments}
+        return self._begin(model, source, sampling, **arguments)
+
+    def _begin(
+        self, model: str, source: Mapping[str, Any], sampling: Mapping[str, Any], **options: Any
     ) -> StreamT_co:
-        bell = self._bell()
-        chosen = dict(options)
+        bell, settings = self._bell(), self._settings
         for name in ("resume", "hedge_after_s"):
-            if chosen[name] is None:
-                chosen[name] = getattr(self._settings, name)
-        order = build_submit(model, source, sampling, window_tokens=self._settings.window_tokens, **chosen)
+            if options.get(name) is None:
+                options[name] = getattr(settings, name)
+        order = build_submit(model, source, sampling, window_tokens=settings.window_tokens, **options)
         mailbox = Mailbox(order.id, order.window, bell)
         self._connection.submit(order, mailbox)
         return self._stream(mailbox, order.model)
@@ -265,3 +347,8 @@ class BaseClient(ABC, Generic[StreamT_co]):
     @abstractmethod
     def _stream(self, mailbox: Mailbox, model: str) -> StreamT_co:
         """Return the stream over a mailbox."""
+
+
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a method from its `locals()`: each goes on under its own name."""
+    return {name: value for name, value in given.items() if name != "self"}

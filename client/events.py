@@ -28,12 +28,13 @@ class Submit:
         attachments: raw frames behind the request.
         deadline_s: seconds from now until the request has lost its worth.
         resume: whether what goes wrong is repaired by further attempts.
-        max_tokens: most tokens of the completion, as the payload says; 0 where nobody tells.
+        max_tokens: most tokens of the completion, as the payload says; 0 where nobody tells, and for embeddings.
         priority: 0 to 9: a greater one leaves the broker's waiting room first.
         affinity: requests with the same one are best served by the same worker; "" for none.
         hedge_after_s: how long a worker may take for its first token before a second one is asked, too; None for
             ever.
         explain: the end is to tell why the worker was chosen.
+        texts: how many texts the payload has that are to be embedded; 0 where it asks for a completion.
     """
 
     id: bytes
@@ -48,6 +49,7 @@ class Submit:
     affinity: str = ""
     hedge_after_s: float | None = None
     explain: bool = False
+    texts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ class Attempt:
         number: 1 for the first.
         broker: the endpoint that it was sent to; "" where no broker was there.
         worker: the worker that had it, "" where none is known.
-        first_token: position of the first token that was asked of it: what came before is kept.
+        first_token: position of the first token that was asked of it: what came before is kept. Of embeddings, how
+            many texts had their vector then.
         error: what ended it; None for one that goes on, ended well or was cancelled.
         hedge: it was made beside an attempt that was late, and not because one had failed.
         cancelled: it has not failed, but another attempt went on in its place: the slower one of a hedged pair, or a

@@ -32,6 +32,7 @@ from .recovery import cannot_resume, final_error, pause_s, too_late, unserved
 from .sessions import Sessions
 from .settings import Settings
 from .streams import OpenStream, Place, StreamFaultError, error_from
+from .texts import OpenTexts
 
 #: The broker ends a request at its deadline and knows where it was; only one that is frozen or cut off needs us.
 DEADLINE_SLACK_S = 0.25
@@ -62,7 +63,8 @@ class Exchange:
 
     def submit(self, event: Submit, now: float) -> None:
         """Begin a stream."""
-        stream = self._streams[event.id] = OpenStream(event, now)
+        kind = OpenTexts if event.texts else OpenStream
+        stream = self._streams[event.id] = kind(event, now)
         if self._sessions.closed:
             self._end(stream, ClientClosedError("the client is closed", request_id=event.id.hex()))
         else:

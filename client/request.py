@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from ..protocol import limits
@@ -16,9 +18,16 @@ from ..protocol.payload import MAX_SEED, Generation, Sampling, check_generation,
 from ..protocol.schema import Check, boolean, count, mapping, optional, seconds, text
 from .affinity import affinity_of
 from .events import Ask, Submit
+from .images import ImageSource, collect
 
 #: The defaults of generate and chat: those of the wire, one object.
 DEFAULTS = Sampling()
+#: The arguments of generate and chat that are fields of Sampling, and those that are fields of Generation.
+SAMPLING = tuple(item.name for item in fields(Sampling))
+SOURCE = ("prompt", "token_ids", "messages", "tools", "template", "echo")
+
+#: Fields of Sampling for which None stands in the arguments, for what they are without.
+_NULLABLE = frozenset({"seed", "logit_bias", "logprobs", "json_schema", "regex"})
 
 _check_name = text(empty=False)
 _check_priority = count(0, limits.MAX_PRIORITY)
@@ -38,56 +47,89 @@ def build_submit(
     source: Mapping[str, Any],
     sampling: Mapping[str, Any],
     *,
-    attachments: Sequence[bytes],
-    deadline_s: float | None,
     window_tokens: int,
-    resume: bool,
-    priority: int,
-    session: str | None,
-    hedge_after_s: float | None,
-    explain: bool,
+    images: Iterable[ImageSource] = (),
+    deadline_s: float | None = None,
+    resume: bool = True,
+    priority: int = limits.NORMAL_PRIORITY,
+    session: str | None = None,
+    hedge_after_s: float | None = None,
+    explain: bool = False,
+    ahead: bool = False,
 ) -> Submit:
     """Return the order for one stream.
 
     Args:
         model: its name.
-        source: `prompt`, `token_ids` or `messages`.
-        sampling: the fields of Sampling; `seed` may be None, then one is drawn; `stop` may be one string.
-        attachments: raw bytes, such as images.
-        deadline_s: seconds until the answer has lost its worth, None for never.
+        source: the fields of Generation that say what of: `prompt`, `token_ids`, `messages` or `texts`, and what goes
+            with them. Image parts of messages may carry their images.
+        sampling: the fields of Sampling, in the forms that `Client.generate` takes.
         window_tokens: the stream's credit window.
+        images: bytes or paths, for what in the source stands for an image and has none.
+        deadline_s: seconds until the answer has lost its worth, None for never.
         resume: whether what goes wrong is repaired by further attempts.
         priority: 0 to 9, the greatest is served first.
         session: a name that requests which belong together have in common; None for what their prompts have.
         hedge_after_s: seconds without a first token until a second worker is asked, too; None and infinity for never.
         explain: whether the end is to tell why the worker was chosen.
+        ahead: the window is large enough for all tokens: the stream comes whole, though nobody reads it yet.
 
     Raises:
         BadRequestError: something is not valid; the message names the field.
     """
-    chosen = dict(sampling)
-    if chosen["seed"] is None:
-        chosen["seed"] = secrets.randbelow(MAX_SEED + 1)
-    if isinstance(chosen["stop"], str):
-        chosen["stop"] = (chosen["stop"],)
-    generation = check_generation({**source, "sampling": chosen})
+    messages, attachments = collect(source.get("messages"), images)
+    given = {name: value for name, value in source.items() if value is not None}
+    if messages is not None:
+        given["messages"] = messages
+    generation = check_generation({**given, "sampling": _sampling(sampling)})
     payload = pack_generation(generation)
-    frames = _attachments(attachments)
-    check_size(payload, frames)
+    check_size(payload, attachments)
+    texts, most = generation.texts or (), generation.sampling.max_tokens
     return Submit(
         id=new_id(),
         model=_model(model),
         payload=payload,
-        window=ReceiveWindow(window_tokens),
-        attachments=frames,
+        window=ReceiveWindow(max(window_tokens, most) if ahead else window_tokens),
+        attachments=attachments,
         deadline_s=_checked(optional(seconds), deadline_s, "deadline_s"),
         resume=_checked(boolean, resume, "resume"),
-        max_tokens=generation.sampling.max_tokens,
+        max_tokens=0 if texts else most,
         priority=_checked(_check_priority, priority, "priority"),
         affinity=_affinity(generation, session),
         hedge_after_s=_hedge_after(hedge_after_s),
         explain=_checked(boolean, explain, "explain"),
+        texts=len(texts),
     )
+
+
+def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sampling arguments in the form of the wire; None is what is left out there."""
+    chosen = {name: value for name, value in given.items() if value is not None or name not in _NULLABLE}
+    chosen.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
+    for name in ("stop", "bad_words"):
+        if isinstance(chosen.get(name), str):
+            chosen[name] = (chosen[name],)
+    if isinstance(chosen.get("logit_bias"), Mapping):
+        chosen["logit_bias"] = tuple(chosen["logit_bias"].items())
+    schema = chosen.get("json_schema")
+    if schema is not None and not isinstance(schema, str):
+        try:
+            chosen["json_schema"] = json.dumps(schema, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadRequestError(f"request.sampling.json_schema: cannot be written as JSON: {error}") from error
+    return chosen
+
+
+def seeds(n: int, first: int | None) -> range:
+    """Return the seeds of `n` completions of one prompt; None draws the first one.
+
+    Raises:
+        BadRequestError: there are not so many seeds, or not so many completions are allowed.
+    """
+    number: int = _checked(count(1, limits.MAX_COMPLETIONS), n, "n")
+    most = MAX_SEED + 1 - number
+    begin: int = secrets.randbelow(most + 1) if first is None else _checked(count(0, most), first, "seed")
+    return range(begin, begin + number)
 
 
 def check_size(payload: bytes, attachments: Sequence[bytes]) -> None:
@@ -149,24 +191,3 @@ def _hedge_after(value: Any) -> float | None:
             f"request.hedge_after_s: expected seconds, more than 0, or infinity for never, got {value!r:.80}"
         )
     return float(value)
-
-
-def _attachments(values: Iterable[Any]) -> tuple[bytes, ...]:
-    if isinstance(values, (bytes, bytearray, memoryview, str)):
-        raise BadRequestError("request.attachments: expected a list of bytes")
-    frames = []
-    for position, value in enumerate(values):
-        if not isinstance(value, (bytes, bytearray, memoryview)):
-            name = type(value).__name__
-            raise BadRequestError(f"request.attachments[{position}]: expected bytes, got {name}")
-        frame = bytes(value)
-        if len(frame) > limits.MAX_FRAME_BYTES:
-            raise BadRequestError(
-                f"request.attachments[{position}]: {len(frame)} bytes, at most {limits.MAX_FRAME_BYTES} are allowed"
-            )
-        frames.append(frame)
-    if len(frames) > limits.MAX_ATTACHMENTS:
-        raise BadRequestError(
-            f"request.attachments: {len(frames)} attachments, at most {limits.MAX_ATTACHMENTS} are allowed"
-        )
-    return tuple(frames)

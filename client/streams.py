@@ -12,7 +12,7 @@ from enum import Enum
 
 from ..protocol import limits
 from ..protocol.errors import BrokerLostError, DrainingError, ErrorCode, ProtocolError, TokenmqError, exception_for
-from ..protocol.messages import Cancel, Chunk, Credit, Envelope, Error, Finish, FinishReason, Request
+from ..protocol.messages import Cancel, Chunk, Credit, Details, Envelope, Error, Finish, FinishReason, Request
 from ..protocol.payload import Prior, resumed
 from .attempt import OpenAttempt
 from .events import Attempt, Ending, Submit
@@ -97,6 +97,11 @@ class OpenStream:
         """When the request loses its worth, None for never."""
         seconds = self.order.deadline_s
         return None if seconds is None else self.submitted_at + seconds
+
+    @property
+    def progress(self) -> int:
+        """How much has come: tokens."""
+        return len(self.tokens)
 
     @property
     def has_news(self) -> bool:
@@ -202,7 +207,7 @@ class OpenStream:
         self.close(self.open[0], error)
         self.last += 1
         self.open = [OpenAttempt(self.last)]
-        self.first_token = len(self.tokens)
+        self.first_token = self.progress
         self.place, self.endpoint = Place.WAITING, ""
 
     # What time brings
@@ -278,6 +283,8 @@ class OpenStream:
             # Tokens went missing on the way: the same request may well succeed again.
             what = f"tokens {chunk.offset} to {end} came where {expected} was next"
             raise self._fault(ErrorCode.WORKER_LOST, what, retryable=True)
+        if chunk.details is not None:
+            self._check(chunk, chunk.details)
         if not tokens:
             attempt.tails += 1
             if attempt.tails > MAX_TAILS:
@@ -291,6 +298,16 @@ class OpenStream:
         attempt.heard_at = now
         self.lost_at = None
         return True
+
+    def _check(self, chunk: Chunk, details: Details) -> None:
+        """Check that what is told of tokens is told of the chunk's own: so it comes once and whole, as these do."""
+        tokens, given = len(chunk.token_ids), len(details.logprobs)
+        if given not in (0, tokens):
+            raise self._fault(ErrorCode.PROTOCOL, f"logprobs of {given} tokens in a chunk of {tokens}")
+        if details.prompt_logprobs and chunk.offset:
+            raise self._fault(ErrorCode.PROTOCOL, f"logprobs of the prompt in front of token {chunk.offset}")
+        if details.vector:
+            raise self._fault(ErrorCode.PROTOCOL, "a vector, and a completion was asked for")
 
     def finish(self, message: Finish) -> Ending:
         """Return the end that a FINISH tells.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from ..protocol.limits import NORMAL_PRIORITY
 from ..protocol.messages import Chunk
 from .base import BaseClient
+from .embeddings import Embeddings
 from .mailbox import Bell, Mailbox
 from .management import Management
 from .stream import BaseStream
@@ -98,6 +100,42 @@ class Client(BaseClient[Stream], Management[_Answer, _Rows]):
 
     Use it as a context manager, or call `close`. All methods may be called from any thread.
     """
+
+    def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        deadline_s: float | None = None,
+        resume: bool | None = None,
+        priority: int = NORMAL_PRIORITY,
+        hedge_after_s: float | None = None,
+    ) -> Embeddings:
+        """Return a vector for each text, in order; wait for them.
+
+        Long lists are divided into several requests, a few of them under way at a time, so that several workers
+        share them; each is repaired by itself.
+
+        Args:
+            model: the model's name, one of `models()` that embeds.
+            texts: a list of strings, none of them empty.
+            deadline_s: seconds from now after which the vectors are worth nothing; None for never.
+            resume: as for `generate`.
+            priority: as for `generate`.
+            hedge_after_s: as for `generate`, until the first vector of a request.
+
+        Raises:
+            BadRequestError: an argument is not valid; the message names it.
+            TokenmqError: a request failed with it.
+        """
+        work = self._embedding(
+            model, texts, deadline_s=deadline_s, resume=resume, priority=priority, hedge_after_s=hedge_after_s
+        )
+        with work:
+            for stream in work:
+                for chunk in stream:
+                    work.take(chunk)
+        return work.result
 
     def query(self, method: str, **arguments: Any) -> Any:
         """Ask any management question; return plain data. Raises as all methods of Management."""

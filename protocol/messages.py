@@ -259,6 +259,16 @@ class Chunk:
     text: str
     details: Details | None = None
 
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """The logprobs of the tokens, one for each; empty where they were not asked for."""
+        return () if self.details is None else self.details.logprobs
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """Those of the prompt's tokens, None for its first; empty but in the first chunk of an echo with logprobs."""
+        return () if self.details is None else self.details.prompt_logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class Hello:

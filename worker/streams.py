@@ -141,7 +141,7 @@ class Stream:
         """Keep what the engine brought."""
         self.tokens += len(output.token_ids)
         text = output.text
-        if self.cancelled or not (output.token_ids or text):
+        if self.cancelled or not (output.token_ids or text or output.details):
             return
         if not text.isascii():  # a lone surrogate from an odd tokenizer cannot be packed
             text = text.encode("utf-8", "replace").decode()

@@ -64,6 +64,8 @@ from tokenmq.protocol.payload import unpack_generation
 
 #: A wait that ends only when something is broken.
 PATIENCE_S = 10.0
+#: As much of an image as a client looks at.
+PNG = b"\x89PNG\r\n\x1a\n..."
 
 
 class StubBroker:
@@ -272,11 +274,11 @@ def test_an_error_is_raised_every_time(new_broker: NewBroker) -> None:
 def test_the_request_leaves_before_anybody_reads(new_broker: NewBroker) -> None:
     broker = new_broker()
     with Client(broker.endpoint) as client:
-        stream = client.generate("m", "x", deadline_s=9.0, attachments=[b"image"])
+        stream = client.generate("m", "x", deadline_s=9.0, images=[PNG])
         request = broker.wait_for(Request)
         assert isinstance(request, Request)
         assert request.id.hex() == stream.id
-        assert request.attachments == (b"image",)
+        assert request.attachments == (PNG,)
         assert request.envelope.deadline_s == pytest.approx(9.0, abs=2.0)
 
 
@@ -319,8 +321,8 @@ def test_a_wrong_setting_is_named_at_once(
         ({"prompt": "x", "session": ""}, "session"),
         ({"prompt": "x", "hedge_after_s": 0.0}, "hedge_after_s"),
         ({"prompt": "x", "explain": "yes"}, "explain"),
-        ({"prompt": "x", "attachments": ["text"]}, "attachments"),
-        ({"prompt": "x", "attachments": b"bytes"}, "attachments"),
+        ({"prompt": "x", "images": [7]}, "images"),
+        ({"prompt": "x", "images": b"bytes"}, "images"),
         ({"prompt": "x", "token_ids": [1]}, "prompt and token_ids"),
         ({}, "prompt"),
         ({"prompt": ""}, "prompt"),
@@ -390,7 +392,7 @@ def test_a_stream_goes_on_at_the_next_broker(new_broker: NewBroker) -> None:
     first, second = new_broker(None), new_broker(40)
     with Client([first.endpoint, second.endpoint], window_tokens=16) as client:
         wait_for_sessions(client)
-        stream = client.generate("m", "x", attachments=[b"image"])
+        stream = client.generate("m", "x", images=[PNG])
         text = next(stream).text
         sent = first.wait_for(Request)
         first.close()

@@ -11,29 +11,17 @@ import pytest
 
 from tokenmq.client.affinity import BEGINNING_CHARS, BEGINNING_TOKENS
 from tokenmq.client.events import Submit
-from tokenmq.client.request import build_submit
+from tokenmq.client.request import SOURCE, build_submit
 from tokenmq.protocol.errors import BadRequestError
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
-from tokenmq.protocol.schema import dump
 
 from .story import Story, key, request
 
-SAMPLING = dump(Sampling())
-DEFAULTS: dict[str, Any] = {
-    "attachments": (),
-    "deadline_s": None,
-    "window_tokens": 8,
-    "resume": True,
-    "priority": 5,
-    "session": None,
-    "hedge_after_s": None,
-    "explain": False,
-}
 
 
 def build(sampling: dict[str, Any] | None = None, **given: Any) -> Submit:
-    source = {name: given.pop(name) for name in ("prompt", "token_ids", "messages") if name in given}
-    return build_submit("m", source or {"prompt": "x"}, {**SAMPLING, **(sampling or {})}, **{**DEFAULTS, **given})
+    source = {name: given.pop(name) for name in (*SOURCE, "texts") if name in given}
+    return build_submit("m", source or {"prompt": "x"}, sampling or {}, window_tokens=8, **given)
 
 
 def affinity(**given: Any) -> str:
