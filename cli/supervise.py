@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from ..protocol.log import Log, write
 from ..worker.events import EXIT_FAILED
 from ..worker.settings import default_name
-from ..worker.supervisor import Action, Ended, Seat, Signal, Signalled, Spawn, SupervisorCore
+from ..worker.supervisor import Action, Ended, Kill, Seat, Signalled, Spawn, SupervisorCore, Terminate
 from .devices import device_environment, teams, threads_environment
 
 LOGGER = logging.getLogger("tokenmq.supervisor")
@@ -59,6 +59,7 @@ class Supervisor:
         self._core = SupervisorCore([team.name for team in teams], grace_s, len(teams[0].environments))
         self._processes: dict[Seat, subprocess.Popen[bytes]] = {}
         self._exit_code: int | None = None
+        self._alive, self._lifeline = os.pipe()
 
     def run(self) -> int:
         """Start the workers, and keep them running until a signal comes or there is none to run any more.
@@ -66,11 +67,9 @@ class Supervisor:
         Returns:
             The exit code: 0 when all have drained, 128 and the signal's number after a second signal.
         """
-        alive, self._lifeline = os.pipe()
         woken, wake = os.pipe()
         os.set_blocking(woken, False)
         os.set_blocking(wake, False)
-        self._alive = alive
         for number in (*_SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)  # the number itself comes through the pipe
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -78,9 +77,9 @@ class Supervisor:
         while self._exit_code is None:
             sleep_s = min(_LONGEST_S, max(0.0, self._core.next_deadline() - time.monotonic()))
             ready, _, _ = select.select([woken], [], [], sleep_s)
-            for number in os.read(woken, 4096) if ready else b"":
-                if number in _SIGNALS:
-                    self._perform(self._core.handle(Signalled(number), time.monotonic()))
+            for byte in os.read(woken, 4096) if ready else b"":
+                if byte in _SIGNALS:
+                    self._perform(self._core.handle(Signalled(byte), time.monotonic()))
             self._look()
             self._perform(self._core.tick(time.monotonic()))
         return self._exit_code
@@ -96,9 +95,11 @@ class Supervisor:
         for action in actions:
             if isinstance(action, Spawn):
                 self._spawn(action.worker)
-            elif isinstance(action, Signal):
-                if action.seat in self._processes:
-                    self._processes[action.seat].send_signal(action.number)
+            elif isinstance(action, Terminate):
+                self._processes[action.seat].terminate()
+            elif isinstance(action, Kill):
+                if action.seat in self._processes:  # not where it could not be started
+                    self._processes[action.seat].kill()
             elif isinstance(action, Log):
                 write(LOGGER, action)
             else:
@@ -108,8 +109,8 @@ class Supervisor:
         """Start a worker's processes; one that cannot be started has ended."""
         team = self._teams[worker]
         size = len(team.environments)
-        shared = {} if size == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         try:
+            shared = {} if size == 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
             for rank, own in enumerate(team.environments):
                 process = subprocess.Popen(  # noqa: S603 (our own command, no shell)
                     team.command, env={**os.environ, **own, **shared}, stdin=self._alive, start_new_session=True
@@ -120,9 +121,9 @@ class Supervisor:
         except OSError as error:  # such as no memory for another process
             fields = {"worker": team.name, "error": error.strerror}
             write(LOGGER, Log("worker_not_started", fields, level=logging.ERROR))
-            for rank in range(size):
-                if Seat(worker, rank) not in self._processes:
-                    self._perform(self._core.handle(Ended(Seat(worker, rank), EXIT_FAILED), time.monotonic()))
+            missing = [Seat(worker, rank) for rank in range(size) if Seat(worker, rank) not in self._processes]
+            for seat in missing:
+                self._perform(self._core.handle(Ended(seat, EXIT_FAILED), time.monotonic()))
 
 
 def make_teams(

@@ -22,8 +22,8 @@ SLOTS = 16
 GRACE_S = 10.0
 #: A step of a healthy engine takes well under a second, a first step that compiles some ten seconds.
 STALL_AFTER_S = 30.0
-#: A step this long does not end any more: ten times what makes a worker stalled, longer than a first step that compiles
-#: a large model (minutes). Shorter than what people wait before they look.
+#: A step this long does not end any more: ten times what makes a worker stalled, longer than a first step that
+#: compiles a large model (minutes).
 RESTART_AFTER_S = 300.0
 #: A worker holds at most `slots * HOLD_FACTOR + HOLD_SPARE` requests: two brokers that fill all slots and a few
 #: that are on their way while a slot becomes free. What is beyond would only wait here, where no broker can move it.
@@ -61,8 +61,8 @@ class WorkerSettings:
         heartbeat_s: a wish for a longer heartbeat interval in seconds; None for the broker's own.
         grace_s: seconds that a drain gives to held requests.
         stall_after_s: seconds after which an engine step that has not ended makes the worker `stalled`.
-        restart_after_s: seconds after which it makes the worker end with an exit code that a supervisor restarts; 0 for
-            never.
+        restart_after_s: seconds after which it makes the worker end with an exit code that a supervisor restarts; 0
+            for never.
         reader_timeout_s: seconds that a stream's tokens wait for its reader's credit before it is given up.
 
     Raises:

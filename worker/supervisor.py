@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from signal import SIGKILL, SIGTERM
+from signal import SIGTERM
 from typing import Any, TypeAlias
 
 from ..protocol.log import Log
@@ -68,11 +68,17 @@ class Spawn:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
-    """Action: send the process in this seat a signal."""
+class Terminate:
+    """Action: send the process in this seat SIGTERM: it is to drain."""
 
     seat: Seat
-    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """Action: send the process in this seat SIGKILL."""
+
+    seat: Seat
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,7 @@ class Finish:
 
 
 Event: TypeAlias = Ended | Signalled
-Action: TypeAlias = Spawn | Signal | Finish | Log
+Action: TypeAlias = Spawn | Terminate | Kill | Finish | Log
 
 
 @dataclass(slots=True)
@@ -121,7 +127,7 @@ class SupervisorCore:
         """
         self._teams = [_Team(name, size) for name in names]
         self._grace_s = grace_s
-        self._orders: Orders[Spawn | Signal | Finish] = Orders()
+        self._orders: Orders[Spawn | Terminate | Kill | Finish] = Orders()
         #: When what is left is killed; None while nothing is to end.
         self._kill_at: float | None = None
         self._exit_code = 0
@@ -141,7 +147,7 @@ class SupervisorCore:
         """Take one event; return what is to be done, in order."""
         if isinstance(event, Ended):
             self._on_ended(event.seat, event.exit_code, now)
-        else:
+        elif not self._finished:
             self._on_signalled(event.number, now)
         return self._done()
 
@@ -186,8 +192,7 @@ class SupervisorCore:
             team.exit_code = exit_code
             if team.alive and exit_code != 0:
                 self._log_end("worker_rank_ended", team, exit_code, rank=seat.rank)
-            for rank in sorted(team.alive):
-                self._orders.add(Signal(Seat(seat.worker, rank), SIGKILL))
+            self._kill(seat.worker)
         if not team.alive:
             self._on_life_over(team, now)
 
@@ -242,12 +247,15 @@ class SupervisorCore:
             team.restart_at = None
             # Followers end with their leader, which needs them until then.
             if 0 in team.alive and team.exit_code is None:
-                self._orders.add(Signal(Seat(number), SIGTERM))
+                self._orders.add(Terminate(Seat(number)))
 
     def _kill_all(self) -> None:
-        for number, team in enumerate(self._teams):
-            for rank in sorted(team.alive):
-                self._orders.add(Signal(Seat(number, rank), SIGKILL))
+        for number in range(len(self._teams)):
+            self._kill(number)
+
+    def _kill(self, number: int) -> None:
+        for rank in sorted(self._teams[number].alive):
+            self._orders.add(Kill(Seat(number, rank)))
 
     def _done(self) -> list[Action]:
         """End with the last process, and hand out the actions."""

@@ -14,6 +14,7 @@ PURE = (
     "tokenmq.protocol.credit",
     "tokenmq.broker.core",
     "tokenmq.worker.core",
+    "tokenmq.worker.supervisor",
     "tokenmq.client.core",
 )
 
