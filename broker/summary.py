@@ -94,8 +94,14 @@ def _models(readies: Iterable[Ready]) -> tuple[ModelInfo, ...]:
             elif known != info:
                 # A prompt that fits into the smallest context fits wherever it goes; 0 is no bound.
                 contexts = [tokens for tokens in (known.context_tokens, info.context_tokens) if tokens]
-                found[info.name] = ModelInfo(
-                    info.name, min(contexts, default=0), known.chat and info.chat, known.resumes or info.resumes
+                found[info.name] = replace(
+                    known,
+                    context_tokens=min(contexts, default=0),
+                    chat=known.chat and info.chat,
+                    resumes=known.resumes or info.resumes,
+                    generates=known.generates and info.generates,
+                    embeds=known.embeds and info.embeds,
+                    images=known.images and info.images,
                 )
     return tuple(found[name] for name in sorted(found))
 

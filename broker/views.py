@@ -43,6 +43,9 @@ def _model(core: BrokerCore, name: str, infos: Sequence[ModelInfo], running: int
         # Workers may differ: a request that fits the smallest fits all. 0 is no bound.
         "context_tokens": min((info.context_tokens for info in infos if info.context_tokens), default=0),
         "chat": all(info.chat for info in infos),
+        "images": all(info.images for info in infos),
+        "generates": all(info.generates for info in infos),
+        "embeds": all(info.embeds for info in infos),
     }
 
 
@@ -53,6 +56,7 @@ def workers(core: BrokerCore, now: float) -> list[dict[str, Any]]:
 
 def worker_row(worker: WorkerSession, now: float) -> dict[str, Any]:
     """Return what is known of a worker."""
+    load = worker.reported
     return {
         "name": worker.name,
         "state": worker.state.value,
@@ -65,14 +69,20 @@ def worker_row(worker: WorkerSession, now: float) -> dict[str, Any]:
         "in_flight": len(worker.in_flight),
         "parked": worker.parked,
         "outstanding_tokens": worker.outstanding_tokens,
-        "running": worker.reported.running,
-        "waiting": worker.reported.waiting,
+        "running": load.running,
+        "waiting": load.waiting,
         "speed": worker.speed,
         "speed_set": worker.speed_set,
-        "tokens_per_s": worker.reported.tokens_per_s,
-        "kv_use": worker.reported.kv_use,
-        "steps": worker.reported.steps,
-        "step_age_s": worker.reported.step_age_s,
+        "tokens_per_s": load.tokens_per_s,
+        "kv_use": load.kv_use,
+        "steps": load.steps,
+        "steps_per_s": load.steps_per_s,
+        "step_age_s": load.step_age_s,
+        "prefill_use": load.prefill_use,
+        "decode_use": load.decode_use,
+        "prefix_hits": load.prefix_hits,
+        "memory_used_bytes": load.memory_used_bytes,
+        "memory_bytes": load.memory_bytes,
         "heard_s": max(0.0, now - worker.liveness.heard_at),
         "incarnation": worker.incarnation,
         "software": worker.ready.software,

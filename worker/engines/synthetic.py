@@ -4,18 +4,25 @@ Its token at a position is a pure function of the request's seed and the positio
 `text_of` that token, so that a test can check any stream to the last character. Token k of a stream is due at
 start + k / rate: a late step is followed by as many more as it takes, and the pace does not drift. A stream that
 resumes has its first new token at once, and goes on at this pace.
+
+What else a request may ask for is as easy to check: logprobs are `logprobs_at`, an embedding is `vector_of` its text
+(one text at the pace of a token), an echo has a token for each word of the prompt. An image counts as a word. Of
+sampling, the seed, max_tokens, the stops and logprobs have an effect; nothing else has.
 """
 
 from __future__ import annotations
 
 import heapq
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
 from ...protocol.errors import ErrorCode
 from ...protocol.limits import MAX_TOKEN_ID
-from ...protocol.messages import FinishReason, ModelInfo
+from ...protocol.messages import Details, FinishReason, ModelInfo, TokenLogprob, TokenLogprobs
 from ...protocol.payload import Generation, Prior
 from .base import Done, Engine, EngineStats, Failed, Job, Output, Tokens
 from .stops import StopMatcher
@@ -24,6 +31,8 @@ from .stops import StopMatcher
 SLOTS = 16
 #: Token ids are below this.
 VOCABULARY = 4096
+#: Numbers of an embedding.
+DIMENSION = 8
 _WORDS = (
     "the a one this that of in on over under from with and then so but sea wind rain sun moon light night day "
     "river hill stone tree leaf bird fish boat road house door lamp song word line ring bell coat bread salt "
@@ -53,6 +62,24 @@ def text_of(token: int) -> str:
     return _TEXTS[token % len(_TEXTS)]
 
 
+def logprobs_at(seed: int, position: int, top: int, vocabulary: int = VOCABULARY) -> TokenLogprobs:
+    """Return what is told of that token with `logprobs`: it is the likeliest, and those of the next ids follow."""
+    return _logprobs(token_at(seed, position, vocabulary), position, top, vocabulary)
+
+
+def _logprobs(token: int, position: int, top: int, vocabulary: int) -> TokenLogprobs:
+    first = -0.5 - position % 7 / 8  # an exact number in binary, so that it compares equal wherever it has been
+    others = [(token + place) % vocabulary for place in range(min(top, vocabulary))]
+    ranked = tuple(TokenLogprob(other, text_of(other), first - place) for place, other in enumerate(others))
+    return TokenLogprobs(token, text_of(token), first, ranked)
+
+
+def vector_of(text: str) -> bytes:
+    """Return the embedding of a text: a hash of it, as numbers from -1 to 1, float32, little endian."""
+    digest = blake2b(text.encode(), digest_size=2 * DIMENSION).digest()
+    return struct.pack(f"<{DIMENSION}f", *(number / 2**15 for number in struct.unpack(f"<{DIMENSION}h", digest)))
+
+
 @dataclass(slots=True, eq=False)
 class _Row:
     """One job.
@@ -60,7 +87,10 @@ class _Row:
     Attributes:
         begin: position of the first token that is generated here; what is before it came as prior.
         position: of the next token.
-        lag: text of the prior that the reader lacks; it leaves in front of the next text.
+        lag: text of the prior that the reader lacks, or an echo; it leaves in front of the next text.
+        logprobs: how many are told of each token; None for none.
+        prompt_logprobs: what is told of the prompt, with the first token.
+        texts: what is to be embedded; then positions are those of texts, and there are no tokens.
     """
 
     ticket: int
@@ -75,6 +105,9 @@ class _Row:
     position: int = 0
     lag: str = ""
     first_at: float = 0.0
+    logprobs: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def take(self, token: int) -> tuple[str, FinishReason | None]:
         """Take the next token; return the text that it completes and, where it is the last one, why."""
@@ -139,21 +172,26 @@ class SyntheticEngine(Engine):
 
     def load(self) -> Sequence[ModelInfo]:
         """Return the one model; there is nothing to load."""
-        return [ModelInfo(self._model, chat=True, resumes=self._resumes)]
+        return [ModelInfo(self._model, chat=True, resumes=self._resumes, embeds=True, images=True)]
 
     def submit(self, job: Job) -> Sequence[Output]:
         """Take a job; it fails only with a prior that is none."""
-        sampling = job.generation.sampling
+        generation, sampling = job.generation, job.generation.sampling
         row = _Row(
             ticket=job.ticket,
             seed=_mixed_seed(sampling.seed),
             length=sampling.max_tokens if self._length is None else min(sampling.max_tokens, self._length),
-            prompt_tokens=_prompt_tokens(job.generation),
+            prompt_tokens=_prompt_tokens(generation) + len(job.attachments),
             submitted=self._clock(),
             stop_token_ids=frozenset(sampling.stop_token_ids),
             stop=StopMatcher(sampling.stop) if sampling.stop else None,
+            logprobs=sampling.logprobs,
         )
-        ended = [] if job.generation.prior is None else self._resume(row, job.generation.prior)
+        if generation.texts is not None:
+            row.texts, row.length = generation.texts, len(generation.texts)
+        elif generation.echo:
+            self._echo(row, generation)
+        ended = [] if generation.prior is None else self._resume(row, generation.prior)
         if not ended:
             self._waiting[job.ticket] = row
             self._admit()
@@ -207,6 +245,13 @@ class SyntheticEngine(Engine):
         running = len(self._running)
         return EngineStats(running, len(self._waiting), min(1.0, running / self._slots))
 
+    def _echo(self, row: _Row, generation: Generation) -> None:
+        row.lag = _prompt_text(generation)
+        if row.logprobs is not None:
+            ids = generation.token_ids or range(row.prompt_tokens)
+            told = [_logprobs(token, place, row.logprobs, self._vocabulary) for place, token in enumerate(ids)]
+            row.prompt_logprobs = (None, *told[1:])
+
     def _resume(self, row: _Row, prior: Prior) -> list[Output]:
         """Bring a row to where the prior ends; return its end where that is there already."""
         if max(prior.token_ids) >= self._vocabulary:
@@ -218,7 +263,7 @@ class SyntheticEngine(Engine):
                 return _refused(row, f"it has {len(prior.token_ids)} tokens, and ends after {row.position}")
             text, reason = row.take(token)
             texts.append(text)
-        text = "".join(texts)
+        text = row.lag + "".join(texts)
         if prior.text_chars > len(text):
             return _refused(row, f"text_chars is {prior.text_chars}, its tokens have {len(text)} characters")
         row.begin = row.position
@@ -252,24 +297,37 @@ class SyntheticEngine(Engine):
         """Bring a row's next token; tell whether it goes on."""
         if row.position == row.begin:
             row.first_at = now
-        token = (_mixed(row.seed, row.position) >> 32) % self._vocabulary
-        text, reason = row.take(token)
-        if row.lag:
-            text, row.lag = row.lag + text, ""
-        outputs.append(Tokens(row.ticket, (token,), text))
+        if row.texts:
+            vector = Details(vector=vector_of(row.texts[row.position]))
+            outputs.append(Tokens(row.ticket, (), "", row.position, vector))
+            row.position += 1
+            reason = FinishReason.STOP if row.position == row.length else None
+        else:
+            token = (_mixed(row.seed, row.position) >> 32) % self._vocabulary
+            details = None if row.logprobs is None else self._details(row, token, row.logprobs)
+            text, reason = row.take(token)
+            if row.lag:
+                text, row.lag = row.lag + text, ""
+            outputs.append(Tokens(row.ticket, (token,), text, 0, details))
         if reason is None:
             return True
         del self._running[row.ticket]
         outputs.append(self._done(row, reason, now))
         return False
 
+    def _details(self, row: _Row, token: int, top: int) -> Details:
+        """Return what is told of a row's next token, and with the first one of the prompt."""
+        prompt = () if row.position else row.prompt_logprobs
+        return Details((_logprobs(token, row.position, top, self._vocabulary),), prompt)
+
     @staticmethod
     def _done(row: _Row, reason: FinishReason, now: float) -> Done:
+        tokens = 0 if row.texts else row.position
         if row.position == row.begin:
             waited = (row.started or now) - row.submitted
-            return Done(row.ticket, reason, row.prompt_tokens, row.position, waited)
+            return Done(row.ticket, reason, row.prompt_tokens, tokens, waited)
         queue_s, prefill_s = row.started - row.submitted, row.first_at - row.started
-        return Done(row.ticket, reason, row.prompt_tokens, row.position, queue_s, prefill_s, now - row.first_at)
+        return Done(row.ticket, reason, row.prompt_tokens, tokens, queue_s, prefill_s, now - row.first_at)
 
 
 def _refused(row: _Row, text: str) -> list[Output]:
@@ -278,8 +336,20 @@ def _refused(row: _Row, text: str) -> list[Output]:
 
 def _prompt_tokens(generation: Generation) -> int:
     """Return the prompt's length: its words, or its tokens where it came as such."""
+    return len(_prompt_text(generation).split()) if generation.token_ids is None else len(generation.token_ids)
+
+
+def _prompt_text(generation: Generation) -> str:
+    """Return the prompt as text; of a chat what its messages say, a line each."""
     if generation.token_ids is not None:
-        return len(generation.token_ids)
+        return "".join(map(text_of, generation.token_ids))
     if generation.messages is not None:
-        return sum(len(str(message.get("content", "")).split()) for message in generation.messages)
-    return len((generation.prompt or "").split())
+        return "\n".join(_said(message.get("content")) for message in generation.messages)
+    return generation.prompt or "\n".join(generation.texts or ())
+
+
+def _said(content: Any) -> str:
+    """Return the text of a message's content, whatever its form."""
+    if isinstance(content, (list, tuple)):
+        return " ".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""

@@ -19,18 +19,19 @@ OPEN = {"frontend": ("tcp://127.0.0.1:5555", "tcp://0.0.0.0:5557"), "insecure": 
 
 def test_models(stage: Stage) -> None:
     client = stage.client()
-    stage.worker("w1", infos=(ModelInfo("b", 2048, True), ModelInfo("a", 0, True)), slots=1)
-    stage.worker("w2", infos=(ModelInfo("b", 0, False),), slots=3, load=Load(WorkerState.STALLED))
+    can_all = {"chat": True, "images": True, "embeds": True}
+    stage.worker("w1", infos=(ModelInfo("b", 2048, **can_all), ModelInfo("a", 0, **can_all)), slots=1)
+    stage.worker("w2", infos=(ModelInfo("b", generates=False),), slots=3, load=Load(WorkerState.STALLED))
     client.asks(1, "b")
     client.asks(2, "b")
     assert client.queries("models") == [
         {
             "name": "a", "workers": 1, "ready": 1, "slots": 1, "running": 0, "waiting": 0, "context_tokens": 0,
-            "chat": True,
+            "chat": True, "images": True, "generates": True, "embeds": True,
         },
         {
             "name": "b", "workers": 2, "ready": 1, "slots": 4, "running": 1, "waiting": 1, "context_tokens": 2048,
-            "chat": False,
+            "chat": False, "images": False, "generates": False, "embeds": False,
         },
     ]  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_workers(stage: Stage) -> None:
     client = stage.client()
     stage.worker("w2")
     worker = stage.worker("w1", "a", "b", slots=2, speed=1.5, incarnation=7)
-    worker.beats(load=Load(WorkerState.READY, 3, 1, 0, 500, 0.25, 80.0, 0.5))
+    worker.beats(load=Load(WorkerState.READY, 3, 1, 0, 500, 0.25, 80.0, 0.5, 40.0, 0.1, 0.8, 0.3, 5_000, 9_000))
     client.asks(1, "m")
     stage.now += 0.5
     first, second = client.queries("workers")
@@ -86,7 +87,8 @@ def test_workers(stage: Stage) -> None:
         "name": "w1", "state": "ready", "held": False, "breaker": "closed", "broker": False, "engine": "synthetic",
         "models": ["a", "b"], "slots": 2, "in_flight": 0, "parked": 0, "outstanding_tokens": 0, "running": 3,
         "waiting": 1, "speed": 1.5, "speed_set": None, "tokens_per_s": 80.0, "kv_use": 0.5, "steps": 500,
-        "step_age_s": 0.25, "heard_s": 0.5, "incarnation": 7, "software": "test/1",
+        "steps_per_s": 40.0, "step_age_s": 0.25, "prefill_use": 0.1, "decode_use": 0.8, "prefix_hits": 0.3,
+        "memory_used_bytes": 5_000, "memory_bytes": 9_000, "heard_s": 0.5, "incarnation": 7, "software": "test/1",
     }  # fmt: skip
     assert (second["name"], second["in_flight"]) == ("w2", 1)
     assert second["outstanding_tokens"] > 0

@@ -41,12 +41,12 @@ def test_a_broker_without_workers_has_room_for_one_and_takes_nothing(stage: Stag
 
 
 def test_models_are_the_union_as_the_weakest_serves_them(stage: Stage) -> None:
-    stage.worker("w1", infos=(ModelInfo("b", 4096, chat=True), ModelInfo("a", 100, chat=True)))
-    stage.worker("w2", infos=(ModelInfo("b", 2048, resumes=True), ModelInfo("c", 7)))
+    stage.worker("w1", infos=(ModelInfo("b", 4096, True, embeds=True, images=True), ModelInfo("a", 100, True)))
+    stage.worker("w2", infos=(ModelInfo("b", 2048, resumes=True, embeds=True), ModelInfo("c", 7)))
     stage.worker("w3", infos=(ModelInfo("c", 0, chat=True),))
     assert summary(stage).models == (
-        ModelInfo("a", 100, chat=True),
-        ModelInfo("b", 2048, chat=False, resumes=True),
+        ModelInfo("a", 100, True),
+        ModelInfo("b", 2048, chat=False, resumes=True, embeds=True, images=False),
         ModelInfo("c", 7),
     )
 

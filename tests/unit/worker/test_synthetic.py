@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmq.protocol.messages import FinishReason, ModelInfo
+from tokenmq.protocol.messages import Details, FinishReason, ModelInfo, TokenLogprobs
 from tokenmq.protocol.payload import Generation, Prior, Sampling
 from tokenmq.worker.engines.base import Done, EngineStats, Failed, Job, Output, Tokens
-from tokenmq.worker.engines.synthetic import SyntheticEngine, text_of, token_at
+from tokenmq.worker.engines.synthetic import DIMENSION, SyntheticEngine, logprobs_at, text_of, token_at, vector_of
+
+PARTS = [{"type": "text", "text": "a b"}, {"type": "image"}, {"type": "text", "text": "c"}]
 
 
 class Clock:
@@ -53,6 +55,11 @@ def text(outputs: Sequence[Output], ticket: int = 1) -> str:
     return "".join(piece.text for piece in outputs if isinstance(piece, Tokens) and piece.ticket == ticket)
 
 
+def logprobs(outputs: Sequence[Output]) -> tuple[TokenLogprobs, ...]:
+    pieces = [piece for piece in outputs if isinstance(piece, Tokens) and piece.details is not None]
+    return tuple(one for piece in pieces if piece.details for one in piece.details.logprobs)
+
+
 def test_tokens_and_text_are_pure_functions() -> None:
     assert [token_at(3, position) for position in range(5)] == [token_at(3, position) for position in range(5)]
     assert len({tuple(token_at(seed, position) for position in range(8)) for seed in range(1000)}) == 1000
@@ -64,7 +71,7 @@ def test_tokens_and_text_are_pure_functions() -> None:
 
 def test_a_stream_is_what_the_functions_say() -> None:
     engine = SyntheticEngine(name="toy", clock=Clock())
-    assert engine.load() == [ModelInfo("toy", chat=True, resumes=True)]
+    assert engine.load() == [ModelInfo("toy", chat=True, resumes=True, embeds=True, images=True)]
     assert engine.next_step_in() is None
     engine.submit(job(max_tokens=20))
     outputs = run(engine)
@@ -89,14 +96,73 @@ def test_the_engines_own_length_bounds_a_stream() -> None:
         (Generation(prompt="a b  c"), 3),
         (Generation(token_ids=(1, 2, 3, 4)), 4),
         (Generation(messages=({"role": "user", "content": "a b"}, {"role": "user", "content": "c"})), 3),
+        (Generation(messages=({"role": "user", "content": PARTS}, {"role": "tool", "content": None})), 3),
+        (Generation(texts=("a b", "c")), 3),
     ],
 )
 def test_the_prompt_is_counted(generation: Generation, words: int) -> None:
     engine = SyntheticEngine(length=1)
     engine.submit(Job(1, "synthetic", generation))
-    [_, done] = run(engine)
-    assert isinstance(done, Done)
-    assert done.prompt_tokens == words
+    engine.submit(Job(2, "synthetic", generation, (b"image", b"another")))
+    one, two = (output for output in run(engine) if isinstance(output, Done))
+    assert (one.prompt_tokens, two.prompt_tokens) == (words, words + 2)
+
+
+def test_each_token_has_its_logprobs_also_behind_a_prior() -> None:
+    told = tuple(logprobs_at(9, position, 2) for position in range(4))
+    assert [one.token_id for one in told] == [token_at(9, position) for position in range(4)]
+    assert all(one.top[0].token_id == one.token_id and len(one.top) == 2 for one in told)
+    engine = SyntheticEngine(clock=Clock())
+    engine.submit(job(max_tokens=4, logprobs=2))
+    assert logprobs(run(engine)) == told
+    engine.submit(resumed([told[0].token_id, told[1].token_id], max_tokens=4, logprobs=2))
+    assert logprobs(run(engine)) == told[2:]
+    engine.submit(job(max_tokens=1, logprobs=0))
+    assert logprobs(run(engine)) == (replace(told[0], top=()),)
+
+
+@pytest.mark.parametrize(
+    ("source", "text_before", "tokens"),
+    [({"prompt": "one two"}, "one two", 2), ({"token_ids": (5, 6, 7)}, text_of(5) + text_of(6) + text_of(7), 3)],
+)
+def test_an_echo_comes_in_front_and_is_not_stopped_by(source: Any, text_before: str, tokens: int) -> None:
+    engine = SyntheticEngine(clock=Clock())
+    sampling = Sampling(max_tokens=2, seed=9, logprobs=1, stop=(text_before,))
+    generation = Generation(**source, sampling=sampling, echo=True)
+    engine.submit(Job(1, "synthetic", generation))
+    first, second, _ = run(engine)
+    whole = text_before + text_of(token_at(9, 0)) + text_of(token_at(9, 1))
+    assert text([first, second]) == whole
+    assert isinstance(first, Tokens)
+    assert first.details is not None
+    assert first.details.prompt_logprobs[0] is None
+    assert len(first.details.prompt_logprobs) == tokens
+    assert isinstance(second, Tokens)
+    assert second.details is not None
+    assert second.details.prompt_logprobs == ()
+    prior = Prior((token_at(9, 0),), len(text_before) - 1)
+    engine.submit(Job(2, "synthetic", replace(generation, prior=prior)))
+    again, _ = run(engine)
+    assert text([again], 2) == whole[len(text_before) - 1 :]
+    assert isinstance(again, Tokens)
+    assert again.details is not None
+    assert again.details.prompt_logprobs == ()
+
+
+def test_texts_are_embedded_one_at_the_pace_of_a_token() -> None:
+    clock = Clock()
+    engine = SyntheticEngine(tokens_per_second=10.0, length=1, clock=clock)
+    texts = ("one two", "größe", "three")
+    engine.submit(Job(1, "synthetic", Generation(texts=texts)))
+    outputs = run(engine)
+    clock.now += 0.2001
+    outputs += run(engine)
+    assert outputs[:-1] == [
+        Tokens(1, (), "", index, Details(vector=vector_of(text))) for index, text in enumerate(texts)
+    ]
+    assert outputs[-1] == Done(1, FinishReason.STOP, 4, 0, 0.0, 0.0, pytest.approx(0.2001))
+    assert len({vector_of(text) for text in texts}) == 3
+    assert len(vector_of("x")) == 4 * DIMENSION
 
 
 def test_the_pace_is_exact_and_catches_up() -> None:
@@ -300,7 +366,8 @@ def test_a_prior_that_is_not_the_begin_of_this_completion_is_refused(
 
 
 def test_it_can_be_made_unable_to_resume() -> None:
-    assert SyntheticEngine(resumes=False).load() == [ModelInfo("synthetic", chat=True, resumes=False)]
+    (model,) = SyntheticEngine(resumes=False).load()
+    assert not model.resumes
 
 
 def test_reset_drops_everything() -> None:
