@@ -12,6 +12,7 @@ import click
 from ..transport.endpoints import DEFAULT_BACKEND, EndpointError, check_destination
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
+from ..worker.engines.transformers.task import AUTO, TASKS, engine_for
 from ..worker.events import EXIT_CANNOT_START
 from ..worker.server import WorkerServer
 from ..worker.settings import (
@@ -47,6 +48,11 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 @option(
     "--engine", default="transformers", metavar="NAME",
     help="transformers, synthetic, one of another package, or package.module:Class.",
+)  # fmt: skip
+@option(
+    "--task", type=click.Choice(TASKS), default=AUTO,
+    help="What the transformers engine does with the model: generate text, or embed texts; auto: what the model's "
+    "files say. See docs/embeddings.md.",
 )  # fmt: skip
 @option(
     "--broker", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
@@ -114,6 +120,7 @@ def main(
     model: str,
     name: str | None,
     engine: str,
+    task: str,
     broker: tuple[str, ...],
     worker_name: str | None,
     slots: int,
@@ -159,6 +166,7 @@ def main(
             "cache_dir": cache_dir,
             "resume": resume,
         },
+        "embeddings": {"model": model, "device": device, "dtype": dtype, "max_context": max_context},
         "synthetic": {"tokens_per_second": tokens_per_second},
     }
     try:
@@ -176,6 +184,10 @@ def main(
         )
         if devices and not supervised:
             supervise(worker_settings, devices, device, worker_name)
+        if engine == "transformers":
+            engine = engine_for(model, task)
+        elif task != AUTO:
+            raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         server = WorkerServer(make_engine(engine, **options), worker_settings)
     except (ValueError, EngineLoadError) as error:

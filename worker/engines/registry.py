@@ -14,11 +14,14 @@ from .base import Engine, EngineLoadError
 ENTRY_POINT_GROUP = "tokenmq.engines"
 #: name -> (module relative to this package, class)
 _BUILT_IN = {
+    "embeddings": (".transformers.embeddings", "EmbeddingEngine"),
     "synthetic": (".synthetic", "SyntheticEngine"),
     "transformers": (".transformers.engine", "TransformersEngine"),
 }
-#: Modules that the extra of the same name installs.
+#: Modules that an extra installs.
 _EXTRAS = {"transformers": ("torch", "transformers", "tokenizers", "gguf", "safetensors", "huggingface_hub")}
+#: The extra that an engine needs where it is not of the engine's own name.
+_EXTRA_OF = {"embeddings": "transformers"}
 
 
 def engine_names() -> list[str]:
@@ -66,8 +69,9 @@ def _imported(name: str, module: str, attribute: str = "") -> type[Engine]:
             found = getattr(found, part)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in _EXTRAS.get(name, ()):
-            text = f'engine {name!r} needs {missing}, which is not installed: pip install "tokenmq[{name}]"'
+        extra = _EXTRA_OF.get(name, name)
+        if missing in _EXTRAS.get(extra, ()):
+            text = f'engine {name!r} needs {missing}, which is not installed: pip install "tokenmq[{extra}]"'
             raise EngineLoadError(text) from error
         raise EngineLoadError(f"engine {name!r} cannot be imported: {error}") from error
     except (AttributeError, ValueError) as error:

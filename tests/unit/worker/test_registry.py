@@ -45,13 +45,14 @@ def test_wrong_options_are_load_errors(options: Any) -> None:
         make_engine("synthetic", **options)
 
 
-def test_torch_missing_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["transformers", "embeddings"])
+def test_torch_missing_names_the_command_that_installs_it(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_torch(name: str, package: str | None = None) -> Any:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr(registry, "import_module", without_torch)
     with pytest.raises(EngineLoadError, match=r'needs torch, .* pip install "tokenmq\[transformers\]"'):
-        engine_class("transformers")
+        engine_class(engine)
 
 
 def test_entry_points_register_engines(monkeypatch: pytest.MonkeyPatch) -> None:
