@@ -100,6 +100,6 @@ def threads_environment(processes: int, environment: Mapping[str, str]) -> dict[
 
 def cores() -> int:
     """Return the cores that this process may run on."""
-    if sys.platform == "linux":
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))  # a container or taskset may allow fewer than there are
-    return os.cpu_count() or 1
+    return os.cpu_count() or 1  # macOS does not tell

@@ -63,15 +63,22 @@ def end_with_supervisor() -> None:
     threading.Thread(target=watch, name="tokenmq-lifeline", daemon=True).start()
 
 
-def on_signals(drain: Callable[[], None]) -> None:
-    """Drain at the first SIGINT or SIGTERM, exit at once at the second."""
+def on_signals(drain: Callable[[], None], *, supervised: bool = False) -> None:
+    """Drain at the first SIGINT or SIGTERM, exit at once at the second.
+
+    Args:
+        drain: called once.
+        supervised: the second one changes nothing. Service managers send SIGTERM to all processes of a service, so a
+            worker gets it from there and from its supervisor; and that one kills where it is to end at once.
+    """
     seen: list[int] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
         seen.append(number)
-        if len(seen) > 1:
+        if len(seen) == 1:
+            drain()
+        elif not supervised:
             os._exit(128 + number)
-        drain()
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)

@@ -192,7 +192,7 @@ def main(
         server = WorkerServer(make_engine(engine, **options), worker_settings)
     except (ValueError, EngineLoadError) as error:
         fail(str(error), EXIT_CANNOT_START)
-    on_signals(server.drain)
+    on_signals(server.drain, supervised=supervised)
     try:
         exit_code = server.run()
     except EndpointError as error:

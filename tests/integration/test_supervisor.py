@@ -129,6 +129,19 @@ def test_ctrl_c_reaches_the_workers_once(pair: LocalCluster) -> None:
     assert pair.workers[0].wait(PATIENCE_S) == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_sigterm_for_all_processes_of_a_service_drains_too(pair: LocalCluster) -> None:
+    with Client(pair.frontend) as client:
+        stream = client.generate(MODEL, prompt="x", seed=9, max_tokens=60)
+        reader = iter(stream)
+        begin = next(reader).text
+        for pid in (*pids(pair.workers[0]).values(), pair.workers[0].pid):
+            os.kill(pid, signal.SIGTERM)
+        assert begin + rest(reader) == text(9, 60)
+        assert len(stream.attempts) == 1
+    assert pair.workers[0].wait(PATIENCE_S) == 0
+
+
 def test_a_worker_that_a_broker_drains_is_not_started_again(pair: LocalCluster) -> None:
     with Client(pair.frontend) as client:
         client.drain("twin-1")
