@@ -14,9 +14,15 @@ from .leaving import Leaver
 from .options import option
 from .tables import table
 
-_MODEL_COLUMNS = ("name", "workers", "ready", "slots", "running", "waiting", "context_tokens", "chat")
+_MODEL_COLUMNS = ("name", "workers", "ready", "slots", "running", "waiting", "context_tokens", "can")
+#: What a model may be able to do, as `models` tells it, and the command or option that asks for it.
+_ABILITIES = {"generates": "generate", "chat": "chat", "images": "image", "embeds": "embed"}
 _WORKER_COLUMNS = ("name", "state", "engine", "models", "slots", "in_flight", "waiting", "speed", "tokens_per_s")
+_ENGINE_COLUMNS = (
+    "name", "running", "tokens_per_s", "steps_per_s", "prefill", "decode", "prefix_hits", "kv_use", "memory",
+)  # fmt: skip
 _CANDIDATE_COLUMNS = ("worker", "load", "slots", "speed", "cost")
+_GIB = 2**30
 #: What `speed` may be instead of a number.
 _AUTO = "auto"
 
@@ -31,18 +37,25 @@ _AUTO = "auto"
 def models(order: str | None, as_json: bool, broker: tuple[str, ...]) -> None:
     """List the models that the broker's workers serve."""
     with connected(broker) as client:
-        _print_rows(client.models(order=order), _MODEL_COLUMNS, as_json=as_json)
+        rows = client.models(order=order)
+        _print_rows(rows if as_json else list(map(_shown_model, rows)), _MODEL_COLUMNS, as_json=as_json)
+
+
+def _shown_model(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "can": [command for ability, command in _ABILITIES.items() if row[ability]]}
 
 
 @click.command()
 @option("--tree", is_flag=True, help="Also those behind the brokers below this one.")
+@option("--engine", is_flag=True, help="Show what their engines spend time and memory on. --json always tells it.")
 @json_option
 @broker_option
-def workers(tree: bool, as_json: bool, broker: tuple[str, ...]) -> None:
+def workers(tree: bool, engine: bool, as_json: bool, broker: tuple[str, ...]) -> None:
     """List the broker's workers with their load."""
+    columns, shown = (_ENGINE_COLUMNS, _shown_engine) if engine else (_WORKER_COLUMNS, _shown_worker)
     with connected(broker) as client:
         rows = client.workers(tree=tree)
-        _print_rows(rows if as_json else list(map(_shown_worker, rows)), _WORKER_COLUMNS, as_json=as_json)
+        _print_rows(rows if as_json else list(map(shown, rows)), columns, as_json=as_json)
 
 
 def _shown_worker(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,8 +64,33 @@ def _shown_worker(row: Mapping[str, Any]) -> dict[str, Any]:
     state += ["held"] if row["held"] else []
     state += [f"breaker {row['breaker']}"] if row["breaker"] != "closed" else []
     state += ["does not answer"] if row.get("answered") is False else []
-    name = "  " * row.get("depth", 0) + row["name"]
-    return {**row, "name": name, "state": ", ".join(state), "tokens_per_s": round(row["tokens_per_s"], 1)}
+    return {**row, "name": _indented(row), "state": ", ".join(state), "tokens_per_s": round(row["tokens_per_s"], 1)}
+
+
+def _shown_engine(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as the table of engines shows it: parts of time and of caches in percent."""
+    percent = {
+        "prefill": row["prefill_use"],
+        "decode": row["decode_use"],
+        "prefix_hits": row["prefix_hits"],
+        "kv_use": row["kv_use"],
+    }
+    return {
+        "name": _indented(row),
+        "running": row["running"],
+        "tokens_per_s": round(row["tokens_per_s"], 1),
+        "steps_per_s": round(row["steps_per_s"], 1),
+        **{name: f"{part:4.0%}" for name, part in percent.items()},
+        "memory": _memory(row["memory_used_bytes"], row["memory_bytes"]),
+    }
+
+
+def _indented(row: Mapping[str, Any]) -> str:
+    return "  " * row.get("depth", 0) + str(row["name"])
+
+
+def _memory(used: int, total: int) -> str | None:
+    return f"{used / _GIB:.1f} of {total / _GIB:.1f} GiB" if total else None
 
 
 @click.command()
