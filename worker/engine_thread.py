@@ -52,6 +52,7 @@ class EngineThread:
         self._engine = engine
         self._deliver = deliver
         self._clock = clock
+        #: None only wakes the thread.
         self._inbox: queue.SimpleQueue[EngineAction | None] = queue.SimpleQueue()
         self._stopping = False
         #: Tickets that the engine has and that have not ended.
@@ -64,6 +65,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="tokenmq-engine", daemon=True)
 
         engine.announce = self._announced
+        engine.wake = self._wake
 
     # --- called by the I/O thread -----------------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ class EngineThread:
     def stop(self, wait_s: float) -> bool:
         """End the thread after its present step and close the engine; tell whether that was done within `wait_s`."""
         self._stopping = True
-        self._inbox.put(None)
+        self._wake()
         if self._thread.ident is not None:
             self._thread.join(wait_s)
         return not self._thread.is_alive()
@@ -165,6 +167,9 @@ class EngineThread:
         if ticket in self._live and not any(isinstance(output, (Done, Failed)) for output in outputs):
             return [*outputs, Done(ticket, FinishReason.CANCELLED, 0, 0)]
         return outputs
+
+    def _wake(self) -> None:
+        self._inbox.put(None)
 
     def _announced(self, models: Sequence[ModelInfo]) -> None:
         self._deliver(Changed(tuple(models)))

@@ -140,6 +140,10 @@ def _to_nobody(models: Sequence[ModelInfo]) -> None:
     """Stand in for `Engine.announce` where there is no worker."""
 
 
+def _nobody_sleeps() -> None:
+    """Stand in for `Engine.wake` there."""
+
+
 class Engine(ABC):
     """What turns jobs into tokens; see the module for who calls what and when.
 
@@ -147,11 +151,14 @@ class Engine(ABC):
         announce: put here by the worker before `load`. An engine that comes to serve other models than it loaded
             calls it with all that it serves then; any thread may do so. A job for a model that is gone may be on its
             way still: that is Failed with model_not_found, retryable. Jobs that it has end as they would have.
+        wake: put here like `announce`. An engine to which tokens come while nobody steps it calls it, in any thread,
+            when `step` has something to do; the engine thread then asks `next_step_in` anew.
     """
 
     #: The engine's name, shown to people.
     name: str
     announce: Callable[[Sequence[ModelInfo]], None] = staticmethod(_to_nobody)
+    wake: Callable[[], None] = staticmethod(_nobody_sleeps)
 
     @abstractmethod
     def load(self) -> Sequence[ModelInfo]:
