@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,21 @@ def found_devices() -> list[str]:
     return asked.stdout.split() if asked.returncode == 0 else ["cpu"]
 
 
+def parallel_devices(device: str, size: int) -> list[str]:
+    """Return the devices of one worker of `size` processes, where only `--device` is given.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if device not in ("auto", "cuda"):
+        return [device]
+    found = found_devices()
+    cuda = [name for name in found if name.startswith("cuda")]
+    if len(cuda) < size and (cuda or device == "cuda"):
+        raise ValueError(f"--tensor-parallel {size}: CUDA devices here: {len(cuda)}; it needs one for each process")
+    return cuda[:size] or found
+
+
 def teams(devices: Sequence[str], size: int) -> list[tuple[str, ...]]:
     """Divide devices among workers of `size` processes each.
 
@@ -77,7 +93,8 @@ def device_environment(team: Sequence[str], environment: Mapping[str, str]) -> t
         ValueError: CUDA_VISIBLE_DEVICES does not show such a device.
     """
     if not team[0].startswith("cuda"):
-        return team[0], {}
+        # transformers would have several processes compute on the CUDA devices that they see.
+        return team[0], {} if len(team) == 1 else {_VISIBLE: ""}
     numbers = [int(device.partition(":")[2]) for device in team]
     if _VISIBLE not in environment:
         return "cuda", {_VISIBLE: ",".join(map(str, numbers))}
@@ -96,6 +113,13 @@ def threads_environment(processes: int, environment: Mapping[str, str]) -> dict[
     if processes == 1 or "OMP_NUM_THREADS" in environment:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+
+
+def loopback_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what keeps the connections among a worker's processes on the loopback interface, unless a user says."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {variable: names[0] for variable in variables if names and variable not in environment}
 
 
 def cores() -> int:

@@ -13,7 +13,7 @@ from ..protocol.payload import Sampling
 from .asking import broker_option, connected, json_option
 from .options import option
 from .printing import print_stream
-from .values import Bias, JsonValue
+from .values import bias, json_value
 
 _DEFAULTS = Sampling()
 
@@ -56,11 +56,14 @@ _SAMPLING: list[Callable[[Any], Any]] = [
         help=f"Tell the logprob of each token, and of the N likeliest, 0 to {MAX_LOGPROBS}. --json has them in full.",
     ),
     option(
-        "--json-schema", type=JsonValue(dict), show_default="none", metavar="FILE_OR_JSON",
+        "--json-schema", type=json_value(dict), show_default="none", metavar="FILE_OR_JSON",
         help="The text is JSON that this schema allows.",
     ),
     option("--regex", show_default="none", metavar="REGEX", help="The whole text matches it."),
-    option("--choice", multiple=True, show_default="none", metavar="TEXT", help="The text is one of them. Repeatable."),
+    option(
+        "--choice", multiple=True, show_default="none", metavar="TEXT",
+        help="The text is one of these. Repeatable.",
+    ),
     option("--stop", multiple=True, show_default="none", metavar="TEXT", help="End before this text. Repeatable."),
     option("--echo", is_flag=True, help="Begin with the prompt's text."),
     option(
@@ -77,7 +80,7 @@ _SAME_NAMES = (
 
 _RENAMED: list[Callable[[Any], Any]] = [
     option(
-        "--logit-bias", type=Bias(), multiple=True, show_default="none", metavar="ID=BIAS",
+        "--logit-bias", type=bias, multiple=True, show_default="none", metavar="ID=BIAS",
         help="Add this to a token's logit. Repeatable.",
     ),
     option("--bad-word", multiple=True, show_default="none", metavar="TEXT", help="It must not come. Repeatable."),
@@ -165,11 +168,11 @@ def generate(model: str, prompt: str, n: int, as_json: bool, broker: tuple[str, 
 @click.argument("message", required=False)
 @option("--system", show_default="none", metavar="TEXT", help="A system prompt.")
 @option(
-    "--tools", type=JsonValue(list), show_default="none", metavar="FILE_OR_JSON",
+    "--tools", type=json_value(list), show_default="none", metavar="FILE_OR_JSON",
     help="A JSON list of what the model may call.",
 )  # fmt: skip
 @option(
-    "--template", type=JsonValue(dict), show_default="none", metavar="FILE_OR_JSON",
+    "--template", type=json_value(dict), show_default="none", metavar="FILE_OR_JSON",
     help="Further arguments of the model's chat template, as a JSON object.",
 )  # fmt: skip
 @_generation_options

@@ -86,7 +86,8 @@ def _shown_engine(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _indented(row: Mapping[str, Any]) -> str:
-    return "  " * row.get("depth", 0) + str(row["name"])
+    depth: int = row.get("depth", 0)
+    return "  " * depth + str(row["name"])
 
 
 def _memory(used: int, total: int) -> str | None:

@@ -25,7 +25,7 @@ from ..protocol.log import Log, write
 from ..worker.events import EXIT_FAILED
 from ..worker.settings import default_name
 from ..worker.supervisor import Action, Ended, Kill, Seat, Signalled, Spawn, SupervisorCore, Terminate
-from .devices import device_environment, teams, threads_environment
+from .devices import device_environment, loopback_environment, teams, threads_environment
 
 LOGGER = logging.getLogger("tokenmq.supervisor")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -142,7 +142,9 @@ def make_teams(
         ValueError: the devices cannot be divided so.
     """
     divided = teams(devices, size)
-    threads = threads_environment(len(divided) * size, os.environ)
+    shared = threads_environment(len(divided) * size, os.environ)
+    if size > 1:
+        shared |= loopback_environment(os.environ)
     made = []
     for number, team in enumerate(divided):
         suffix = f"-{number}" if numbered else ""
@@ -157,7 +159,7 @@ def make_teams(
             Team(
                 name=own_name,
                 command=(sys.executable, "-m", "tokenmq.cli.worker", *arguments, *own),
-                environments=[{**shown, **threads, **rank} for rank in ranks],
+                environments=[{**shown, **shared, **rank} for rank in ranks],
                 device=",".join(team),
             )
         )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 from pathlib import PurePath
 from typing import Any, NoReturn
 
 import click
 
+from ..protocol.log import Log, write
 from ..transport.endpoints import DEFAULT_BACKEND, EndpointError, check_destination
 from ..worker.engines.base import EngineLoadError
 from ..worker.engines.registry import make_engine
 from ..worker.engines.transformers.task import AUTO, TASKS, engine_for
-from ..worker.events import EXIT_CANNOT_START
-from ..worker.server import WorkerServer
+from ..worker.events import EXIT_CANNOT_START, EXIT_FAILED
+from ..worker.server import LOGGER, WorkerServer
 from ..worker.settings import (
     GRACE_S,
     READER_TIMEOUT_S,
@@ -25,7 +28,7 @@ from ..worker.settings import (
     default_name,
 )
 from . import logs
-from .devices import parse_devices
+from .devices import parallel_devices, parse_devices
 from .lifecycle import end_with_supervisor, fail, leave, on_signals
 from .options import logging_options, option, settings
 from .supervise import Supervisor, make_teams
@@ -75,6 +78,11 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     "--threads", type=click.IntRange(min=1), metavar="N", show_default="OMP_NUM_THREADS, else the cores, shared "
     "among --devices",
     help="CPU threads that the model's computations use in each process.",
+)  # fmt: skip
+@option(
+    "--tensor-parallel", type=click.IntRange(min=1), default=1, metavar="N",
+    help="Divide the model among N processes, each on a CUDA device of its own or all on cpu; for models that do not "
+    "fit one device. See docs/devices.md.",
 )  # fmt: skip
 @option("--supervised", is_flag=True, hidden=True, help="Started by a supervisor, which holds standard input.")
 @option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
@@ -128,6 +136,7 @@ def main(
     device: str,
     devices: str | None,
     threads: int | None,
+    tensor_parallel: int,
     supervised: bool,
     dtype: str,
     max_context: int | None,
@@ -147,9 +156,10 @@ def main(
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     Exit codes: 0 after a drain, 1 when something broke, 2 when it could not start as it was told.
     """
+    rank = int(os.environ.get("RANK", "0")) if supervised and tensor_parallel > 1 else 0
     if supervised:
         end_with_supervisor()
-        logs.configure(log_format, log_level, worker=worker_name)
+        logs.configure(log_format, log_level, worker=worker_name, **({"rank": rank} if rank else {}))
     else:
         logs.configure(log_format, log_level)
     served = name or _served_name(model)
@@ -182,13 +192,19 @@ def main(
             restart_after_s=restart_after,
             reader_timeout_s=reader_timeout,
         )
-        if devices and not supervised:
-            supervise(worker_settings, devices, device, worker_name)
         if engine == "transformers":
             engine = engine_for(model, task)
         elif task != AUTO:
             raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
+        if engine == "transformers":
+            own[engine]["tensor_parallel"] = tensor_parallel
+        elif tensor_parallel > 1:
+            raise ValueError(f"--tensor-parallel {tensor_parallel}: the engine {engine} runs in one process")
+        if (devices or tensor_parallel > 1) and not supervised:
+            supervise(worker_settings, devices, device, tensor_parallel, worker_name)
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
+        if rank:
+            follow(make_engine(engine, **options))
         server = WorkerServer(make_engine(engine, **options), worker_settings)
     except (ValueError, EngineLoadError) as error:
         fail(str(error), EXIT_CANNOT_START)
@@ -202,18 +218,35 @@ def main(
     raise SystemExit(exit_code)
 
 
-def supervise(worker_settings: WorkerSettings, devices: str, device: str, worker_name: str | None) -> NoReturn:
-    """Run one process of this command for each device, and exit with their supervisor's code.
+def supervise(
+    worker_settings: WorkerSettings, devices: str | None, device: str, size: int, worker_name: str | None
+) -> NoReturn:
+    """Run processes of this command, `size` for each worker, and exit with their supervisor's code.
 
     Raises:
         ValueError: a setting is wrong: better told once, here, than by each process.
     """
-    if device != "auto":
+    if devices and device != "auto":
         raise ValueError("--device and --devices: give one of them")
     for endpoint in worker_settings.brokers:
         check_destination(endpoint)
-    teams = make_teams(sys.argv[1:], devices=parse_devices(devices), size=1, name=worker_name, numbered=True)
+    found = parse_devices(devices) if devices else parallel_devices(device, size)
+    teams = make_teams(sys.argv[1:], devices=found, size=size, name=worker_name, numbered=devices is not None)
     raise SystemExit(Supervisor(teams, worker_settings.grace_s).run())
+
+
+def follow(engine: Any) -> NoReturn:
+    """Compute this process's part of a worker's model until rank 0 ends, then exit."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 drains, and needs this process until it has
+    try:
+        engine.follow()
+    except EngineLoadError as error:
+        fail(str(error), EXIT_CANNOT_START)
+    except Exception as error:  # noqa: BLE001 (of torch and its backends, of many kinds)
+        write(LOGGER, Log("follower_failed", {"error": str(error)}, level=logging.ERROR))
+        leave(EXIT_FAILED)
+    leave(0)
 
 
 def _served_name(model: str) -> str:

@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tokenmq.client.affinity import BEGINNING_CHARS, BEGINNING_TOKENS
 from tokenmq.client.events import Submit
-from tokenmq.client.request import SOURCE, build_submit
+from tokenmq.client.request import SOURCE, build_submit, seeds
+from tokenmq.protocol import limits
 from tokenmq.protocol.errors import BadRequestError
-from tokenmq.protocol.payload import Generation, Sampling, pack_generation
+from tokenmq.protocol.payload import MAX_SEED, Generation, Sampling, pack_generation, unpack_generation
 
 from .story import Story, key, request
-
 
 
 def build(sampling: dict[str, Any] | None = None, **given: Any) -> Submit:
     source = {name: given.pop(name) for name in (*SOURCE, "texts") if name in given}
     return build_submit("m", source or {"prompt": "x"}, sampling or {}, window_tokens=8, **given)
+
+
+def generation(sampling: dict[str, Any] | None = None, **given: Any) -> Generation:
+    return unpack_generation(build(sampling, **given).payload)
 
 
 def affinity(**given: Any) -> str:
@@ -82,6 +87,91 @@ def test_every_process_finds_the_same_affinity() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert told.stdout.strip() == affinity(prompt="The sea is")
+
+
+def test_embeddings_are_at_home_nowhere() -> None:
+    assert affinity(texts=["x"]) == ""
+
+
+# The payload
+
+
+def test_what_is_not_said_is_the_default_but_for_the_seed() -> None:
+    nothing = {"seed": None, "logit_bias": None, "logprobs": None, "json_schema": None, "regex": None}
+    first, second = generation(nothing).sampling, generation().sampling
+    assert replace(first, seed=0) == replace(second, seed=0) == Sampling()
+    assert first.seed != second.seed
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"stop": "end"}, {"stop": ("end",)}),
+        ({"bad_words": "no"}, {"bad_words": ("no",)}),
+        ({"bad_words": ["no", "never"]}, {"bad_words": ("no", "never")}),
+        ({"logit_bias": {7: -5, 3: 0.5}}, {"logit_bias": ((7, -5.0), (3, 0.5))}),
+        ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json_schema": '{"type": "string"}'}, {"json_schema": '{"type": "string"}'}),
+        ({"choice": ["ja", "nein"]}, {"choice": ("ja", "nein")}),
+        ({"regex": "[0-9]+"}, {"regex": "[0-9]+"}),
+        ({"min_p": 0.1, "min_tokens": 3, "logprobs": 0}, {"min_p": 0.1, "min_tokens": 3, "logprobs": 0}),
+        (
+            {"repetition_penalty": 1.1, "presence_penalty": -1, "frequency_penalty": 2},
+            {"repetition_penalty": 1.1, "presence_penalty": -1.0, "frequency_penalty": 2.0},
+        ),
+    ],
+)
+def test_sampling_is_put_in_the_form_of_the_wire(given: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert generation({"seed": 1, **given}).sampling == replace(Sampling(seed=1), **sent)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        ({"choice": "yes"}, "choice: expected a list"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {1: "b"}}, "logit_bias"),
+        ({"json_schema": {"type": object}}, "json_schema: cannot be written as JSON"),
+        ({"json_schema": {"a": 1}, "regex": "x"}, "got json_schema and regex"),
+        ({"max_tokens": None}, "max_tokens: expected an integer"),
+        ({"logprobs": True}, "logprobs"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens: 9, max_tokens is 8"),
+    ],
+)
+def test_sampling_that_cannot_be_is_named(sampling: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadRequestError, match=told):
+        build(sampling)
+
+
+def test_a_chats_tools_and_template_go_along() -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [turn("user", "x")]
+    sent = generation(messages=messages, tools=tools, template={"enable_thinking": False}, echo=True)
+    assert (sent.tools, sent.template, sent.echo) == (tuple(tools), {"enable_thinking": False}, True)
+    plain = generation(messages=messages, tools=(), template=None)
+    assert (plain.tools, plain.template, plain.echo) == ((), {}, False)
+
+
+def test_seeds_of_several_follow_one_another() -> None:
+    assert list(seeds(3, 7)) == [7, 8, 9]
+    assert list(seeds(1, MAX_SEED)) == [MAX_SEED]
+    drawn = seeds(limits.MAX_COMPLETIONS, None)
+    assert len(drawn) == limits.MAX_COMPLETIONS
+    assert drawn[-1] <= MAX_SEED
+    for n, first, told in (
+        (0, 1, "n: expected"),
+        (1025, 1, "n: expected"),
+        (2.0, 1, "n: expected"),
+        (2, MAX_SEED, "seed"),
+    ):
+        with pytest.raises(BadRequestError, match=told):
+            seeds(n, first)  # type: ignore[arg-type]
+
+
+def test_a_stream_that_comes_ahead_has_credit_for_all_its_tokens() -> None:
+    assert build({"max_tokens": 5}, ahead=True).window.limit == 8
+    assert build({"max_tokens": 50}, ahead=True).window.limit == 50
+    assert build({"max_tokens": 50}).window.limit == 8
 
 
 # Checks
