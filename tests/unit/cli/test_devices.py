@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from tokenmq.cli import devices
-from tokenmq.cli.devices import device_environment, found_devices, parse_devices, teams, threads_environment
+from tokenmq.cli.devices import (
+    device_environment,
+    found_devices,
+    loopback_environment,
+    parallel_devices,
+    parse_devices,
+    teams,
+    threads_environment,
+)
 
 NO_CUDA = "class cuda:\n def device_count(): return 0\n"
 
@@ -62,8 +70,40 @@ def test_devices_that_cannot_be_divided_are_refused(names: list[str], size: int,
         teams(names, size)
 
 
+@pytest.mark.parametrize(
+    ("device", "found", "expected"),
+    [
+        ("auto", ["cuda:0", "cuda:1", "cuda:2"], ["cuda:0", "cuda:1"]),
+        ("cuda", ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1"]),
+        ("auto", ["cpu"], ["cpu"]),
+        ("cpu", ["cuda:0", "cuda:1"], ["cpu"]),
+    ],
+)
+def test_one_worker_takes_the_first_devices(
+    device: str, found: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "found_devices", lambda: found)
+    assert parallel_devices(device, 2) == expected
+
+
+@pytest.mark.parametrize(("device", "found"), [("auto", ["cuda:0"]), ("cuda", ["cpu"])])
+def test_one_worker_needs_a_device_for_each_process(
+    device: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "found_devices", lambda: found)
+    with pytest.raises(ValueError, match=f"CUDA devices here: {sum('cuda' in name for name in found)};"):
+        parallel_devices(device, 2)
+
+
+def test_processes_of_a_worker_talk_over_the_loopback_interface() -> None:
+    names = set(loopback_environment({}).values())
+    assert names == {"lo"} or names == {"lo0"}
+    assert list(loopback_environment({"GLOO_SOCKET_IFNAME": "eth0"})) == ["NCCL_SOCKET_IFNAME"]
+
+
 def test_a_cuda_device_is_the_only_one_that_its_process_sees() -> None:
     assert device_environment(["cpu"], {}) == ("cpu", {})
+    assert device_environment(["cpu", "cpu"], {}) == ("cpu", {"CUDA_VISIBLE_DEVICES": ""})
     assert device_environment(["cuda:3"], {}) == ("cuda", {"CUDA_VISIBLE_DEVICES": "3"})
     assert device_environment(["cuda:1"], {"CUDA_VISIBLE_DEVICES": "4, GPU-f00"}) == (
         "cuda", {"CUDA_VISIBLE_DEVICES": "GPU-f00"}
