@@ -50,7 +50,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 @option("--name", show_default="the end of --model", metavar="SERVED_NAME", help="What clients ask for.")
 @option(
     "--engine", default="transformers", metavar="NAME",
-    help="transformers, synthetic, one of another package, or package.module:Class.",
+    help="transformers, vllm, synthetic, one of another package, or package.module:Class.",
 )  # fmt: skip
 @option(
     "--task", type=click.Choice(TASKS), default=AUTO,
@@ -99,6 +99,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="How to go on behind another worker's tokens: prefill is quick, replay exact; see docs/numerics.md.",
 )  # fmt: skip
 @option(
+    "--engine-option", multiple=True, metavar="KEY=VALUE",
+    help="For the vllm engine: an argument of vLLM's AsyncEngineArgs, such as gpu_memory_utilization=0.8. Repeatable.",
+)  # fmt: skip
+@option(
     "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
     help="Pace of each stream of the synthetic engine; 0: as fast as it goes.",
 )  # fmt: skip
@@ -142,6 +146,7 @@ def main(
     max_context: int | None,
     cache_dir: str | None,
     resume: str,
+    engine_option: tuple[str, ...],
     tokens_per_second: float,
     heartbeat_interval: float | None,
     stall_after: float,
@@ -178,6 +183,13 @@ def main(
         },
         "embeddings": {"model": model, "device": device, "dtype": dtype, "max_context": max_context},
         "synthetic": {"tokens_per_second": tokens_per_second},
+        "vllm": {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "max_context": max_context,
+            "options": engine_option,
+        },
     }
     try:
         worker_settings = WorkerSettings(
@@ -196,12 +208,14 @@ def main(
             engine = engine_for(model, task)
         elif task != AUTO:
             raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
-        if engine == "transformers":
+        if tensor_parallel > 1:
+            if engine != "transformers":
+                raise ValueError(f"--tensor-parallel {tensor_parallel}: it is for the transformers engine, not {engine}")
             own[engine]["tensor_parallel"] = tensor_parallel
-        elif tensor_parallel > 1:
-            raise ValueError(f"--tensor-parallel {tensor_parallel}: the engine {engine} runs in one process")
         if (devices or tensor_parallel > 1) and not supervised:
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
+        if engine_option and engine != "vllm":
+            raise ValueError(f"--engine-option {engine_option[0]}: it is for the vllm engine, not for {engine}")
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         if rank:
             follow(make_engine(engine, **options))
