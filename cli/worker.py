@@ -100,7 +100,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 )  # fmt: skip
 @option(
     "--engine-option", multiple=True, metavar="KEY=VALUE",
-    help="For the vllm engine: an argument of vLLM's AsyncEngineArgs, such as gpu_memory_utilization=0.8. Repeatable.",
+    help="For the vllm engine, repeatable: an argument of vLLM's AsyncEngineArgs, such as "
+    "gpu_memory_utilization=0.8.",
 )  # fmt: skip
 @option(
     "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
@@ -210,7 +211,7 @@ def main(
             raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
         if tensor_parallel > 1:
             if engine != "transformers":
-                raise ValueError(f"--tensor-parallel {tensor_parallel}: it is for the transformers engine, not {engine}")
+                raise ValueError(f"--tensor-parallel: it is for the transformers engine, not for {engine}")
             own[engine]["tensor_parallel"] = tensor_parallel
         if (devices or tensor_parallel > 1) and not supervised:
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
