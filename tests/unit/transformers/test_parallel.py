@@ -15,8 +15,9 @@ from transformers import GPT2Config, LlamaConfig
 
 from tokenmq.worker.engines.base import EngineLoadError
 from tokenmq.worker.engines.transformers.cache import SlotCache
+from tokenmq.worker.engines.transformers.division import refuse_indivisible
 from tokenmq.worker.engines.transformers.group import Group
-from tokenmq.worker.engines.transformers.parallel import LeadingRunner, OutOfStepError, follow, refuse_indivisible
+from tokenmq.worker.engines.transformers.parallel import LeadingRunner, OutOfStepError, follow
 from tokenmq.worker.engines.transformers.runner import Runner
 from tokenmq.worker.engines.transformers.selfcheck import layer_shapes
 from tokenmq.worker.engines.transformers.space import Space

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..base import EngineLoadError
 from .devices import choose_device, choose_dtype, first_line, is_out_of_memory
+from .division import refuse_indivisible
 from .gguf import converted, default_cache_dir
 
 #: What the hub allows as an id: `name` or `owner/name`.
@@ -35,6 +37,7 @@ def load(
     dtype: str,
     cache_dir: str | None,
     kind: Any = AutoModelForCausalLM,
+    processes: int = 1,
 ) -> LoadedModel:
     """Load a model.
 
@@ -45,6 +48,7 @@ def load(
         dtype: a torch dtype or `auto`.
         cache_dir: folder for converted GGUF files; None for the default.
         kind: the class of transformers that makes the model of its config.
+        processes: load the part of this one of so many processes; they have met, see `group`.
 
     Raises:
         EngineLoadError: no such model, device or dtype, not a decoder-only language model, damaged, or no memory.
@@ -56,7 +60,7 @@ def load(
     try:
         if local and str(model).endswith(".gguf"):
             model = converted(Path(model).resolve(), number, Path(cache_dir) if cache_dir else default_cache_dir())
-        return _load(kind, str(model), on, number, local=local)
+        return _load(kind, str(model), on, number, local=local, processes=processes)
     except EngineLoadError:
         raise
     except Exception as error:
@@ -85,7 +89,9 @@ def _is_local(model: str) -> bool:
     return False
 
 
-def _load(kind: Any, source: str, device: torch.device, dtype: torch.dtype, *, local: bool) -> LoadedModel:
+def _load(
+    kind: Any, source: str, device: torch.device, dtype: torch.dtype, *, local: bool, processes: int
+) -> LoadedModel:
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.is_encoder_decoder:
         raise EngineLoadError(
@@ -99,7 +105,10 @@ def _load(kind: Any, source: str, device: torch.device, dtype: torch.dtype, *, l
             f"{first_line(error).rstrip(':')}"
         ) from error
     more: dict[str, Any] = {}
-    if getattr(config, "quantization_config", None) is not None:
+    if processes > 1:
+        refuse_indivisible(config, processes)
+        more["distributed_config"] = DistributedConfig(tp_size=processes)
+    elif getattr(config, "quantization_config", None) is not None:
         more["device_map"] = {"": device}  # quantised weights must be placed as they are read
     loaded: Any = kind.from_pretrained(
         source, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **more
