@@ -42,7 +42,7 @@ def models(order: str | None, as_json: bool, broker: tuple[str, ...]) -> None:
 
 
 def _shown_model(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "can": [command for ability, command in _ABILITIES.items() if row[ability]]}
+    return {**row, "can": [command for ability, command in _ABILITIES.items() if row[ability]] or None}
 
 
 @click.command()
