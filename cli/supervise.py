@@ -2,8 +2,8 @@
 
 Each process gets
 
-- a session of its own: Ctrl-C in a terminal goes to all processes of the terminal's group, and a worker that has it
-  from there and from its supervisor would take it for the second one, and end at once;
+- a session of its own: Ctrl-C in a terminal goes to all processes of the terminal's group, and is the supervisor's to
+  hand on: a worker that is only starting would end with a traceback, and a follower under its leader's feet;
 - the end of a pipe as standard input. Nothing is ever written to it; when it closes, the supervisor has died, however
   that came, and the process ends at once (`lifecycle.end_with_supervisor`). So none is left behind.
 """
