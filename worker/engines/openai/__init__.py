@@ -1,0 +1,1 @@
+"""The openai engine: requests are run by a server that speaks the OpenAI API."""
