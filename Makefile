@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench chaos gap recovery numerics routing soak coverage clean
+.PHONY: vllm-env test-vllm demo test lint bench chaos gap recovery numerics routing soak coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -17,6 +17,16 @@ demo: $(VENV)/.model
 test: lint $(VENV)/.model
 	$(BIN)/pytest $(PYTEST_ARGS)
 	scripts/versions.sh
+
+# The vllm engine, in an environment of its own: see docs/vllm-engine.md. No part of `make test`.
+vllm-env: .venv-vllm/.made
+
+test-vllm: .venv-vllm/.made $(VENV)/.model
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/vllm $(PYTEST_ARGS)
+
+.venv-vllm/.made: scripts/vllm_env.sh setup.cfg constraints.txt
+	PYTHON=$(PYTHON) scripts/vllm_env.sh
+	touch $@
 
 lint: $(VENV)/.model
 	$(BIN)/ruff format --check .
@@ -60,7 +70,7 @@ coverage: $(VENV)/.model
 	$(BIN)/coverage report
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.base: setup.cfg pyproject.toml constraints.txt

@@ -15,11 +15,17 @@ ENTRY_POINT_GROUP = "tokenmq.engines"
 #: name -> (module relative to this package, class)
 _BUILT_IN = {
     "embeddings": (".transformers.embeddings", "EmbeddingEngine"),
+    "openai": (".openai.engine", "OpenAIEngine"),
     "synthetic": (".synthetic", "SyntheticEngine"),
     "transformers": (".transformers.engine", "TransformersEngine"),
+    "vllm": (".vllm.engine", "VllmEngine"),
 }
 #: Modules that an extra installs.
-_EXTRAS = {"transformers": ("torch", "transformers", "tokenizers", "gguf", "safetensors", "huggingface_hub")}
+_EXTRAS = {
+    "openai": ("aiohttp",),
+    "transformers": ("torch", "transformers", "tokenizers", "gguf", "safetensors", "huggingface_hub"),
+    "vllm": ("vllm",),
+}
 #: The extra that an engine needs where it is not of the engine's own name.
 _EXTRA_OF = {"embeddings": "transformers"}
 
