@@ -13,11 +13,11 @@ from tokenmq.client.settings import Settings
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError, TokenmqError
 from tokenmq.protocol.limits import NORMAL_PRIORITY
-from tokenmq.protocol.messages import Chunk, Chunks, FinishReason, Message, Started
+from tokenmq.protocol.messages import Chunk, Chunks, Details, FinishReason, Message, Started
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 
 from .broker import SimBroker
-from .engine import MODEL, Answer
+from .engine import MODEL, Answer, logprobs_of, vector_of
 from .net import Net
 from .peer import Peer
 
@@ -38,6 +38,8 @@ class Wish:
         hedge_after_s: as in generate().
         priority: as in generate().
         affinity: as in generate(session=...).
+        logprobs: as in generate().
+        texts: where it is more than 0, so many vectors are wanted, and no tokens.
     """
 
     max_tokens: int
@@ -51,6 +53,8 @@ class Wish:
     hedge_after_s: float | None = None
     priority: int = NORMAL_PRIORITY
     affinity: str = ""
+    logprobs: int | None = None
+    texts: int = 0
 
 
 class Reading:
@@ -69,7 +73,7 @@ class Reading:
     def __init__(self, wish: Wish, now: float) -> None:
         self.wish = wish
         self.submitted_at = self.held_at = now
-        self.sampling = Sampling(max_tokens=wish.max_tokens, seed=wish.seed)
+        self.sampling = Sampling(max_tokens=wish.max_tokens, seed=wish.seed, logprobs=wish.logprobs)
         self.answer = Answer.to(self.sampling)
         self.window = ReceiveWindow(wish.window)
         self.tokens = 0
@@ -83,6 +87,11 @@ class Reading:
         #: When a reader that has stopped goes on; None before it stops.
         self.reads_at: float | None = None
 
+    @property
+    def generation(self) -> Generation:
+        """What is asked for."""
+        return Generation(prompt="x", sampling=self.sampling)
+
     def take(self, chunk: Chunk) -> None:
         """Check what arrives: the next tokens, and no character that these do not make."""
         answer = self.answer
@@ -94,6 +103,8 @@ class Reading:
         begin, self.chars = self.chars, self.chars + len(chunk.text)
         assert chunk.text == answer.text[begin : self.chars], "wrong text"
         assert self.chars <= answer.ends[self.tokens], "text ahead of its tokens"
+        told = () if self.wish.logprobs is None else tuple(map(logprobs_of, chunk.token_ids))
+        assert chunk.logprobs == told, "wrong logprobs"
 
     def end(self, outcome: events.Ending | TokenmqError) -> None:
         """Check the end: there is one, and a good one comes after all tokens and all text."""
@@ -108,6 +119,35 @@ class Reading:
             assert self.chars == len(answer.text), f"cut short: {self.chars} of {len(answer.text)} characters"
             assert outcome.usage is not None
             assert outcome.usage.completion_tokens == len(answer.tokens)
+
+
+class TextsReading(Reading):
+    """Vectors as their reader sees them; `tokens` counts them."""
+
+    def __init__(self, wish: Wish, now: float) -> None:
+        super().__init__(wish, now)
+        self.texts = tuple(f"text {number}" for number in range(wish.texts))
+        self._missing = dict(enumerate(self.texts))
+
+    @property
+    def generation(self) -> Generation:
+        """What is asked for."""
+        return Generation(texts=self.texts)
+
+    def take(self, chunk: Chunk) -> None:
+        """Check what arrives: the vector of a text that has none."""
+        assert self.outcome is None, "a chunk after the end"
+        assert chunk.details == Details(vector=vector_of(self._missing.pop(chunk.index))), "a wrong vector"
+        self.tokens += 1
+
+    def end(self, outcome: events.Ending | TokenmqError) -> None:
+        """Check the end: there is one, and a good one comes after all vectors."""
+        assert self.outcome is None, "a second end"
+        self.outcome = outcome
+        if isinstance(outcome, events.Ending) and outcome.reason is FinishReason.CANCELLED:
+            assert self.cancelled, "cancelled by nobody"
+        elif isinstance(outcome, events.Ending):
+            assert not self._missing, f"{len(self._missing)} vectors are missing"
 
 
 class SimClient(Peer):
@@ -192,12 +232,14 @@ class SimClient(Peer):
 
     def _submit(self, wish: Wish) -> None:
         key = self.random.randbytes(16)
-        reading = self.readings[key] = self.open_readings[key] = Reading(wish, self.clock.now)
-        payload = pack_generation(Generation(prompt="x", sampling=reading.sampling))
+        reading = (TextsReading if wish.texts else Reading)(wish, self.clock.now)
+        self.readings[key] = self.open_readings[key] = reading
+        payload = pack_generation(reading.generation)
         reading.closed = self.core.closed
         order = events.Submit(
-            key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume, max_tokens=wish.max_tokens,
-            hedge_after_s=wish.hedge_after_s, priority=wish.priority, affinity=wish.affinity,
+            key, MODEL, payload, reading.window, (), wish.deadline_s, wish.resume,
+            max_tokens=0 if wish.texts else wish.max_tokens, hedge_after_s=wish.hedge_after_s,
+            priority=wish.priority, affinity=wish.affinity, texts=wish.texts,
         )  # fmt: skip
         self._handle(order)
 

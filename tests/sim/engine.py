@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from tokenmq.protocol.messages import FinishReason
+from tokenmq.protocol.messages import Details, FinishReason, TokenLogprobs
 from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Done, Job, Output, Tokens
 
@@ -14,6 +14,16 @@ MODEL = "toy"
 _BURSTS = (1, 1, 1, 2, 3)
 #: Texts of tokens, of one character and more, inside and outside of ASCII.
 _TEXTS = ("a", " the", "é", "\N{GRINNING FACE}", " \N{EURO SIGN}9", "")
+
+
+def logprobs_of(token: int) -> TokenLogprobs:
+    """Return what is told of a token to those who want it."""
+    return TokenLogprobs(token, "", -float(token % 64))
+
+
+def vector_of(text: str) -> bytes:
+    """Return the embedding of a text: something like it."""
+    return text.encode().ljust(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ class Run:
         self._ticket = job.ticket
         self._random = random
         self._answer = Answer.to(generation.sampling)
+        self._wants_logprobs = generation.sampling.logprobs is not None
         self._position = 0 if prior is None else len(prior.token_ids)
         self._chars = 0 if prior is None else prior.text_chars
         if prior is not None:
@@ -83,10 +94,45 @@ class Run:
             upto = self._random.randint(self._chars, upto)  # a character or a stop string may not be complete yet
         outputs: list[Output] = []
         if end > begin or upto > self._chars:
-            outputs.append(Tokens(self._ticket, answer.tokens[begin:end], answer.text[self._chars : upto]))
+            tokens = answer.tokens[begin:end]
+            details = Details(tuple(map(logprobs_of, tokens))) if self._wants_logprobs else None
+            outputs.append(Tokens(self._ticket, tokens, answer.text[self._chars : upto], details=details))
         if self.done and upto < len(answer.text):
             outputs.append(Tokens(self._ticket, (), answer.text[upto:]))
         if self.done:
             outputs.append(Done(self._ticket, answer.reason, 1, end))
         self._chars = upto
         return outputs
+
+
+class TextsRun:
+    """A job that embeds texts, in any order, some in a step.
+
+    Attributes:
+        done: nothing follows.
+        position: tokens of its completion; it has none.
+    """
+
+    position = 0
+
+    def __init__(self, job: Job, random: Random) -> None:
+        """Begin."""
+        assert job.generation.prior is None, "vectors have no tokens to go on behind"
+        self._ticket = job.ticket
+        self._random = random
+        self._left = dict(enumerate(job.generation.texts or ()))
+        self.done = False
+
+    def step(self) -> list[Output]:
+        """Take a step: some vectors; at the end, the end."""
+        some = self._random.sample(sorted(self._left), min(self._random.choice(_BURSTS), len(self._left)))
+        outputs: list[Output] = [
+            Tokens(self._ticket, (), "", index, Details(vector=vector_of(self._left.pop(index)))) for index in some
+        ]
+        self.done = not self._left
+        return [*outputs, Done(self._ticket, FinishReason.STOP, 1, 0)] if self.done else outputs
+
+
+def run_of(job: Job, random: Random) -> Run | TextsRun:
+    """Return what a job is in the batch."""
+    return Run(job, random) if job.generation.texts is None else TextsRun(job, random)

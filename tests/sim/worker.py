@@ -14,7 +14,7 @@ from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output
 from tokenmq.worker.settings import WorkerSettings
 
 from .broker import SimBroker
-from .engine import MODEL, Run
+from .engine import MODEL, Run, TextsRun, run_of
 from .net import Net
 from .peer import Peer
 
@@ -44,7 +44,7 @@ class SimWorker(Peer):
         self.settings = settings
         self.name = settings.name
         self.resumes = resumes
-        self.runs: dict[int, Run] = {}
+        self.runs: dict[int, Run | TextsRun] = {}
         self.exit_code: int | None = None
         self.exited: Callable[[SimWorker], None] = lambda worker: None
         self.core = WorkerCore(settings, "sim", next(net.incarnations))
@@ -174,7 +174,7 @@ class SimWorker(Peer):
                 self.send(action.broker, action.message)
             elif isinstance(action, events.Submit):
                 assert self.resumes or action.job.generation.prior is None, "it cannot resume"
-                self.runs[action.job.ticket] = Run(action.job, self.random)
+                self.runs[action.job.ticket] = run_of(action.job, self.random)
                 if not self._stepping:
                     self._begin_step()
                     self.clock.after(0.0, self.do, self._tell_progress)

@@ -189,6 +189,8 @@ class World:
             hedge_after_s=random.choice([None, None, 0.05, 0.5]),
             priority=random.choice([0, 5, 5, 9]),
             affinity=random.choice(["", "", "a", "b"]),
+            logprobs=random.choice([None, None, 0]),
+            texts=random.choice([0, 0, 0, 0, 0, 6]),
         )
 
     def _cancel(self) -> None:
