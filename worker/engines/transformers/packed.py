@@ -1,0 +1,183 @@
+"""Weights of linear layers in the blocked layout of oneDNN's kernels, laid out once at load: CPU only.
+
+torch's own linear layer keeps rows in order, so that each call lays the whole matrix out anew before it multiplies;
+with few rows, as in a decode, that costs about as much as the product. The bits of the results are those of the
+plain layer in bfloat16; in float32 they differ by rounding, and are, unlike the plain layer's, the same for any number
+of rows from two on.
+
+Nothing here knows a model by its name: every layer that is known to be called, and not read, by its parent is
+replaced by one that computes the same, the whole is tried against the plain model, and put back if it differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .devices import first_line
+
+_log = logging.getLogger("tokenmq.worker")
+
+#: Rows that the layout is chosen for: a batch of the size for which the engine is built. Others take it as it is.
+ROWS = 16
+#: Greatest relative difference between the packed and the plain model's outputs. float32 keeps to about 1e-5.
+TOLERANCE = 1e-3
+TOLERANCE_HALF = 0.05
+#: Tokens that both are tried on.
+TRIAL = 8
+
+
+class PackedLinear(nn.Module):
+    """What `nn.Linear` computes, from a packed weight.
+
+    Attributes:
+        in_features: the last dimension of what it takes.
+        out_features: the last dimension of what it gives.
+        bias: [out_features], or None.
+        weight: the packed matrix; opaque, but its dtype and device may be asked.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Pack.
+
+        Args:
+            weight: [out_features, in_features]; it is copied.
+            bias: [out_features], or None.
+        """
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        # Plain attributes: as parameters they would be taken for trainable, and moved by `Module.to`.
+        self.weight: torch.Tensor
+        object.__setattr__(self, "weight", _reorder(weight.detach()))
+        object.__setattr__(self, "bias", None if bias is None else bias.detach())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return inputs @ weight.T + bias, [..., out_features]."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return result
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack(model: Any) -> int:
+    """Replace the linear layers of a model on a CPU by packed ones; call it when nothing else changes the model.
+
+    Their plain weights are freed, but for one that is also the embedding's table: that is there twice afterwards. A
+    model that does not give the same results packed is left as it was, and the log says so.
+
+    Args:
+        model: a transformers model in eval mode, whose first output tells what it computes.
+
+    Returns:
+        The number of replaced layers; 0 on other devices, other processors than x86, and in other dtypes.
+    """
+    if model.device.type != "cpu" or not _supported(model.dtype):
+        return 0
+    expected = _trial(model)
+    count = _swap(model, _packed)
+    if not count:
+        return 0
+    try:
+        difference = _difference(_trial(model), expected)
+        problem = "" if difference <= _tolerance(model.dtype) else f"a relative difference of {difference:.2g}"
+    except Exception as error:  # noqa: BLE001 (whatever a model does with a layer that is not its own)
+        problem = first_line(error)
+    if problem:
+        unpack(model)
+        _log.warning("%s keeps its plain weights: packed, it gave %s", type(model).__name__, problem)
+        return 0
+    _log.info("%s: %d linear layers packed for this processor", type(model).__name__, count)
+    return count
+
+
+def unpack(model: nn.Module) -> int:
+    """Undo `pack`, bit for bit; return the number of layers that were packed."""
+    return _swap(model, _plain)
+
+
+def _swap(model: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Put the modules that `other` gives in the place of those that it takes; return how many it gave."""
+    made: dict[nn.Module, nn.Module | None] = {}
+    for parent in list(model.modules()):
+        if _reads_children(parent):
+            continue
+        for name, child in list(parent.named_children()):
+            if child not in made:  # the same module may stand at two places
+                made[child] = other(child)
+            instead = made[child]
+            if instead is not None:
+                setattr(parent, name, instead)
+    return sum(instead is not None for instead in made.values())
+
+
+def _reads_children(parent: nn.Module) -> bool:
+    """Whether it may use its children's weights without calling them, as torch's own attention and encoders do."""
+    own = type(parent).__module__.startswith("torch.")
+    return own and not isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+
+
+def _packed(module: nn.Module) -> PackedLinear | None:
+    """Return the packed layer of a plain one; None for any other module, and where something is hooked into it."""
+    weight = getattr(module, "weight", None)
+    # Exact types: a subclass, a quantised or a distributed weight computes something else.
+    if type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
+        return None
+    if weight.device.type != "cpu" or weight.layout is not torch.strided or not _supported(weight.dtype):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks or not weight.numel():
+        return None
+    rows = weight if type(module) is nn.Linear else weight.t()
+    return PackedLinear(rows, getattr(module, "bias", None))
+
+
+def _plain(module: nn.Module) -> nn.Linear | None:
+    """Return the plain layer of a packed one; None for any other module."""
+    if not isinstance(module, PackedLinear):
+        return None
+    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    plain.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
+    if module.bias is not None:
+        plain.bias = nn.Parameter(module.bias, requires_grad=False)
+    return plain.eval()
+
+
+def _supported(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies in this dtype, and quicker from a packed weight: tried on x86 only."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype is torch.float32
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    return packed
+
+
+@torch.inference_mode()
+def _trial(model: Any) -> torch.Tensor:
+    """Return the model's first output for a few tokens, as float32."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[(17 * step + 5) % vocabulary for step in range(TRIAL)]])
+    first: torch.Tensor = model(input_ids=ids)[0]
+    return first.float()
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the relative difference; NaN where they are not numbers."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE if dtype is torch.float32 else TOLERANCE_HALF
