@@ -2,8 +2,8 @@
 
 torch's own linear layer keeps rows in order, so that each call lays the whole matrix out anew before it multiplies;
 with few rows, as in a decode, that costs about as much as the product. The bits of the results are those of the
-plain layer in bfloat16; in float32 they differ by rounding, and are, unlike the plain layer's, the same for any number
-of rows from two on.
+plain layer in bfloat16; in float32 they differ by rounding, and are, unlike the plain layer's, the same for any
+number of rows from two on.
 
 Nothing here knows a model by its name: every layer that is known to be called, and not read, by its parent is
 replaced by one that computes the same, the whole is tried against the plain model, and put back if it differs.
@@ -54,6 +54,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         # Plain attributes: as parameters they would be taken for trainable, and moved by `Module.to`.
         self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
         object.__setattr__(self, "weight", _reorder(weight.detach()))
         object.__setattr__(self, "bias", None if bias is None else bias.detach())
 
@@ -142,16 +143,17 @@ def _plain(module: nn.Module) -> nn.Linear | None:
     """Return the plain layer of a packed one; None for any other module."""
     if not isinstance(module, PackedLinear):
         return None
-    plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    plain.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias, requires_grad=False)
+    weight, bias = module.weight.to_dense(), module.bias
+    plain = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=False)
     return plain.eval()
 
 
 def _supported(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies in this dtype, and quicker from a packed weight: tried on x86 only."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
