@@ -14,6 +14,7 @@ import click
 from ..protocol.log import Log, write
 from ..transport.endpoints import DEFAULT_BACKEND, EndpointError, check_destination
 from ..worker.engines.base import EngineLoadError
+from ..worker.engines.openai.settings import API_KEY_VARIABLE, DIALECT_NAMES, SERVER_WAIT_S
 from ..worker.engines.registry import make_engine
 from ..worker.engines.transformers.task import AUTO, TASKS, engine_for
 from ..worker.events import EXIT_CANNOT_START, EXIT_FAILED
@@ -50,7 +51,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 @option("--name", show_default="the end of --model", metavar="SERVED_NAME", help="What clients ask for.")
 @option(
     "--engine", default="transformers", metavar="NAME",
-    help="transformers, vllm, synthetic, one of another package, or package.module:Class.",
+    help="transformers, vllm, openai, synthetic, one of another package, or package.module:Class.",
 )  # fmt: skip
 @option(
     "--task", type=click.Choice(TASKS), default=AUTO,
@@ -104,6 +105,22 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     "gpu_memory_utilization=0.8.",
 )  # fmt: skip
 @option(
+    "--base-url", metavar="URL",
+    help="For the openai engine: where the server's API is, such as http://host:8000/v1. See docs/openai-engine.md.",
+)  # fmt: skip
+@option(
+    "--api-key-env", default=API_KEY_VARIABLE, metavar="VARIABLE",
+    help="For the openai engine: the environment variable that holds the server's API key, if it wants one.",
+)  # fmt: skip
+@option(
+    "--dialect", type=click.Choice(DIALECT_NAMES), default=DIALECT_NAMES[0],
+    help="For the openai engine: what kind of server it is; auto: by what it says of itself.",
+)  # fmt: skip
+@option(
+    "--server-wait", type=click.FloatRange(min=0), default=SERVER_WAIT_S, metavar="S",
+    help="For the openai engine: seconds that the server may take until it answers.",
+)  # fmt: skip
+@option(
     "--tokens-per-second", type=click.FloatRange(min=0), default=0.0, metavar="RATE",
     help="Pace of each stream of the synthetic engine; 0: as fast as it goes.",
 )  # fmt: skip
@@ -148,6 +165,10 @@ def main(
     cache_dir: str | None,
     resume: str,
     engine_option: tuple[str, ...],
+    base_url: str | None,
+    api_key_env: str,
+    dialect: str,
+    server_wait: float,
     tokens_per_second: float,
     heartbeat_interval: float | None,
     stall_after: float,
@@ -215,6 +236,9 @@ def main(
             own[engine]["tensor_parallel"] = tensor_parallel
         if (devices or tensor_parallel > 1) and not supervised:
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
+        if engine == "openai":
+            server_options = _server_options(base_url, api_key_env)
+            own[engine] = {"model": model, "dialect": dialect, "server_wait_s": server_wait, **server_options}
         if engine_option and engine != "vllm":
             raise ValueError(f"--engine-option {engine_option[0]}: it is for the vllm engine, not for {engine}")
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
@@ -262,6 +286,16 @@ def follow(engine: Any) -> NoReturn:
         write(LOGGER, Log("follower_failed", {"error": str(error)}, level=logging.ERROR))
         leave(EXIT_FAILED)
     leave(0)
+
+
+def _server_options(base_url: str | None, api_key_env: str) -> dict[str, Any]:
+    """Return what the openai engine is told of its server; raises ValueError where something is missing."""
+    if not base_url:
+        raise ValueError("--base-url: the openai engine needs it, such as http://127.0.0.1:8000/v1")
+    api_key = os.environ.get(api_key_env) or None
+    if api_key is None and api_key_env != API_KEY_VARIABLE:
+        raise ValueError(f"--api-key-env: the environment has no variable {api_key_env!r}")
+    return {"base_url": base_url, "api_key": api_key}
 
 
 def _served_name(model: str) -> str:

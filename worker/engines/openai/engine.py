@@ -27,7 +27,7 @@ from ....protocol.messages import ModelInfo
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
 from .body import request_for
 from .dialects import DIALECTS, OPENAI, OWNERS, TRANSFORMERS, Dialect
-from .faults import KeyRefusedError, ServerError
+from .faults import KeyRefusedError, ServerError, lives
 from .link import SILENCE_S, WATCH_S, Ended, Event, Link
 from .row import Row
 from .settings import AUTO, SERVER_WAIT_S
@@ -38,8 +38,6 @@ _ASK_EVERY_S = 1.0
 _TELL_EVERY_S = 10.0
 #: What servers call prompt and completion together, at most.
 _CONTEXT = ("max_model_len", "context_length", "context_window")
-#: Answers to a request for the list of models by a server that has none.
-_NO_LIST = frozenset({ErrorCode.MODEL_NOT_FOUND, ErrorCode.BAD_REQUEST})
 
 
 class OpenAIEngine(Engine):
@@ -228,11 +226,12 @@ class OpenAIEngine(Engine):
                 data = answer.get("data") if isinstance(answer, Mapping) else None
                 return [one for one in data or () if isinstance(one, Mapping)]
             except ServerError as error:
-                if error.code in _NO_LIST:
-                    write(LOGGER, Log("server_lists_nothing", {"error": error.message}, level=logging.WARNING))
-                    return []
                 if isinstance(error, KeyRefusedError):
                     raise EngineLoadError(error.message) from None
+                if lives(error):
+                    # Such as `transformers serve` without a hub cache, which it wants to list.
+                    write(LOGGER, Log("server_lists_nothing", {"error": error.message}, level=logging.WARNING))
+                    return []
                 waited = self._clock() - began
                 if waited >= self._server_wait_s:
                     raise EngineLoadError(f"{error.message} (waited {waited:.0f} s)") from None

@@ -17,14 +17,20 @@ MAX_QUOTE_CHARS = 600
 _REQUEST_FAULTS = frozenset({400, 413, 415, 422})
 _BUSY = frozenset({408, 425, 429})
 _KEY_REFUSED = frozenset({401, 403})
+_ABSENT = frozenset({502, 503, 504})
 
 
 class ServerError(Exception):
-    """How a request failed at the server; code, message and retryable are those of base.Failed."""
+    """How a request failed at the server; code, message and retryable are those of base.Failed.
 
-    def __init__(self, code: ErrorCode, message: str, retryable: bool = True) -> None:
+    Attributes:
+        status: the HTTP status that the server answered with; None where it gave no answer, or said 200 first.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, retryable: bool = True, status: int | None = None) -> None:
         """Make one."""
         super().__init__(message)
+        self.status = status
         self.code = code
         self.message = message
         self.retryable = retryable
@@ -36,6 +42,14 @@ class GoneError(ServerError):
 
 class KeyRefusedError(ServerError):
     """The server does not take the worker's API key."""
+
+
+def lives(error: ServerError) -> bool:
+    """Tell whether there is a server that can work, whatever it thinks of what it was asked for.
+
+    Proxies answer 502 to 504 for a server that is not there, and llama.cpp's 503 while its model loads.
+    """
+    return error.status is not None and error.status not in _ABSENT
 
 
 def engine_failed(message: str) -> ServerError:
@@ -54,15 +68,17 @@ def of_status(server: str, status: int, body: bytes) -> ServerError:
     if status in _KEY_REFUSED:
         # The server's own words are left out: some quote the key.
         text = f"{server} refused the worker's API key (HTTP {status}); set it where the worker runs"
-        return KeyRefusedError(ErrorCode.ENGINE_FAILED, text)
+        return KeyRefusedError(ErrorCode.ENGINE_FAILED, text, True, status)
     words = quoted(body)
     if status in _REQUEST_FAULTS:
-        return ServerError(ErrorCode.BAD_REQUEST, f"{server} refused the request: {words}", retryable=False)
+        return ServerError(ErrorCode.BAD_REQUEST, f"{server} refused the request: {words}", False, status)
     if status == 404:
-        return ServerError(ErrorCode.MODEL_NOT_FOUND, f"{server} has no such model or endpoint: {words}")
-    if status in _BUSY:
-        return ServerError(ErrorCode.BUSY, f"{server} is busy (HTTP {status}): {words}")
-    return engine_failed(f"{server} failed (HTTP {status}): {words}")
+        return ServerError(
+            ErrorCode.MODEL_NOT_FOUND, f"{server} has no such model or endpoint: {words}", True, status
+        )
+    code = ErrorCode.BUSY if status in _BUSY else ErrorCode.ENGINE_FAILED
+    what = "is busy" if status in _BUSY else "failed"
+    return ServerError(code, f"{server} {what} (HTTP {status}): {words}", True, status)
 
 
 def of_event(server: str, error: Any) -> ServerError:

@@ -21,7 +21,7 @@ import aiohttp
 
 from ....protocol.errors import ErrorCode
 from ....protocol.version import SOFTWARE
-from .faults import GoneError, KeyRefusedError, ServerError, engine_failed, of_status, quoted
+from .faults import GoneError, ServerError, engine_failed, lives, of_status, quoted
 from .pieces import DONE, Piece, parse
 from .sse import MAX_EVENT_BYTES, EventReader, EventTooLargeError
 
@@ -85,14 +85,15 @@ class Link:
         self._on_health = on_health
         self._silence_s = silence_s
         self._watch_s = watch_s
-        self._loop = asyncio.new_event_loop()
+        #: Made when the thread starts: a link that was only made holds nothing.
+        self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="tokenmq-http", daemon=True)
         self._started = threading.Event()
         #: The rest is the loop's own.
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession
+        self._doubt: asyncio.Event
         self._heard = False
-        self._doubt = asyncio.Event()
 
     # --- from other threads -----------------------------------------------------------------------------------------
 
@@ -126,11 +127,9 @@ class Link:
 
     def close(self) -> None:
         """Close all streams and end the thread."""
-        if self._thread.ident is None:
-            self._loop.close()
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CLOSE_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -138,7 +137,7 @@ class Link:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        self._loop = asyncio.new_event_loop()
         try:
             self._loop.run_until_complete(self._open_session())
             self._started.set()
@@ -158,6 +157,7 @@ class Link:
             timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        self._doubt = asyncio.Event()
 
     async def _end(self) -> None:
         tasks = list(self._tasks.values())
@@ -249,7 +249,8 @@ class Link:
         """Return the error without the key, which a server may have quoted."""
         if not self._api_key:
             return error
-        return type(error)(error.code, error.message.replace(self._api_key, "[key]"), error.retryable)
+        message = error.message.replace(self._api_key, "[key]")
+        return type(error)(error.code, message, error.retryable, error.status)
 
     # --- short answers, and whether it lives ------------------------------------------------------------------------
 
@@ -299,8 +300,7 @@ class Link:
         try:
             await self._get("/models")
         except ServerError as error:
-            lives = error.code is not ErrorCode.ENGINE_FAILED or isinstance(error, KeyRefusedError)
-            return None if lives else error
+            return None if lives(error) else error
         return None
 
 
