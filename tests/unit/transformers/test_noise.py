@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmq.worker.engines.transformers import noise as module
-from tokenmq.worker.engines.transformers.noise import gumbel, hash_tokens, row_key, split_keys
+from tokenmq.worker.engines.transformers.noise import gumbel, hash_on_host, hash_tokens, row_key, split_keys
 
 M32 = 2**32 - 1
 
@@ -36,7 +37,9 @@ def test_the_bits_are_those_of_plain_integers(seed: int, position: int, tokens: 
     key = row_key(seed, position)
     low, high = split_keys([key], torch.device("cpu"))
     got = hash_tokens(low, high, torch.tensor([tokens]))[0].tolist()
-    assert [bits & M32 for bits in got] == [plain_hash(key, token) for token in tokens]
+    plain = [plain_hash(key, token) for token in tokens]
+    assert [bits & M32 for bits in got] == plain
+    assert hash_on_host(key, np.array(tokens, np.uint32)).tolist() == plain
 
 
 def test_golden_values() -> None:

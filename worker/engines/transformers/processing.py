@@ -1,7 +1,7 @@
 """What a request's rules make of the logits, for all rows in one pass, before anything is chosen.
 
-The order is that of transformers' `generate`: repetition penalty, (presence and frequency penalty), biases, bad
-words, end tokens before `min_tokens`, grammar. The host lists which entries are touched, and the device is given
+The order: repetition penalty, presence and frequency penalty, biases (behind the penalties, so that none scales what
+a user adds), bad words, end tokens before `min_tokens`, grammar. The host lists which entries are touched, and the device is given
 these lists and nothing else; rows without rules cost nothing but the copy that keeps the model's own logits.
 """
 
