@@ -129,7 +129,7 @@ class AsyncStream(BaseStream):
 
 
 class AsyncClient(BaseClient[AsyncStream], Management[_Answer, _Rows]):
-    """A client for asyncio. `generate` and `chat` are not awaited: they return the stream at once.
+    """A client for asyncio. What begins streams (`generate`, `chat`, ...) is not awaited: it returns them at once.
 
     Several event loops may share one client; each stream belongs to the loop it was made in.
     """

@@ -26,8 +26,8 @@ DEFAULTS = Sampling()
 SAMPLING = tuple(item.name for item in fields(Sampling))
 SOURCE = ("prompt", "token_ids", "messages", "tools", "template", "echo")
 
-#: Fields of Sampling for which None stands in the arguments, for what they are without.
-_NULLABLE = frozenset({"seed", "logit_bias", "logprobs", "json_schema", "regex"})
+#: What stands in the arguments for what is not said: nothing of it is looked at or sent.
+_UNSAID = {**{name: getattr(DEFAULTS, name) for name in SAMPLING}, "seed": None, "logit_bias": None}
 
 _check_name = text(empty=False)
 _check_priority = count(0, limits.MAX_PRIORITY)
@@ -103,8 +103,8 @@ def build_submit(
 
 
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sampling arguments in the form of the wire; None is what is left out there."""
-    chosen = {name: value for name, value in given.items() if value is not None or name not in _NULLABLE}
+    """Return sampling arguments in the form of the wire."""
+    chosen = {name: value for name, value in given.items() if value is not _UNSAID.get(name)}
     chosen.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
     for name in ("stop", "bad_words"):
         if isinstance(chosen.get(name), str):
