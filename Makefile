@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: vllm-env test-vllm demo test lint bench chaos gap recovery numerics routing soak coverage clean
+.PHONY: vllm-env test-vllm demo test lint bench engine-bench chaos gap recovery numerics routing soak coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -52,6 +52,11 @@ recovery: $(VENV)/.model
 # How exactly, and how quickly, each way to resume continues a stream, by precision.
 numerics: $(VENV)/.model
 	$(BIN)/python benchmarks/numerics.py $(NUMERICS_ARGS)
+
+# Tokens a second of the transformers engine beside model.generate, transformers' own batching and vLLM, in turns; half
+# an hour and more: ENGINE_ARGS="--concurrent 1 16 --rounds 3", --itl, --workers, --json FILE, --help.
+engine-bench: $(VENV)/.model
+	$(BIN)/python benchmarks/engine.py $(ENGINE_ARGS)
 
 # How long requests wait, by dispatch policy: simulated on the real broker core, a quarter of an hour, with
 # ROUTING_ARGS=--full some hours. What else docs/routing.md tells comes from the benchmarks that it names.
