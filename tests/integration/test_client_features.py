@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,12 +202,10 @@ def test_embeddings_fail_by_code_and_leave_nothing_behind(make_cluster: MakeClus
         with pytest.raises(DeadlineError):
             client.embed(MODEL, texts, deadline_s=0.5)
         eventually(lambda: at_rest(client), "the requests of the call are cancelled")
-        began = time.monotonic()
         with Client(cluster.frontend, resume=False) as hasty:
             victim = cluster.workers[0]
             asking = asyncio.run(asyncio.wait_for(_killed(hasty, victim, texts), 60))
         assert isinstance(asking, WorkerLostError)
-        assert time.monotonic() - began < 60
 
 
 async def _killed(client: Client, victim: LocalProcess, texts: list[str]) -> BaseException | None:
