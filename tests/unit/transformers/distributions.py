@@ -43,7 +43,7 @@ def ruled(
     bad: Sequence[Sequence[int]],
     ends: Sequence[int],
 ) -> torch.Tensor:
-    """Return the scores [1, vocabulary] that transformers' processors make, in the order of `generate`.
+    """Return the scores [1, vocabulary] that transformers' processors make, one behind the other.
 
     It has no presence and frequency penalty; these are written out as OpenAI's documentation defines them.
     """
