@@ -102,7 +102,7 @@ def test_a_worker_that_is_killed_costs_no_vector(
         cluster.start_worker("--model", str(folder()), "--name", MODEL, "--slots", "2")
     cluster.wait_ready(MODEL, workers=2, timeout_s=120)
     with Client(cluster.frontend) as client, ThreadPoolExecutor(1) as thread:
-        work = thread.submit(client.embed, MODEL, TEXTS[:3] * 1000)
+        work = thread.submit(client.embed, MODEL, TEXTS[:3] * 600)
 
         def busy() -> bool:
             return any(row["name"] == "worker-1" and row["in_flight"] for row in client.workers())
@@ -111,4 +111,4 @@ def test_a_worker_that_is_killed_costs_no_vector(
         assert not work.done()
         cluster.workers[0].kill()
         found = numpy.asarray(work.result(PATIENCE_S))
-        assert numpy.abs(found.reshape(1000, 3, -1) - expected[:3]).max() < 1e-5
+        assert numpy.abs(found.reshape(600, 3, -1) - expected[:3]).max() < 1e-5
