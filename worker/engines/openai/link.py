@@ -211,6 +211,8 @@ class Link:
                 complete = complete or bool(piece.reason)
                 self._deliver(ticket, piece)
             if not received:
+                if not complete:
+                    self._doubt.set()
                 return
 
     async def _check(self, response: aiohttp.ClientResponse, kind: str) -> None:
@@ -234,10 +236,8 @@ class Link:
         return await asyncio.wait_for(read(), ANSWER_TIMEOUT_S)
 
     def _unreached(self, error: Exception) -> ServerError:
-        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError)):
-            self._doubt.set()
+        self._doubt.set()
         if isinstance(error, aiohttp.ConnectionTimeoutError):
-            self._doubt.set()
             text = f"no connection within {CONNECT_TIMEOUT_S:g} s"
         elif isinstance(error, asyncio.TimeoutError):
             text = f"nothing came for {self._silence_s:g} s"
@@ -288,7 +288,7 @@ class Link:
                 self._on_health(why.message)
 
     async def _doubted(self) -> bool:
-        """Wait for the next look at the server; tell whether a request could not reach it meanwhile."""
+        """Wait for the next look at the server; tell whether a stream broke off meanwhile, or found nobody."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._doubt.wait(), self._watch_s)
         doubted = self._doubt.is_set()
