@@ -202,6 +202,7 @@ def main(
             "max_context": max_context,
             "cache_dir": cache_dir,
             "resume": resume,
+            "tensor_parallel": tensor_parallel,
         },
         "embeddings": {"model": model, "device": device, "dtype": dtype, "max_context": max_context},
         "synthetic": {"tokens_per_second": tokens_per_second},
@@ -226,16 +227,14 @@ def main(
             restart_after_s=restart_after,
             reader_timeout_s=reader_timeout,
         )
-        if engine == "transformers":
-            engine = engine_for(model, task)
-        elif task != AUTO:
-            raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
-        if tensor_parallel > 1:
-            if engine != "transformers":
-                raise ValueError(f"--tensor-parallel: it is for the transformers engine, not for {engine}")
-            own[engine]["tensor_parallel"] = tensor_parallel
+        refuse_parallel(engine, tensor_parallel)
         if (devices or tensor_parallel > 1) and not supervised:
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
+        if engine == "transformers":
+            engine = engine_for(model, task)
+            refuse_parallel(engine, tensor_parallel)
+        elif task != AUTO:
+            raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
         if engine == "openai":
             server_options = _server_options(base_url, api_key_env)
             own[engine] = {"model": model, "dialect": dialect, "server_wait_s": server_wait, **server_options}
@@ -255,6 +254,12 @@ def main(
     if server.engine_abandoned:
         leave(exit_code)
     raise SystemExit(exit_code)
+
+
+def refuse_parallel(engine: str, size: int) -> None:
+    """Raise ValueError where one worker is to be several processes, and its engine knows nothing of that."""
+    if size > 1 and engine != "transformers":
+        raise ValueError(f"--tensor-parallel: it is for the transformers engine, not for {engine}")
 
 
 def supervise(
