@@ -1,8 +1,9 @@
 """What a request's rules make of the logits, for all rows in one pass, before anything is chosen.
 
 The order: repetition penalty, presence and frequency penalty, biases (behind the penalties, so that none scales what
-a user adds), bad words, end tokens before `min_tokens`, grammar. The host lists which entries are touched, and the device is given
-these lists and nothing else; rows without rules cost nothing but the copy that keeps the model's own logits.
+a user adds), bad words, end tokens before `min_tokens`, grammar. The host lists which entries are touched, and the
+device is given these lists and nothing else; rows without rules cost nothing but the copy that keeps the model's own
+logits.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ def _obey_grammars(logits: torch.Tensor, ruled: _Ruled) -> set[int]:
         return set()
     rows, ends, grammars = zip(*bound, strict=True)
     allowed, complete = allowed_tokens(grammars, ends, logits.shape[1])
-    index = upload(np.array(rows), logits.device)
-    logits[index] = logits[index].masked_fill(~upload(allowed, logits.device), -torch.inf)
+    hidden = np.zeros(logits.shape, np.bool_)  # for all rows: in place is cheaper than to take some out and put back
+    hidden[list(rows)] = ~allowed
+    logits.masked_fill_(upload(hidden, logits.device), -torch.inf)
     return {row for row, done in zip(rows, complete, strict=True) if done}
 
 

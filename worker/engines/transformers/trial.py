@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-import select
 import signal
 import subprocess
 import sys
 import weakref
+from multiprocessing.connection import wait
 
 import llguidance
 
@@ -26,7 +26,7 @@ LIMIT_CPU_S = 0.25
 #: Memory for the process with one grammar, as virtual addresses.
 LIMIT_BYTES = 2 * 1024**3
 #: How long to wait for an answer on a machine that is busy with other things, the start of the process included.
-WAIT_S = 20.0
+WAIT_S = 10.0
 
 
 class Trial:
@@ -46,7 +46,7 @@ class Trial:
             assert process.stdout is not None
             process.stdin.write(json.dumps(grammar).encode() + b"\n")
             process.stdin.flush()
-            if select.select([process.stdout], [], [], WAIT_S)[0]:
+            if wait([process.stdout.fileno()], WAIT_S):
                 answer = process.stdout.readline()
         if answer.endswith(b"\n"):
             problem: str = json.loads(answer)
