@@ -29,8 +29,7 @@ from transformers import (
 
 from tokenmq.protocol.messages import ModelInfo
 from tokenmq.worker.engines.base import EngineLoadError, EngineStats
-from tokenmq.worker.engines.transformers import engine as engine_module
-from tokenmq.worker.engines.transformers import gguf
+from tokenmq.worker.engines.transformers import gguf, sizing
 from tokenmq.worker.engines.transformers.devices import choose_dtype
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 
@@ -78,8 +77,8 @@ def test_a_folder_loads_without_the_network(
     engine = TransformersEngine(model=str(folder), slots=2, device="cpu")
     assert engine.load() == [ModelInfo("tiny-llama", CONTEXT, chat=True, resumes=True)]
     assert no_network == []
-    # 2 layers, K and V, 2 heads of 8, 4 bytes, 96 columns, 2 slots
-    assert f"{2 * 2 * 2 * 8 * 4 * CONTEXT * 2:,} bytes" in caplog.text
+    # 2 layers, K and V, 2 heads of 8, 4 bytes: 256 bytes a token
+    assert f"{256 * 224:,} bytes ({2 * CONTEXT} tokens, and 32 of prefixes), 2 slots, on cpu" in caplog.text
     engine.submit(job(1, PROMPT, max_tokens=10))
     assert run(engine).ids[1] == reference(tiny("llama"), PROMPT, 10, [0])
     engine.close()
@@ -113,6 +112,9 @@ def test_mistakes_of_the_user(folder: Path, tmp_path: Path) -> None:
     assert "prefill_tokens" in failure(model=folder, prefill_tokens=0)
     assert "96 positions" in failure(model=folder, max_context=97)
     assert "max_context must be 8" in failure(model=folder, max_context=7)
+    assert "cache_tokens must be 8" in failure(model=folder, cache_tokens=7)
+    assert "prefix_tokens must be 0" in failure(model=folder, prefix_tokens=-1)
+    assert "the cache has 50 tokens for all rows" in failure(model=folder, cache_tokens=50, max_context=60)
 
 
 def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,18 +155,21 @@ def test_an_encoder_decoder_is_refused(folder: Path) -> None:
 
 
 def test_a_cache_larger_than_the_machine_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_host_memory", lambda: 1000)
-    message = failure(model=folder)
-    assert "49,152 bytes (2 slots of 96 tokens)" in message
-    assert "fewer slots" in message
+    # 2 layers, K and V, 2 heads of 8, 4 bytes, 96 columns, 2 slots; and half a row of prefixes, in whole blocks
+    monkeypatch.setattr(sizing, "_room", lambda _: 1000)
+    message = failure(model=folder, cache_tokens=2 * CONTEXT)
+    assert "57,344 bytes (192 tokens, and 32 of prefixes)" in message
+    assert "less max_context, cache_tokens or prefix_tokens" in message
+    # Where nothing is asked for, what there is room for will do, but the longest row must fit.
+    assert "24,576 bytes (96 tokens, and 0 of prefixes)" in failure(model=folder)
 
 
 def test_an_allocation_that_fails_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine_module, "SlotCache", full)
-    assert "49,152 bytes" in failure(model=folder)
+    monkeypatch.setattr(sizing, "SlotCache", full)
+    assert "57,344 bytes" in failure(model=folder)
 
 
 # ----------------------------------------------------------------------------------------------- architectures
@@ -179,33 +184,32 @@ ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_h
 IDS = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
 
 
-def test_a_sliding_window_works_up_to_its_width() -> None:
+def test_a_sliding_window_slides() -> None:
     torch.manual_seed(1)
     sizes = {**SMALL, **ATTENTION, **IDS, "max_position_embeddings": 64, "sliding_window": 24}
     model = MistralForCausalLM(MistralConfig(**sizes)).eval()
-    with pytest.raises(EngineLoadError, match="max_context=24 or less"):
-        around(model).load()
-    engine = around(model, max_context=24, prefill_tokens=4)
+    engine = around(model, prefill_tokens=4)
     engine.load()
     engine.submit(job(1, PROMPT, max_tokens=100, ignore_eos=True))
-    ids = run(engine).ids[1]
-    assert len(ids) == 24 - len(PROMPT)
-    assert ids == reference(model, PROMPT, 24 - len(PROMPT))
-
-
-def test_layers_of_two_kinds_work_within_the_window() -> None:
-    torch.manual_seed(2)
-    sizes = {**SMALL, **ATTENTION, **IDS, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": 32}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes)).eval()
-    with pytest.raises(EngineLoadError, match="sliding window of 32"):
-        around(model).load()
-    engine = around(model, max_context=32, prefill_tokens=4)
-    engine.load()
-    engine.submit(job(1, PROMPT, max_tokens=12, ignore_eos=True))
-    engine.submit(job(2, PROMPT[:2], max_tokens=12, ignore_eos=True))
+    engine.submit(job(2, [*PROMPT, *PROMPT, *PROMPT], max_tokens=100, ignore_eos=True))
     record = run(engine)
-    assert record.ids[1] == reference(model, PROMPT, 12)
-    assert record.ids[2] == reference(model, PROMPT[:2], 12)
+    assert len(record.ids[1]) == 64 - len(PROMPT)
+    assert record.ids[1] == reference(model, PROMPT, 64 - len(PROMPT))
+    assert record.ids[2] == reference(model, [*PROMPT, *PROMPT, *PROMPT], 64 - 3 * len(PROMPT))
+
+
+@pytest.mark.parametrize("window", [16, 32])
+def test_layers_of_two_kinds_slide_or_not(window: int) -> None:
+    torch.manual_seed(2)
+    sizes = {**SMALL, **ATTENTION, **IDS, "head_dim": 8, "max_position_embeddings": 64, "sliding_window": window}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes)).eval()
+    engine = around(model, prefill_tokens=4)
+    engine.load()
+    engine.submit(job(1, PROMPT, max_tokens=40, ignore_eos=True))
+    engine.submit(job(2, PROMPT[:2], max_tokens=40, ignore_eos=True))
+    record = run(engine)
+    assert record.ids[1] == reference(model, PROMPT, 40)
+    assert record.ids[2] == reference(model, PROMPT[:2], 40)
 
 
 def test_states_that_are_no_keys_and_values_are_refused() -> None:

@@ -18,6 +18,7 @@ from tokenmq.protocol.messages import FinishReason
 from tokenmq.worker.engines.base import Done, EngineLoadError, Failed, Job, Tokens
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 from tokenmq.worker.engines.transformers.resume import Resume, choose_way
+from tokenmq.worker.engines.transformers.sampling import Picked
 
 from .conftest import CONTEXT, VOCABULARY, Record, batch_of, byte_chars, job, resumed, run
 
@@ -185,7 +186,7 @@ def scripted(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, script
     """Let the engine's model choose these tokens, whatever it computes; the first is at position `start`."""
     monkeypatch.setattr(
         "tokenmq.worker.engines.transformers.batch.choose",
-        lambda logits, draws: [script[draw.position - start] for draw in draws],
+        lambda logits, draws: Picked(torch.tensor([script[draw.position - start] for draw in draws]), None, draws),
     )
 
 
@@ -329,7 +330,7 @@ def test_a_replay_leaves_in_the_cache_what_decoding_does(tokens: int, make_engin
     runner = batch_of(make_engine("llama", slots=3))._runner
     ids = [1 + (11 * step + step * step) % 300 for step in range(5 + tokens)]
     for slot in (0, 2):
-        runner.prefill(slot, [ids[:5]])
+        runner.extend(slot, [0], [ids[:5]])
     for at in range(5, 5 + tokens):
         runner.decode([ids[at]], [at])
     runner.replay(2, 5, ids[5:])

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import time
+from pathlib import Path
+
 import torch
 
 from ..base import EngineLoadError
 
+_MEMORY_FILE = Path("/proc/meminfo")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,6 +45,41 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
     if wish not in DTYPES:
         raise EngineLoadError(f"dtype {wish!r} is unknown; there are auto, {', '.join(DTYPES)}")
     return DTYPES[wish]
+
+
+class Memory:
+    """How much of a device's memory is taken, asked for at most once in REFRESH_S."""
+
+    REFRESH_S = 1.0
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Ask `device`; without one nothing is known."""
+        self._device = device
+        self._known = (0, 0)
+        self._asked_at = -math.inf
+
+    def __call__(self) -> tuple[int, int]:
+        """Return the bytes that are taken, by anybody, and those that there are; zeros where that is not known."""
+        now = time.monotonic()
+        if self._device is not None and now - self._asked_at >= self.REFRESH_S:
+            self._asked_at = now
+            self._known = _memory(self._device)
+        return self._known
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    if device.type == "cuda":
+        free, there = torch.cuda.mem_get_info(device)
+        return there - free, there
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    page = os.sysconf("SC_PAGE_SIZE")
+    there = os.sysconf("SC_PHYS_PAGES") * page
+    if not _MEMORY_FILE.exists():  # not Linux
+        return there - os.sysconf("SC_AVPHYS_PAGES") * page, there
+    # What the system would give to a program, files that it has cached included, in kB.
+    available = re.search(r"^MemAvailable:\s+(\d+)", _MEMORY_FILE.read_text("ascii"), re.MULTILINE)
+    return (there - int(available[1]) * 1024, there) if available else (0, 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

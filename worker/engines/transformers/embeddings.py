@@ -18,7 +18,7 @@ from transformers import AutoModel
 from ....protocol.errors import BadRequestError, ErrorCode
 from ....protocol.messages import Details, FinishReason, ModelInfo
 from ..base import Done, Engine, EngineLoadError, EngineStats, Failed, Job, Output, Tokens
-from .devices import first_line, is_out_of_memory, release_memory
+from .devices import Memory, first_line, is_out_of_memory, release_memory
 from .embedding_queue import EmbeddingQueue, Text, TextsJob
 from .embedding_texts import TextReader
 from .encoder import Encoder
@@ -81,6 +81,7 @@ class EmbeddingEngine(Engine):
         self._queue = EmbeddingQueue(1, 1)
         self._prompt_tokens = 0
         self._busy_s = 0.0
+        self._memory = Memory()
 
     @classmethod
     def from_loaded(
@@ -120,6 +121,7 @@ class EmbeddingEngine(Engine):
             raise EngineLoadError(f"{type(model).__name__} does not embed: {first_line(error)}") from error
         self._texts.limit = self._limit(recipe, encoder.limit, tokenizer.model_max_length)
         self._encoder = encoder
+        self._memory = Memory(encoder.device)
         default = STEP_TOKENS if encoder.device.type == "cuda" else STEP_TOKENS_HOST
         self._queue = EmbeddingQueue(self._slots, self._step_tokens or default)
         _log.info(
@@ -198,11 +200,14 @@ class EmbeddingEngine(Engine):
 
     def stats(self) -> EngineStats:
         """Return how many requests have texts in the forwards, how many wait for that, and what was done so far."""
+        used, there = self._memory()
         return EngineStats(
             running=len(self._queue.running),
             waiting=len(self._queue.waiting),
             prefill_s=self._busy_s,
             prompt_tokens=self._prompt_tokens,
+            memory_used_bytes=used,
+            memory_bytes=there,
         )
 
     def validate(self) -> None:

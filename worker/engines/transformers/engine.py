@@ -19,28 +19,30 @@ from tokenizers import Tokenizer
 
 from ....protocol.errors import BadRequestError, CannotResumeError
 from ....protocol.messages import ModelInfo
-from ....protocol.payload import Generation
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
-from .batch import Batch
-from .cache import LayerShape, SlotCache
-from .devices import first_line, is_out_of_memory, release_memory
+from .batch import Batch, Manner
+from .cache import LayerShape
+from .devices import Memory, choose_device, first_line, release_memory
+from .group import Group, join
 from .loading import LoadedModel, load
+from .packed import pack
+from .parallel import LeadingRunner, follow
+from .prefix import PrefixIndex
 from .prompt import PromptReader
 from .resume import AUTO, CHOICES, Resume, choose_way
+from .rules import RuleBook
 from .runner import Runner
-from .selfcheck import TOKENS as MIN_CONTEXT
+from .scheduler import Scheduler
 from .selfcheck import check, layer_shapes
 from .sequence import Sequence
+from .sizing import BLOCK_TOKENS, Wishes, choose_context, make_cache
 from .textstream import TextStream
+from .tokentexts import TokenTexts
 
 _log = logging.getLogger("tokenmq.worker")
 
 #: Rows in the batch: on a small GPU they are decoded at nearly the price of one.
 SLOTS = 16
-#: Tokens a row may have where the user does not say, at most. Each slot's are allocated at load, so the model's own
-#: limit (131,072 is common) would not fit.
-MAX_CONTEXT = 4096
-MAX_CONTEXT_HOST = 2048
 #: Tokens to prefill in a step. It bounds the time that running rows stand still for a long prompt: about as many as
 #: a device computes in the time of a few decode steps.
 PREFILL_TOKENS = 2048
@@ -54,6 +56,7 @@ class _Serving:
     batch: Batch
     prompts: PromptReader
     tokenizer: Tokenizer
+    rules: RuleBook
     end_ids: frozenset[int]
     context: int
     way: Resume
@@ -73,9 +76,12 @@ class TransformersEngine(Engine):
         device: str = "auto",
         dtype: str = "auto",
         max_context: int | None = None,
+        cache_tokens: int | None = None,
+        prefix_tokens: int | None = None,
         prefill_tokens: int | None = None,
         cache_dir: str | None = None,
         resume: str = AUTO,
+        tensor_parallel: int = 1,
     ) -> None:
         """Take the settings; `load` reads the model.
 
@@ -86,23 +92,33 @@ class TransformersEngine(Engine):
             device: cuda, cuda:1, mps, cpu; `auto` takes the first of them that is there.
             dtype: float32, bfloat16, float16; `auto` takes bfloat16 on cuda and float32 elsewhere.
             max_context: tokens that prompt and completion may have together; by default the model's own limit, at
-                most 4096 on cuda and 2048 elsewhere. The cache for all slots is allocated at load.
+                most 32,768 on cuda and 8,192 elsewhere.
+            cache_tokens: tokens of the KV cache, which is allocated at load and which all rows share: as many rows
+                run as fit beside one another with the length of the longest. By default 4,096 for each slot on cuda
+                and 2,048 elsewhere, or what there is room for.
+            prefix_tokens: tokens of the prefix store, which keeps beginnings of prompts; 0 for none. By default a
+                fourth of the cache's.
             prefill_tokens: most tokens to prefill in one step; by default 2048 on cuda and 128 elsewhere.
             cache_dir: folder for converted GGUF files; by default `$TOKENMQ_CACHE/models` or
                 `~/.cache/tokenmq/models`.
             resume: how to go on behind tokens of another worker: `prefill`, `replay`, or `auto`, see `resume`.
+            tensor_parallel: processes that compute the model together, of which this is one, see `group`; the one of
+                rank 0 serves, the others `follow`.
         """
         self.served_name = name or _name_of(model)
         self._model_source = model
-        self._slots = slots
+        self._wishes = Wishes(slots, max_context, cache_tokens, prefix_tokens)
         self._device = device
         self._dtype = dtype
-        self._max_context = max_context
         self._prefill_tokens = prefill_tokens
         self._cache_dir = cache_dir
         self._resume = resume
+        self._processes = tensor_parallel
+        self._group: Group | None = None
+        self._runner: Runner | None = None
         self._loaded: LoadedModel | None = None
         self._serving: _Serving | None = None
+        self._memory = Memory()
 
     @classmethod
     def from_loaded(cls, model: Any, tokenizer: Any, *, name: str, **settings: Any) -> TransformersEngine:
@@ -112,7 +128,7 @@ class TransformersEngine(Engine):
             model: a transformers causal language model.
             tokenizer: its fast tokenizer.
             name: the served name.
-            settings: `slots`, `max_context`, `prefill_tokens`, `resume` as for the constructor.
+            settings: all but `device`, `dtype` and `cache_dir`, as for the constructor.
         """
         engine = cls(model=name, name=name, **settings)
         engine._loaded = LoadedModel(model.eval(), tokenizer)
@@ -121,13 +137,43 @@ class TransformersEngine(Engine):
     def load(self) -> list[ModelInfo]:
         """Load the model, allocate the KV cache, and try whether the model can be served from it."""
         self._check_settings()
+        if self._processes > 1 and self._group is None:
+            self._group = join(choose_device(self._device), self._processes)
         if self._loaded is None:
-            self._loaded = load(self._model_source, device=self._device, dtype=self._dtype, cache_dir=self._cache_dir)
+            self._loaded = load(
+                self._model_source,
+                device=self._device,
+                dtype=self._dtype,
+                cache_dir=self._cache_dir,
+                processes=self._processes,
+            )
+            pack(self._loaded.model)
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         if not tokenizer.is_fast:
             raise EngineLoadError(f"{self.served_name}: its tokenizer has no fast version, which streaming needs")
-        context = self._context(model)
-        runner = Runner(model, self._allocate(model, context))
+        device: torch.device = model.device
+        if device.type == "cpu":
+            # transformers repeats keys and values for each query head unless it is told not to; the CPU's masked
+            # kernel takes them as they are, four to ten times as fast. CUDA's would fall back to plain arithmetic.
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+        budget = self._prefill_tokens or (PREFILL_TOKENS if device.type == "cuda" else PREFILL_TOKENS_HOST)
+        # In half precision on a CPU a prompt's keys and values depend on the other rows of its forward, while a
+        # decode's do not: prompts that go alone, cut at the same places with a prefix found or without, make the
+        # whole stream independent of its company.
+        grouped = device.type != "cpu" or model.dtype == torch.float32
+        block_tokens = min(BLOCK_TOKENS, budget) if grouped else budget
+        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = choose_context(self._wishes, limit, device, self.served_name)
+        cache, blocks = make_cache(
+            self._wishes,
+            self._shapes(model, context),
+            context,
+            block_tokens,
+            self.served_name,
+            agree=int if self._group is None else self._group.least,
+        )
+        runner = Runner(model, cache)
+        self._memory = Memory(device)
         try:
             check(model, runner)
         except EngineLoadError:
@@ -136,27 +182,38 @@ class TransformersEngine(Engine):
             raise EngineLoadError(
                 f"{type(model).__name__} does not run over this engine's KV cache: {first_line(error)}"
             ) from error
-        device: torch.device = model.device
-        batch = Batch(
-            runner,
-            self._prefill_tokens or (PREFILL_TOKENS if device.type == "cuda" else PREFILL_TOKENS_HOST),
-            device=device,
-            # In half precision on a CPU a prompt's keys and values depend on the other rows of its forward, while a
-            # decode's do not: prompts that go alone make the whole stream independent of its company.
-            grouped=device.type != "cpu" or model.dtype == torch.float32,
-        )
+        if self._group is not None and self._group.rank == 0:
+            runner = LeadingRunner(model, cache, self._group)
+        self._runner = runner
         way = choose_way(self._resume, device, model.dtype)
         _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
+        prefixes = PrefixIndex(blocks, block_tokens) if blocks else None
+        texts = TokenTexts(tokenizer.backend_tokenizer)
+        manner = Manner(device, grouped=grouped, ahead=device.type == "cuda", replay=way is Resume.REPLAY)
+        batch = Batch(runner, Scheduler(cache.space, budget, prefixes), prefixes, texts, manner)
+        end_ids = _end_ids(model, tokenizer)
         self._serving = _Serving(
             batch=batch,
             prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context),
             tokenizer=tokenizer.backend_tokenizer,
-            end_ids=_end_ids(model, tokenizer),
+            rules=RuleBook(tokenizer, runner.vocabulary, end_ids),
+            end_ids=end_ids,
             context=context,
             way=way,
         )
         chat = tokenizer.chat_template is not None
         return [ModelInfo(self.served_name, context_tokens=context, chat=chat, resumes=True)]
+
+    def follow(self) -> None:
+        """Load this process's part of the model, and compute it until the process of rank 0 closes its engine.
+
+        Raises:
+            EngineLoadError: as `load`.
+            Exception: this process, or the one of rank 0, failed; of many kinds.
+        """
+        self.load()
+        if self._runner is not None and self._group is not None:
+            follow(self._runner, self._group)
 
     def submit(self, job: Job) -> list[Output]:
         """Queue a job, or answer with one Failed when it cannot run, or with the end of a prior that is complete."""
@@ -164,7 +221,9 @@ class TransformersEngine(Engine):
         try:
             if job.attachments:
                 raise BadRequestError(f"model {self.served_name!r} takes text only, no attachments")
-            sequence = self._sequence(serving, job.ticket, generation)
+            if generation.texts is not None:
+                raise BadRequestError(f"model {self.served_name!r} generates: give it a prompt, not texts to embed")
+            sequence = self._sequence(serving, job)
             if generation.prior is not None:
                 serving.prompts.known(generation.prior.token_ids)
                 ended = sequence.resume(generation.prior, replay=serving.way is Resume.REPLAY)
@@ -185,8 +244,7 @@ class TransformersEngine(Engine):
 
     def next_step_in(self) -> float | None:
         """Return 0 while there are jobs, else None."""
-        stats = self.stats()
-        return 0.0 if stats.running or stats.waiting else None
+        return 0.0 if self._serving is not None and self._serving.batch.busy else None
 
     def resize(self, slots: int) -> int:
         """Run as many as asked for, and no more than the cache was allocated for."""
@@ -201,8 +259,19 @@ class TransformersEngine(Engine):
         if self._serving is None:
             return EngineStats()
         batch = self._serving.batch
-        running = len(batch.scheduler.running) + (batch.scheduler.partial is not None)
-        return EngineStats(running, len(batch.scheduler.waiting), batch.kv_use())
+        spent, scheduler = batch.spent, batch.scheduler
+        used, there = self._memory()
+        return EngineStats(
+            len(scheduler.rows),
+            len(scheduler.waiting),
+            batch.kv_use(),
+            prefill_s=spent.prefill_s,
+            decode_s=spent.decode_s,
+            prompt_tokens=spent.prompt_tokens,
+            cached_tokens=spent.cached_tokens,
+            memory_used_bytes=used,
+            memory_bytes=there,
+        )
 
     def validate(self) -> None:
         """Check the invariants that hold between steps; for tests.
@@ -213,7 +282,12 @@ class TransformersEngine(Engine):
         self._ready().batch.scheduler.validate()
 
     def close(self) -> None:
-        """Free the model and the cache."""
+        """Free the model and the cache; let the other processes end."""
+        if isinstance(self._runner, LeadingRunner):
+            self._runner.close()
+        self._runner = None
+        if self._serving is not None:
+            self._serving.rules.close()
         if self._loaded is not None:
             device = self._loaded.model.device
             self._loaded = self._serving = None
@@ -224,77 +298,43 @@ class TransformersEngine(Engine):
             raise RuntimeError("the engine is not loaded: call load first")
         return self._serving
 
-    def _sequence(self, serving: _Serving, ticket: int, generation: Generation) -> Sequence:
+    def _sequence(self, serving: _Serving, job: Job) -> Sequence:
+        generation = job.generation
         sampling = generation.sampling
         own_end = frozenset() if sampling.ignore_eos else serving.end_ids
+        end_ids = own_end | frozenset(sampling.stop_token_ids)
         return Sequence(
-            ticket=ticket,
-            prompt=serving.prompts.read(generation),
+            ticket=job.ticket,
+            given=serving.prompts.read(generation),
             sampling=sampling,
-            end_ids=own_end | frozenset(sampling.stop_token_ids),
+            end_ids=end_ids,
             context=serving.context,
             text=TextStream(serving.tokenizer, sampling.stop),
             submitted_at=time.monotonic(),
+            priority=job.priority,
+            rules=serving.rules.make(sampling, end_ids),
+            echo=generation.echo,
         )
 
     def _check_settings(self) -> None:
-        if self._slots < 1:
-            raise EngineLoadError(f"slots must be 1 or more, not {self._slots}")
+        self._wishes.check()
         if self._resume not in CHOICES:
             raise EngineLoadError(f"resume must be one of {', '.join(CHOICES)}, not {self._resume!r}")
         if self._prefill_tokens is not None and self._prefill_tokens < 1:
             raise EngineLoadError(f"prefill_tokens must be 1 or more, not {self._prefill_tokens}")
-        if self._max_context is not None and self._max_context < MIN_CONTEXT:
-            raise EngineLoadError(f"max_context must be {MIN_CONTEXT} or more, not {self._max_context}")
 
-    def _context(self, model: Any) -> int:
-        config = model.config.get_text_config()
-        limit: int | None = getattr(config, "max_position_embeddings", None)
-        if self._max_context is not None:
-            if limit is not None and self._max_context > limit:
-                raise EngineLoadError(
-                    f"max_context={self._max_context}, but {self.served_name} has {limit} positions"
-                )
-            return self._max_context
-        default = MAX_CONTEXT if model.device.type == "cuda" else MAX_CONTEXT_HOST
-        return default if limit is None else min(limit, default)
-
-    def _allocate(self, model: Any, context: int) -> SlotCache:
+    def _shapes(self, model: Any, context: int) -> list[LayerShape]:
         try:
-            shapes = layer_shapes(model, context)
+            return layer_shapes(model, context)
         except EngineLoadError:
             raise
         except Exception as error:
             raise EngineLoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
-        size = self._slots * context * sum(shape.token_bytes for shape in shapes)
-        what = f"a KV cache of {size:,} bytes ({self._slots} slots of {context} tokens)"
-        too_much = (
-            f"{self.served_name}: no memory for {what} on {model.device}; give fewer slots or a smaller max_context"
-        )
-        if model.device.type == "cpu" and size > _host_memory():
-            raise EngineLoadError(too_much)  # the system would promise it and kill us on the way
-        try:
-            cache = SlotCache(shapes, self._slots, context)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise EngineLoadError(too_much) from error
-            raise
-        _log.info("%s: %s on %s, %s", self.served_name, what, model.device, _dtype_name(shapes))
-        return cache
 
 
 def _name_of(model: str | os.PathLike[str]) -> str:
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.name
-
-
-def _dtype_name(shapes: list[LayerShape]) -> str:
-    return str(shapes[0].dtype).removeprefix("torch.")
-
-
-def _host_memory() -> int:
-    """Return the bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

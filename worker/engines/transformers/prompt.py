@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ....protocol.errors import BadRequestError
 from ....protocol.payload import Generation
 from .devices import first_line
+from .sequence import Prompt
 
 #: Characters for each token of the context, above which only a prompt's head is tokenised at first. Text has about
 #: four to a token.
 HEAD_CHARS = 16
+#: What `apply_chat_template` takes for itself, besides what it hands to the template.
+_OWN_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
 
 class PromptReader:
@@ -31,19 +37,26 @@ class PromptReader:
         self._vocabulary = vocabulary
         self._context = context
 
-    def read(self, generation: Generation) -> tuple[int, ...]:
-        """Return the prompt's token ids, one or more, with room for at least one token after them.
+    def read(self, generation: Generation) -> Prompt:
+        """Return the prompt: token ids, one or more, with room for at least one token after them, and their text.
 
         Raises:
-            BadRequestError: ids out of the vocabulary, no chat template, a template that rejects the messages, an
-                empty prompt, or one too long.
+            BadRequestError: ids out of the vocabulary, no chat template, a template that rejects the messages, images
+                for a model without eyes, an empty prompt, or one too long.
         """
         if generation.token_ids is not None:
             ids = self.known(generation.token_ids)
+            text = self._tokenizer.decode(ids) if generation.echo else ""
         elif generation.messages is not None:
-            ids = self.known(self._chat(generation.messages))
+            text = self._chat(generation)
+            ids = self.known(self._tokens(text, add_special_tokens=False))  # the template writes its own
         else:
-            ids = self.known(self._tokens(generation.prompt or ""))
+            text = generation.prompt or ""
+            ids = self.known(self._tokens(text))
+        self._check_length(ids)
+        return Prompt(ids, text)
+
+    def _check_length(self, ids: tuple[int, ...]) -> None:
         if not ids:
             raise BadRequestError(f"the prompt has no tokens for model {self._name!r}")
         if len(ids) >= self._context:
@@ -51,7 +64,6 @@ class PromptReader:
                 f"the prompt has {len(ids)} tokens; model {self._name!r} has a context of {self._context}, "
                 "and at least one token of it is needed for the answer"
             )
-        return ids
 
     def known(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         """Return the ids, all of which the model knows.
@@ -86,15 +98,40 @@ class PromptReader:
                 f"the tokenizer of model {self._name!r} rejects the prompt: {first_line(error)}"
             ) from error
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    def _chat(self, generation: Generation) -> str:
         if self._tokenizer.chat_template is None:
             raise BadRequestError(f"model {self._name!r} has no chat template: send a prompt instead of messages")
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                [self._message(message) for message in generation.messages or ()],
+                tools=[dict(tool) for tool in generation.tools] or None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **self._arguments(generation.template),
             )
+        except BadRequestError:
+            raise
         except Exception as error:  # templates are programs, and fail in their own ways
             raise BadRequestError(
                 f"the chat template of model {self._name!r} rejects the messages: {first_line(error)}"
             ) from error
-        return self._tokens(text, add_special_tokens=False)  # the template writes its own
+        return text
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message for a template that knows text only: parts become one string."""
+        content = message["content"]
+        if not isinstance(content, list):
+            return dict(message)
+        if any(part["type"] != "text" for part in content):
+            raise BadRequestError(f"model {self._name!r} takes text only, no images")
+        return {**message, "content": "".join(part["text"] for part in content)}
+
+    @staticmethod
+    def _arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the user's arguments of the template, none of which is the tokenizer's own."""
+        taken = sorted(_OWN_ARGUMENTS & given.keys())
+        if taken:
+            raise BadRequestError(
+                f"request.template: {', '.join(taken)} cannot be set, only a template's own arguments"
+            )
+        return given

@@ -1,17 +1,18 @@
 """Forwards of the model over the slot cache: plain token ids and lengths in, logits out.
 
 It knows tensors and nothing of requests. All methods run in inference mode and leave their results on the device.
+What changes the cache goes through it too: whatever runs the model elsewhere at the same time repeats these calls.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .cache import Access, Decode, Prefill, Replay, SlotCache
+from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
 
 #: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
 #: for them, stay the same over some decode steps.
@@ -25,6 +26,7 @@ class Runner:
     """A model and its slot cache.
 
     Attributes:
+        cache: the cache.
         vocabulary: token ids that the model knows are below it.
     """
 
@@ -39,35 +41,46 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
 
-    def prefill(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Compute whole prompts into the slots from `first_slot`, in one forward.
+    # --- forwards ---------------------------------------------------------------------------------------------------
 
-        They are padded on the right: causal order alone hides the padding from the prompts, and what it leaves in
-        the slots lies behind the rows' lengths.
+    def extend(
+        self,
+        first_slot: int,
+        starts: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Compute tokens of prompts into the slots from `first_slot`, in one forward.
+
+        Rows are padded on the right: causal order alone hides the padding from the prompts.
+
+        Args:
+            first_slot: the first of neighbouring slots.
+            starts: tokens that each row has in its slot before these.
+            tokens: those to compute, one list a row.
+            all_logits: of one row, return those behind every token.
+            inputs: what the model is handed besides, such as pixels.
 
         Returns:
-            Logits behind each prompt's last token, [prompts, vocabulary].
+            Logits behind each row's last token, [rows, vocabulary]; with `all_logits` [tokens, vocabulary].
         """
-        lengths = [len(prompt) for prompt in prompts]
+        lengths = [len(row) for row in tokens]
         longest = max(lengths)
-        ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
-        positions = torch.arange(longest)[None].expand(len(prompts), -1)
-        ends = sorted({length - 1 for length in lengths})
-        logits = self._forward(Prefill(first_slot, 0), ids, positions, None, ends)
-        return logits[torch.arange(len(prompts)), [ends.index(length - 1) for length in lengths]]
-
-    def prefill_chunk(self, slot: int, start: int, token_ids: Sequence[int]) -> torch.Tensor:
-        """Compute some tokens of one prompt, whose `start` tokens before them are in the slot.
-
-        The model makes the mask itself: the cache tells it how many columns there are in front.
-
-        Returns:
-            Logits behind the last of them, [1, vocabulary].
-        """
-        end = start + len(token_ids)
-        positions = torch.arange(start, end)
-        ids = torch.tensor([list(token_ids)])
-        return self._forward(Prefill(slot, start), ids, positions[None], None, [len(token_ids) - 1])[:, 0]
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens])
+        positions = torch.tensor(starts)[:, None] + torch.arange(longest)
+        access: Access
+        if len(tokens) == 1 or not any(starts):
+            # The model makes the mask itself: the cache tells it how many columns there are in front.
+            access, mask = Prefill(first_slot, starts[0]), None
+        else:
+            access, mask = self._ragged(first_slot, starts, lengths, positions)
+        ends = list(range(longest)) if all_logits else sorted({length - 1 for length in lengths})
+        logits = self._forward(access, ids, positions, mask, ends, inputs or {})
+        if all_logits:
+            return logits[0]
+        return logits[torch.arange(len(tokens)), [ends.index(length - 1) for length in lengths]]
 
     def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
         """Feed one token to each of the slots from 0.
@@ -79,11 +92,10 @@ class Runner:
         Returns:
             Logits behind the token, [rows, vocabulary].
         """
-        columns = torch.tensor(lengths)
+        columns = torch.tensor(lengths)[:, None]
         width, mask = self._view(columns)
-        columns = columns.to(self._device)
-        access = Decode(torch.arange(len(lengths), device=self._device), columns, width)
-        return self._forward(access, torch.tensor(token_ids)[:, None], columns[:, None], mask, [0])[:, 0]
+        access = Decode(torch.arange(len(lengths), device=self._device), self._there(columns[:, 0]), width)
+        return self._forward(access, torch.tensor(token_ids)[:, None], columns, mask, [0])[:, 0]
 
     def replay(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
@@ -98,17 +110,84 @@ class Runner:
         """
         for first in range(0, len(token_ids), REPLAY_ROWS):
             some = token_ids[first : first + REPLAY_ROWS]
-            columns = torch.arange(start + first, start + first + len(some))
+            columns = torch.arange(start + first, start + first + len(some))[:, None]
             width, mask = self._view(columns)
-            self._forward(Replay(slot, start + first, width), torch.tensor(some)[:, None], columns[:, None], mask, [])
+            self._forward(Replay(slot, start + first, width), torch.tensor(some)[:, None], columns, mask, [])
 
-    def _view(self, columns: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Return the visible width for rows of one token each in these columns, and their additive mask."""
-        width = min(self.cache.context, -(-(int(columns.max()) + 1) // WIDTH_STEP) * WIDTH_STEP)
-        hidden = (torch.arange(width) > columns[:, None])[:, None, None]
+    # --- the cache --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy a row; see SlotCache."""
+        self.cache.move(source, target, tokens)
+
+    @torch.inference_mode()
+    def restride(self, stride: int, rows: int, tokens: int) -> None:
+        """Change the stride; see SlotCache."""
+        self.cache.restride(stride, rows, tokens)
+
+    @torch.inference_mode()
+    def store(self, slot: int, parts: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy parts of a row to the prefix store; see SlotCache."""
+        self.cache.store(slot, parts, blocks)
+
+    @torch.inference_mode()
+    def recall(self, slot: int, blocks: Sequence[int]) -> None:
+        """Copy blocks of the prefix store to the begin of a row; see SlotCache."""
+        self.cache.recall(slot, blocks)
+
+    @torch.inference_mode()
+    def clear(self, slot: int | None = None) -> None:
+        """Zero a slot, or all; see SlotCache."""
+        self.cache.clear(slot)
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _ragged(
+        self, first_slot: int, starts: Sequence[int], lengths: Sequence[int], positions: torch.Tensor
+    ) -> tuple[Extend, Any]:
+        """Return the access and the mask for rows that begin at columns of their own."""
+        valid = torch.arange(positions.shape[1]) < torch.tensor(lengths)[:, None]
+        rows, places = valid.nonzero(as_tuple=True)
+        last = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+        # Padding sees what the row's last token sees: its values are dropped, but they must be numbers.
+        columns = torch.minimum(positions, torch.tensor(last)[:, None])
+        width, mask = self._view(columns)
+        access = Extend(
+            first_slot,
+            self._there(rows + first_slot),
+            self._there(positions[valid]),
+            self._there(rows),
+            self._there(places),
+            width,
+        )
+        return access, mask
+
+    def _view(self, columns: torch.Tensor) -> tuple[int, Any]:
+        """Return the visible width for tokens in these columns, [rows, tokens], and what the model takes as mask."""
+        width = min(self.cache.space.stride, -(-(int(columns.max()) + 1) // WIDTH_STEP) * WIDTH_STEP)
+        windows = set(self.cache.windows)
+        masks = {window: self._mask(columns, width, window) for window in windows}
+        if len(masks) == 1:
+            return width, masks[windows.pop()]
+        # As models take it whose layers differ: by the kind of the layer.
+        [window] = windows - {None}
+        return width, {"full_attention": masks[None], "sliding_attention": masks[window]}
+
+    def _mask(self, columns: torch.Tensor, width: int, window: int | None) -> torch.Tensor:
+        seen = torch.arange(width)
+        hidden = seen > columns[..., None]
+        if window is not None:
+            hidden |= seen <= columns[..., None] - window
         # Additive, since every attention implementation of transformers takes that.
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-        return width, mask.masked_fill_(hidden.to(self._device), torch.finfo(self._dtype).min)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, torch.finfo(self._dtype).min)
+        return self._there(mask[:, None])
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Bring what was made on the host to the device, on CUDA without waiting for what runs there."""
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
 
     @torch.inference_mode()
     def _forward(
@@ -116,19 +195,20 @@ class Runner:
         access: Access,
         ids: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Any,
         keep: Sequence[int],
+        inputs: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Run the model; return the logits at the columns `keep`, [rows, kept, vocabulary]."""
         self.cache.point(access)
-        more: dict[str, Any] = {}
-        if self._takes_positions:
-            more["position_ids"] = positions.to(self._device)
+        more: dict[str, Any] = dict(inputs or {})
+        if self._takes_positions and "position_ids" not in more:
+            more["position_ids"] = self._there(positions)
         # One kept column is the rule; for more of them a tensor is what `logits_to_keep` takes.
         if self._keeps_logits:
-            more["logits_to_keep"] = torch.tensor(keep, dtype=torch.long, device=self._device)
+            more["logits_to_keep"] = self._there(torch.tensor(keep, dtype=torch.long))
         logits: torch.Tensor = self._model(
-            input_ids=ids.to(self._device),
+            input_ids=self._there(ids),
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,

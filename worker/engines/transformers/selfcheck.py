@@ -21,8 +21,10 @@ from .runner import Runner
 #: few hundredths; a wrong position or mask shows as tenths in a trained model, and far above 1e-3 in any.
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.2
-#: Most tokens that the check puts into one slot.
+#: Tokens that the check puts into one slot, besides those of a window.
 TOKENS = 8
+#: Most of them: a window that is longer than that is not filled, since it would take minutes on a slow device.
+MOST_TOKENS = 1024
 
 
 @torch.inference_mode()
@@ -31,24 +33,26 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
 
     Args:
         model: a causal language model.
-        context: tokens that a row may have. A sliding window that is no shorter never slides, so that its layers are
-            like any other.
+        context: tokens that a row may have. A sliding window that is no shorter never slides.
 
     Raises:
         EngineLoadError: the model keeps something else than keys and values of all tokens.
     """
     kind = type(model).__name__
     cache = DynamicCache(config=model.config)
-    for layer in cache.layers:
-        _refuse_layer(layer, kind, context)
+    windows = [_window(layer, kind, context) for layer in cache.layers]
+    if len({window for window in windows if window is not None}) > 1:
+        raise EngineLoadError(f"{kind} has layers with sliding windows of different lengths; they cannot be served")
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     shapes = []
-    for layer in cache.layers:
+    # A model that names no layers in its config has them made by its forward: of the one kind that needs no name.
+    windows += [None] * (len(cache.layers) - len(windows))
+    for layer, window in zip(cache.layers, windows, strict=True):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != 1:
             raise EngineLoadError(f"{kind} has layers without keys and values of their own; they cannot be served")
         shape = LayerShape(
-            keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], dtype=keys.dtype, device=keys.device
+            keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype, keys.device, window
         )
         shapes.append(shape)
     if not shapes:
@@ -56,16 +60,18 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
     return shapes
 
 
-def _refuse_layer(layer: Any, kind: str, context: int) -> None:
-    """Raise where a layer, as transformers' own cache has it, keeps something else than all keys and values."""
+def _window(layer: Any, kind: str, context: int) -> int | None:
+    """Return the sliding window of a layer, as transformers' own cache has it; one that never slides is none.
+
+    Raises:
+        EngineLoadError: the layer keeps something else than keys and values.
+    """
     if type(layer) is DynamicSlidingWindowLayer:
-        if layer.sliding_window < context:
-            raise EngineLoadError(
-                f"{kind} has layers with a sliding window of {layer.sliding_window} tokens, which this engine "
-                f"can serve only up to that context: give max_context={layer.sliding_window} or less"
-            )
-    elif type(layer) is not DynamicLayer:
+        window: int = layer.sliding_window
+        return window if window < context else None
+    if type(layer) is not DynamicLayer:
         raise EngineLoadError(f"{kind} has layers of kind {type(layer).__name__}, which this engine cannot serve")
+    return None
 
 
 @torch.inference_mode()
@@ -75,20 +81,31 @@ def check(model: Any, runner: Runner) -> None:
     Raises:
         EngineLoadError: they differ.
     """
-    ids = [(17 * step + 5) % runner.vocabulary for step in range(TOKENS)]
-    other = [(11 * step + 3) % runner.vocabulary for step in range(TOKENS - 3)]
+    # A short window must slide; a long one is left to the tests, which try every kind of mask with short ones.
+    window = min((window for window in runner.cache.windows if window is not None), default=0)
+    length = TOKENS + (window if window + TOKENS <= min(MOST_TOKENS, runner.cache.space.context) else 0)
+    ids = [(17 * step + 5) % runner.vocabulary for step in range(length)]
+    other = [(11 * step + 3) % runner.vocabulary for step in range(length - 3)]
     plain = [_plain(model, row)[-2:] for row in (ids, other)]
+    if length > runner.cache.space.stride:
+        runner.restride(runner.cache.space.stride_for(length), 0, 0)
     pairs = []
-    if runner.cache.slots > 1:  # a ragged group, then two rows in one decode
-        pairs.append((runner.prefill(0, [ids[:-1], other[:-1]]), torch.stack([plain[0][0], plain[1][0]])))
-        decoded = runner.decode([ids[-1], other[-1]], [len(ids) - 1, len(other) - 1])
-        pairs.append((decoded, torch.stack([plain[0][1], plain[1][1]])))
-    runner.prefill_chunk(0, 0, ids[:3])  # the same in chunks, then alone in a decode
-    pairs.append((runner.prefill_chunk(0, 3, ids[3:-1]), plain[0][:1]))
-    pairs.append((runner.decode(ids[-1:], [len(ids) - 1]), plain[0][1:]))
-    runner.prefill(0, [ids[:2]])  # and with some of it replayed
+    if runner.cache.space.rows_at(runner.cache.space.stride) > 1:  # a ragged group, then two rows in one decode
+        pairs.append((runner.extend(0, [0, 0], [ids[:-1], other[:-1]]), torch.stack([plain[0][0], plain[1][0]])))
+        pairs.append(
+            (runner.decode([ids[-1], other[-1]], _before([ids, other])), torch.stack([plain[0][1], plain[1][1]]))
+        )
+        # Again, the second half with rows that begin at places of their own.
+        runner.extend(0, [0], [ids[:3]])
+        runner.extend(1, [0], [other[:2]])
+        ragged = runner.extend(0, [3, 2], [ids[3:-1], other[2:-1]])
+        pairs.append((ragged, torch.stack([plain[0][0], plain[1][0]])))
+    runner.extend(0, [0], [ids[:3]])  # the same in chunks, then alone in a decode
+    pairs.append((runner.extend(0, [3], [ids[3:-1]]), plain[0][:1]))
+    pairs.append((runner.decode(ids[-1:], _before([ids])), plain[0][1:]))
+    runner.extend(0, [0], [ids[:2]])  # and with some of it replayed
     runner.replay(0, 2, ids[2:-1])
-    pairs.append((runner.decode(ids[-1:], [len(ids) - 1]), plain[0][1:]))
+    pairs.append((runner.decode(ids[-1:], _before([ids])), plain[0][1:]))
     tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
     worst = max(_difference(ours, theirs) for ours, theirs in pairs)
     if not worst <= tolerance:
@@ -96,6 +113,11 @@ def check(model: Any, runner: Runner) -> None:
             f"{type(model).__name__} gives other results over this engine's KV cache than without it "
             f"(difference {worst:.2g}, at most {tolerance:.2g} is rounding): it cannot be served"
         )
+
+
+def _before(rows: list[list[int]]) -> list[int]:
+    """Return the tokens that each row has in front of its last one."""
+    return [len(row) - 1 for row in rows]
 
 
 def _plain(model: Any, ids: list[int]) -> torch.Tensor:

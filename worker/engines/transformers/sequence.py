@@ -1,14 +1,37 @@
-"""One request inside the engine: its tokens, its text and its times. No tensors."""
+"""One request inside the engine: its tokens, its text and its times."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ....protocol.errors import BadRequestError, CannotResumeError
-from ....protocol.messages import FinishReason
+from ....protocol.limits import NORMAL_PRIORITY
+from ....protocol.messages import Details, FinishReason, TokenLogprobs
 from ....protocol.payload import Prior, Sampling
 from ..base import Done, Output, Tokens
+from .rules import Rules
+from .sampling import Draw
 from .textstream import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request gives the model.
+
+    Attributes:
+        token_ids: one or more.
+        text: the prompt's text, for an echo.
+        inputs: what the model's forward is handed besides token ids, such as pixels; such a prompt is prefilled alone
+            and whole.
+        seed: tells it apart, for the prefix cache, from prompts of the same tokens with other inputs.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str = ""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    seed: bytes = b""
 
 
 @dataclass(slots=True, eq=False)
@@ -17,39 +40,60 @@ class Sequence:
 
     Attributes:
         ticket: the worker's number for it.
-        prompt: token ids, one or more.
+        given: the prompt.
         sampling: how to choose tokens, and when to stop.
         end_ids: tokens that end it.
         context: tokens that it may have in all.
         text: its text.
         submitted_at: when it came, in seconds of a monotonic clock; the times below likewise.
-        head: token ids to prefill before it runs: the prompt, and after `resume` perhaps more.
+        priority: the greater, the sooner it runs and the later it is put back.
+        rules: what restricts its tokens besides `sampling`; None for nothing.
+        adapter: the name of the adapter that computes it; "" for the plain model.
+        echo: the prompt's text and logprobs come with the first token.
+        head: token ids to prefill before it runs: the prompt, and after `resume` or `rewind` perhaps more.
         generated: token ids so far, those of a prior included.
         stored: tokens whose keys and values are in the cache.
-        owed: text of a prior that has not reached the reader; it goes in front of the first new text.
+        keys: those of the full blocks of `head` in the prefix cache.
+        owed: text that has not reached the reader, of an echo or a prior; it goes in front of the first new text.
+        prompt_logprobs: one for each token of the prompt, as far as it was computed for an echo.
         started_at: when its prefill began.
         first_at: when it had its first token, one of a prior not counted.
         last_at: when it had its newest one.
+        left: it is no longer the scheduler's; what a step brings for it is dropped.
     """
 
     ticket: int
-    prompt: tuple[int, ...]
+    given: Prompt
     sampling: Sampling
     end_ids: frozenset[int]
     context: int
     text: TextStream
     submitted_at: float
+    priority: int = NORMAL_PRIORITY
+    rules: Rules | None = None
+    adapter: str = ""
+    echo: bool = False
     head: tuple[int, ...] = ()
     generated: list[int] = field(default_factory=list)
     stored: int = 0
+    keys: list[bytes] = field(default_factory=list)
     owed: str = ""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     started_at: float | None = None
     first_at: float | None = None
     last_at: float | None = None
+    left: bool = False
 
     def __post_init__(self) -> None:
         """Begin with the prompt."""
         self.head = self.prompt
+        if self.echo:
+            self.owed = self.given.text
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.given.token_ids
 
     @property
     def length(self) -> int:
@@ -58,7 +102,7 @@ class Sequence:
 
     @property
     def complete(self) -> bool:
-        """Whether the cache holds all tokens, so that the model's last logits are those for the next one."""
+        """Whether the cache has all its tokens: its logits are those for the next one."""
         return self.stored == self.length
 
     @property
@@ -70,6 +114,21 @@ class Sequence:
     def next_input(self) -> int:
         """The token to decode: the newest one, or while a prior is replayed the first that the cache lacks."""
         return self.generated[self.stored - len(self.prompt)]
+
+    @property
+    def seed(self) -> bytes:
+        """What tells its keys in the prefix cache apart from those of the same tokens elsewhere."""
+        return self.adapter.encode() + b"\0" + self.given.seed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logits behind every token of the prompt are asked for, and not known yet."""
+        return self.echo and self.sampling.logprobs is not None and not self.generated
+
+    @property
+    def draw(self) -> Draw:
+        """How its next token is to be chosen."""
+        return Draw(self.sampling, self.length, self.prompt, self.generated, self.end_ids, self.rules)
 
     def resume(self, prior: Prior, *, replay: bool) -> list[Output]:
         """Take the tokens so far, before anything else is done with the sequence.
@@ -87,21 +146,21 @@ class Sequence:
 
         Raises:
             CannotResumeError: a worker with a larger context began it. Retryable: such a one may be there.
-            BadRequestError: the sequence has ended before the prior's last token, or its text is shorter than what
-                has arrived.
+            BadRequestError: the sequence has ended before the prior's last token, the prior is not what its rules
+                allow, or its text is shorter than what has arrived.
         """
         tokens = len(prior.token_ids)
         if len(self.prompt) + tokens > self.context:
             sizes = f"the prompt has {len(self.prompt)} tokens and its prior {tokens}"
             raise CannotResumeError(f"{sizes}; the context is {self.context}", retryable=True)
-        pieces, reason = [], None
+        pieces, reason = [self.owed], None
         for token in prior.token_ids:
             if reason is not None:
                 raise BadRequestError(
                     f"the prior has {tokens} tokens, but the completion has ended after {len(self.generated)}"
                 )
-            self.generated.append(token)
-            reason, piece = self._judge(token)
+            self._append(token)
+            reason, piece = self._judge()
             pieces.append(piece)
         text = "".join(pieces)
         if len(text) < prior.text_chars:
@@ -110,32 +169,67 @@ class Sequence:
         if reason is not None:
             left: list[Output] = [Tokens(self.ticket, (), self.owed)] if self.owed else []
             return [*left, self.done(reason, self.submitted_at)]
-        if not replay:
-            self.head = (*self.prompt, *prior.token_ids)
+        self.rewind(replay=replay)
         return []
 
-    def accept(self, token: int, now: float) -> tuple[Tokens, FinishReason | None]:
-        """Append a token.
+    def rewind(self, *, replay: bool) -> None:
+        """Begin anew with what there is: the cache has nothing of it any more."""
+        self.stored = 0
+        self.keys = []
+        self.prompt_logprobs = []
+        self.head = self.prompt if replay else (*self.prompt, *self.generated)
+
+    def take(self, token: int, now: float) -> bool:
+        """Append a token; tell whether it is the last one as far as tokens tell, before it becomes text."""
+        self._append(token)
+        self.first_at = now if self.first_at is None else self.first_at
+        self.last_at = now
+        return self._ends() or self._full()
+
+    def tell(self, logprobs: TokenLogprobs | None = None) -> tuple[Tokens, FinishReason | None]:
+        """Turn the newest token into text.
+
+        Args:
+            logprobs: the token's, where they are asked for.
 
         Returns:
             What to send, and why the sequence ends with it, or None when it goes on.
         """
-        self.generated.append(token)
-        self.first_at = now if self.first_at is None else self.first_at
-        self.last_at = now
-        reason, text = self._judge(token)
+        reason, text = self._judge()
         text, self.owed = self.owed + text, ""
-        return Tokens(self.ticket, (token,), text), reason
+        details = None
+        if logprobs is not None:
+            details = Details((logprobs,), tuple(self.prompt_logprobs))
+            self.prompt_logprobs = []
+        return Tokens(self.ticket, (self.generated[-1],), text, details=details), reason
 
-    def _judge(self, token: int) -> tuple[FinishReason | None, str]:
-        if token in self.end_ids:
+    def _append(self, token: int) -> None:
+        self.generated.append(token)
+        if self.rules is not None:
+            self.rules.accept(token)
+
+    def _may_end(self) -> bool:
+        return len(self.generated) >= self.sampling.min_tokens
+
+    def _ends(self) -> bool:
+        """Tell whether the newest token ends the sequence by what it is."""
+        return self.generated[-1] in self.end_ids and self._may_end()
+
+    def _full(self) -> bool:
+        """Tell whether nothing may follow the newest token."""
+        finished = self.rules is not None and self.rules.finished
+        return len(self.generated) >= self.sampling.max_tokens or self.length >= self.context or finished
+
+    def _judge(self) -> tuple[FinishReason | None, str]:
+        if self._ends():
             return FinishReason.STOP, self.text.flush()
-        text = self.text.feed(token)
+        text = self.text.feed(self.generated[-1], may_stop=self._may_end())
         if self.text.stopped:
             return FinishReason.STOP, text
-        if len(self.generated) >= self.sampling.max_tokens or self.length >= self.context:
+        if self._full():
             text += self.text.flush()
-            return FinishReason.STOP if self.text.stopped else FinishReason.LENGTH, text
+            finished = self.rules is not None and self.rules.finished
+            return FinishReason.STOP if self.text.stopped or finished else FinishReason.LENGTH, text
         return None, text
 
     def done(self, reason: FinishReason, now: float) -> Done:

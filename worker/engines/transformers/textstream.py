@@ -23,9 +23,10 @@ class TextStream:
         """Whether a stop string has been found."""
         return self._stops.stopped
 
-    def feed(self, token_id: int) -> str:
-        """Take a token; return the text that is certain now."""
-        return self._stops.feed(self._detokenizer.feed(token_id))
+    def feed(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Take a token; return the text that is certain now. Where it may not stop, stop strings are plain text."""
+        text = self._detokenizer.feed(token_id)
+        return self._stops.feed(text) if may_stop else text
 
     def flush(self) -> str:
         """End the stream; return what was held back. It may complete a stop string after all."""
