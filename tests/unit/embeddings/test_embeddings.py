@@ -75,6 +75,7 @@ def test_what_it_announces_and_counts(make_engine: Make, tokenizer: Any) -> None
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.prompt_tokens) == (1, 1, sum(tokens))
     assert stats.prefill_s > 0
+    assert stats.memory_bytes > stats.memory_used_bytes > 0
     record = run(engine)
     done = record.done(1)
     assert (done.reason, done.prompt_tokens, done.completion_tokens) == (FinishReason.STOP, sum(tokens), 0)
