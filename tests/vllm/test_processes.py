@@ -43,7 +43,8 @@ def test_sigkill_of_a_worker(own_cluster: LocalCluster, start_worker: Callable[.
         stream = client.generate(MODEL, prompt="The sea is", max_tokens=900, ignore_eos=True)
         chunks = iter(stream)
         next(chunks)
-        (victim,) = [worker for worker in own_cluster.workers if worker.name == stream.worker]
+        (busy,) = [row["name"] for row in client.workers() if row["in_flight"]]
+        (victim,) = [worker for worker in own_cluster.workers if worker.name == busy]
         children = family(victim)
         victim.kill()
         # The tokens that were read are not those of another stream: the reader is told.

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ class VllmEngine(AsyncEngine):
             options=self._options,
         )
         lifeline.arm()
-        # The children inherit it: Ctrl-C goes to them, too, and they would drop what the worker lets end first.
+        # The children inherit it: Ctrl-C goes to them, too, and they would drop what the worker lets end first. The
+        # tracker's start would lift it again.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._llm = AsyncLLM.from_engine_args(
