@@ -19,7 +19,9 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--workers", action="store_true", help="two workers on this machine against one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # vLLM's processes end with this one, also then
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {options.threads} threads, {platform.machine()}, {os.cpu_count()} cores")
     figures: dict[str, Any] = {}

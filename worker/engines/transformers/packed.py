@@ -11,10 +11,12 @@ replaced by one that computes the same, the whole is tried against the plain mod
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -31,6 +33,16 @@ TOLERANCE = 1e-3
 TOLERANCE_HALF = 0.05
 #: Tokens that both are tried on.
 TRIAL = 8
+
+
+# One opaque operation for torch.compile, which cannot look into a packed tensor: it would break the graph at each
+# layer, and compile hundreds of pieces.
+_library = torch.library.Library("tokenmq", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "packed_linear(Tensor inputs, int handle, int out_features) -> Tensor"
+)
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_handles = itertools.count()
 
 
 class PackedLinear(nn.Module):
@@ -57,15 +69,35 @@ class PackedLinear(nn.Module):
         self.bias: torch.Tensor | None
         object.__setattr__(self, "weight", _reorder(weight.detach()))
         object.__setattr__(self, "bias", None if bias is None else bias.detach())
+        self._handle = next(_handles)
+        _layers[self._handle] = self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return inputs @ weight.T + bias, [..., out_features]."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        result: torch.Tensor
+        if torch.compiler.is_compiling():
+            result = torch.ops.tokenmq.packed_linear.default(inputs, self._handle, self.out_features)
+        else:
+            result = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return result
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _call(inputs: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    layer = _layers[handle]
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, layer.weight, layer.bias, "none", [], "")
+    return result
+
+
+def _shape(inputs: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], out_features))
+
+
+_library.impl("packed_linear", _call, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("tokenmq::packed_linear", _shape, lib=_library)
 
 
 def pack(model: Any) -> int:
