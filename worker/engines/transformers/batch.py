@@ -161,11 +161,11 @@ class Batch:
         while (crowded := self.scheduler.crowd()) is not None:
             _log.info("request %d: put back with %d tokens: the cache is full", crowded.ticket, crowded.length)
             self._put_back(crowded)
-        self._restride(self.scheduler.stride())
+        self._restride(self.scheduler.stride(), self.scheduler.rows)
 
-    def _restride(self, stride: int) -> None:
+    def _restride(self, stride: int, rows: list[Sequence]) -> None:
+        """Give the cache this stride; `rows` are those that have something in it, by slot."""
         if stride != self.scheduler.space.stride:
-            rows = self.scheduler.rows
             self._runner.restride(stride, len(rows), max((row.stored for row in rows), default=0))
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -236,7 +236,7 @@ class Batch:
 
     def _prefill(self, plan: Plan, outputs: list[Output]) -> list[torch.Tensor]:
         """Do a step's prefill; append Failed for what fails. Return the logits of the rows that joined, in order."""
-        self._restride(plan.stride)
+        self._restride(plan.stride, [row for row in self.scheduler.rows if row.ticket not in plan.found])
         self._begin([one for one in (plan.chunk, *plan.whole) if one is not None and one.ticket in plan.found])
         logits: list[torch.Tensor] = []
         if plan.chunk is not None:
