@@ -88,8 +88,26 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 @option("--supervised", is_flag=True, hidden=True, help="Started by a supervisor, which holds standard input.")
 @option("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on cuda, else float32.")
 @option(
-    "--max-context", type=int, show_default="the model's, at most 4096 on cuda, else 2048", metavar="TOKENS",
-    help="Prompt and completion together, for each slot.",
+    "--max-context", type=int, show_default="the model's, at most 32768 on cuda, else 8192", metavar="TOKENS",
+    help="Prompt and completion of a request together.",
+)  # fmt: skip
+@option(
+    "--cache-tokens", type=int, show_default="4096 for each slot on cuda, else 2048", metavar="TOKENS",
+    help="The KV cache, which all running requests share: as many run as fit beside one another with the length of "
+    "the longest.",
+)  # fmt: skip
+@option(
+    "--prefix-cache", type=int, show_default="a fourth of --cache-tokens", metavar="TOKENS",
+    help="For beginnings of prompts, so that those that share one do not compute it twice; 0: none.",
+)  # fmt: skip
+@option(
+    "--prefill-tokens", type=int, show_default="2048 on cuda, else 128", metavar="TOKENS",
+    help="Of prompts that are computed in one step: the longest time that running requests wait for others' prompts.",
+)  # fmt: skip
+@option(
+    "--compile/--no-compile", "compile_decode", default=False,
+    help="Put decodes through torch.compile: the first requests wait a minute or more, then steps are shorter; "
+    "needs a C++ compiler. See docs/engine.md.",
 )  # fmt: skip
 @option(
     "--cache-dir", show_default="$TOKENMQ_CACHE/models or ~/.cache/tokenmq/models", metavar="DIR",
@@ -100,12 +118,12 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="How to go on behind another worker's tokens: prefill is quick, replay exact; see docs/numerics.md.",
 )  # fmt: skip
 @option(
-    "--engine-option", multiple=True, metavar="KEY=VALUE",
+    "--engine-option", multiple=True, metavar="KEY=VALUE", show_default="none",
     help="For the vllm engine, repeatable: an argument of vLLM's AsyncEngineArgs, such as "
     "gpu_memory_utilization=0.8.",
 )  # fmt: skip
 @option(
-    "--base-url", metavar="URL",
+    "--base-url", metavar="URL", show_default="none",
     help="For the openai engine: where the server's API is, such as http://host:8000/v1. See docs/openai-engine.md.",
 )  # fmt: skip
 @option(
@@ -162,6 +180,10 @@ def main(
     supervised: bool,
     dtype: str,
     max_context: int | None,
+    cache_tokens: int | None,
+    prefix_cache: int | None,
+    prefill_tokens: int | None,
+    compile_decode: bool,
     cache_dir: str | None,
     resume: str,
     engine_option: tuple[str, ...],
@@ -200,6 +222,10 @@ def main(
             "device": device,
             "dtype": dtype,
             "max_context": max_context,
+            "cache_tokens": cache_tokens,
+            "prefix_tokens": prefix_cache,
+            "prefill_tokens": prefill_tokens,
+            "compile_decode": compile_decode,
             "cache_dir": cache_dir,
             "resume": resume,
             "tensor_parallel": tensor_parallel,

@@ -35,7 +35,7 @@ from .runner import Runner
 from .scheduler import Scheduler
 from .selfcheck import check, layer_shapes
 from .sequence import Sequence
-from .sizing import BLOCK_TOKENS, Wishes, choose_context, make_cache
+from .sizing import BLOCK_TOKENS, Wishes, choose_context, make_cache, positions
 from .textstream import TextStream
 from .tokentexts import TokenTexts
 
@@ -81,6 +81,7 @@ class TransformersEngine(Engine):
         prefill_tokens: int | None = None,
         cache_dir: str | None = None,
         resume: str = AUTO,
+        compile_decode: bool = False,
         tensor_parallel: int = 1,
     ) -> None:
         """Take the settings; `load` reads the model.
@@ -102,6 +103,8 @@ class TransformersEngine(Engine):
             cache_dir: folder for converted GGUF files; by default `$TOKENMQ_CACHE/models` or
                 `~/.cache/tokenmq/models`.
             resume: how to go on behind tokens of another worker: `prefill`, `replay`, or `auto`, see `resume`.
+            compile_decode: put decodes through torch.compile: a minute or more at the first requests, then fewer and
+                larger operations. Not with `tensor_parallel`.
             tensor_parallel: processes that compute the model together, of which this is one, see `group`; the one of
                 rank 0 serves, the others `follow`.
         """
@@ -113,6 +116,7 @@ class TransformersEngine(Engine):
         self._prefill_tokens = prefill_tokens
         self._cache_dir = cache_dir
         self._resume = resume
+        self._compile = compile_decode
         self._processes = tensor_parallel
         self._group: Group | None = None
         self._runner: Runner | None = None
@@ -162,7 +166,7 @@ class TransformersEngine(Engine):
         # whole stream independent of its company.
         grouped = device.type != "cpu" or model.dtype == torch.float32
         block_tokens = min(BLOCK_TOKENS, budget) if grouped else budget
-        limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = positions(model.config.get_text_config())
         context = choose_context(self._wishes, limit, device, self.served_name)
         cache, blocks = make_cache(
             self._wishes,
@@ -172,7 +176,7 @@ class TransformersEngine(Engine):
             self.served_name,
             agree=int if self._group is None else self._group.least,
         )
-        runner = Runner(model, cache)
+        runner = Runner(model, cache, compile_decode=self._compile)
         self._memory = Memory(device)
         try:
             check(model, runner)
@@ -318,6 +322,10 @@ class TransformersEngine(Engine):
 
     def _check_settings(self) -> None:
         self._wishes.check()
+        if self._compile and self._processes > 1:
+            raise EngineLoadError(
+                "compile_decode does not go with tensor_parallel: its parts cannot be compiled apart"
+            )
         if self._resume not in CHOICES:
             raise EngineLoadError(f"resume must be one of {', '.join(CHOICES)}, not {self._resume!r}")
         if self._prefill_tokens is not None and self._prefill_tokens < 1:

@@ -7,12 +7,13 @@ What changes the cache goes through it too: whatever runs the model elsewhere at
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
+from .compiled import compiled
 
 #: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
 #: for them, stay the same over some decode steps.
@@ -30,11 +31,15 @@ class Runner:
         vocabulary: token ids that the model knows are below it.
     """
 
-    def __init__(self, model: Any, cache: SlotCache) -> None:
-        """Run `model`, a transformers causal language model in eval mode, over `cache`."""
+    def __init__(self, model: Any, cache: SlotCache, *, compile_decode: bool = False) -> None:
+        """Run `model`, a transformers causal language model in eval mode, over `cache`.
+
+        With `compile_decode`, decodes go through torch.compile, which begins with the first one of two rows or more.
+        """
         self.cache = cache
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._model = model
+        self._decoder: Callable[..., Any] = compiled(model) if compile_decode else model
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
         parameters = inspect.signature(model.forward).parameters
@@ -95,7 +100,9 @@ class Runner:
         columns = torch.tensor(lengths)[:, None]
         width, mask = self._view(columns)
         access = Decode(torch.arange(len(lengths), device=self._device), self._there(columns[:, 0]), width)
-        return self._forward(access, torch.tensor(token_ids)[:, None], columns, mask, [0])[:, 0]
+        # One row would be a graph of its own, and gains least.
+        forward = self._decoder if len(lengths) > 1 else self._model
+        return self._forward(access, torch.tensor(token_ids)[:, None], columns, mask, [0], forward=forward)[:, 0]
 
     def replay(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
@@ -198,6 +205,7 @@ class Runner:
         mask: Any,
         keep: Sequence[int],
         inputs: Mapping[str, Any] | None = None,
+        forward: Callable[..., Any] | None = None,
     ) -> torch.Tensor:
         """Run the model; return the logits at the columns `keep`, [rows, kept, vocabulary]."""
         self.cache.point(access)
@@ -207,7 +215,7 @@ class Runner:
         # One kept column is the rule; for more of them a tensor is what `logits_to_keep` takes.
         if self._keeps_logits:
             more["logits_to_keep"] = self._there(torch.tensor(keep, dtype=torch.long))
-        logits: torch.Tensor = self._model(
+        logits: torch.Tensor = (forward or self._model)(
             input_ids=self._there(ids),
             attention_mask=mask,
             past_key_values=self.cache,
