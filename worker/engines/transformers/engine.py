@@ -33,11 +33,12 @@ from .resume import AUTO, CHOICES, Resume, choose_way
 from .rules import RuleBook
 from .runner import Runner
 from .scheduler import Scheduler
-from .selfcheck import check, layer_shapes
+from .selfcheck import check, check_images, layer_shapes
 from .sequence import Sequence
 from .sizing import BLOCK_TOKENS, Wishes, choose_context, make_cache, positions
 from .textstream import TextStream
 from .tokentexts import TokenTexts
+from .vision import Vision
 
 _log = logging.getLogger("tokenmq.worker")
 
@@ -125,17 +126,20 @@ class TransformersEngine(Engine):
         self._memory = Memory()
 
     @classmethod
-    def from_loaded(cls, model: Any, tokenizer: Any, *, name: str, **settings: Any) -> TransformersEngine:
+    def from_loaded(
+        cls, model: Any, tokenizer: Any, *, name: str, processor: Any = None, **settings: Any
+    ) -> TransformersEngine:
         """Make an engine of a model that is in memory already, on its device and in its dtype.
 
         Args:
             model: a transformers causal language model.
             tokenizer: its fast tokenizer.
             name: the served name.
+            processor: of a model that looks at images, its processor.
             settings: all but `device`, `dtype` and `cache_dir`, as for the constructor.
         """
         engine = cls(model=name, name=name, **settings)
-        engine._loaded = LoadedModel(model.eval(), tokenizer)
+        engine._loaded = LoadedModel(model.eval(), tokenizer, processor)
         return engine
 
     def load(self) -> list[ModelInfo]:
@@ -161,10 +165,12 @@ class TransformersEngine(Engine):
             # kernel takes them as they are, four to ten times as fast. CUDA's would fall back to plain arithmetic.
             os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         budget = self._prefill_tokens or (PREFILL_TOKENS if device.type == "cuda" else PREFILL_TOKENS_HOST)
+        way = choose_way(self._resume, device, model.dtype)
+        _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
         # In half precision on a CPU a prompt's keys and values depend on the other rows of its forward, while a
-        # decode's do not: prompts that go alone, cut at the same places with a prefix found or without, make the
-        # whole stream independent of its company.
-        grouped = device.type != "cpu" or model.dtype == torch.float32
+        # decode's do not. Where a replay is to be exact, prompts go alone, and are cut at the same places with a prefix
+        # found or without: then the whole stream is independent of its company.
+        grouped = device.type != "cpu" or model.dtype == torch.float32 or way is not Resume.REPLAY
         block_tokens = min(BLOCK_TOKENS, budget) if grouped else budget
         limit = positions(model.config.get_text_config())
         context = choose_context(self._wishes, limit, device, self.served_name)
@@ -178,8 +184,14 @@ class TransformersEngine(Engine):
         )
         runner = Runner(model, cache, compile_decode=self._compile)
         self._memory = Memory(device)
+        processor = self._loaded.processor
+        if processor is not None and processor.chat_template is not None:
+            tokenizer.chat_template = processor.chat_template  # the tokenizer's own may know text only
+        vision = None if processor is None else Vision(processor, model, self.served_name)
         try:
             check(model, runner)
+            if vision is not None:
+                check_images(model, runner, vision)
         except EngineLoadError:
             raise
         except Exception as error:
@@ -189,8 +201,6 @@ class TransformersEngine(Engine):
         if self._group is not None and self._group.rank == 0:
             runner = LeadingRunner(model, cache, self._group)
         self._runner = runner
-        way = choose_way(self._resume, device, model.dtype)
-        _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
         prefixes = PrefixIndex(blocks, block_tokens) if blocks else None
         texts = TokenTexts(tokenizer.backend_tokenizer)
         manner = Manner(device, grouped=grouped, ahead=device.type == "cuda", replay=way is Resume.REPLAY)
@@ -198,7 +208,7 @@ class TransformersEngine(Engine):
         end_ids = _end_ids(model, tokenizer)
         self._serving = _Serving(
             batch=batch,
-            prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context),
+            prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context, vision),
             tokenizer=tokenizer.backend_tokenizer,
             rules=RuleBook(tokenizer, runner.vocabulary, end_ids),
             end_ids=end_ids,
@@ -206,7 +216,8 @@ class TransformersEngine(Engine):
             way=way,
         )
         chat = tokenizer.chat_template is not None
-        return [ModelInfo(self.served_name, context_tokens=context, chat=chat, resumes=True)]
+        sees = vision is not None
+        return [ModelInfo(self.served_name, context_tokens=context, chat=chat, resumes=True, images=sees)]
 
     def follow(self) -> None:
         """Load this process's part of the model, and compute it until the process of rank 0 closes its engine.
@@ -223,8 +234,6 @@ class TransformersEngine(Engine):
         """Queue a job, or answer with one Failed when it cannot run, or with the end of a prior that is complete."""
         serving, generation = self._ready(), job.generation
         try:
-            if job.attachments:
-                raise BadRequestError(f"model {self.served_name!r} takes text only, no attachments")
             if generation.texts is not None:
                 raise BadRequestError(f"model {self.served_name!r} generates: give it a prompt, not texts to embed")
             sequence = self._sequence(serving, job)
@@ -309,7 +318,7 @@ class TransformersEngine(Engine):
         end_ids = own_end | frozenset(sampling.stop_token_ids)
         return Sequence(
             ticket=job.ticket,
-            given=serving.prompts.read(generation),
+            given=serving.prompts.read(generation, job.attachments),
             sampling=sampling,
             end_ids=end_ids,
             context=serving.context,
