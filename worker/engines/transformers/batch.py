@@ -178,7 +178,7 @@ class Batch:
             row = self.scheduler.running[slot]
             first = row.stored - len(row.prompt)
             try:
-                self._runner.replay(slot, row.stored, row.generated[first : first + tokens])
+                self._runner.replay(slot, row.stored, row.generated[first : first + tokens], row.given.shift)
             except Exception as error:  # noqa: BLE001 (a model may raise anything; the others go on)
                 self._move(self.scheduler.remove(row))
                 outputs.append(self._failure(row, error))
@@ -194,7 +194,11 @@ class Batch:
         tried = False
         while rows := self.scheduler.running:
             try:
-                logits = self._runner.decode([row.next_input for row in rows], [row.stored for row in rows])
+                logits = self._runner.decode(
+                    [row.next_input for row in rows],
+                    [row.stored for row in rows],
+                    [row.given.shift for row in rows] if any(row.given.shift for row in rows) else None,
+                )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -244,6 +248,8 @@ class Batch:
             logits += self._prefill_chunk(plan.chunk, plan.chunk_tokens, blocks, outputs)
         for group in self._groups(plan.whole):
             logits += self._prefill_group(group, plan.found, outputs)
+        if self._prefixes is not None:
+            self._prefixes.release()
         return logits
 
     def _prefill_chunk(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -17,6 +17,7 @@ from ..base import EngineLoadError
 from .devices import choose_device, choose_dtype, first_line, is_out_of_memory
 from .division import refuse_indivisible
 from .gguf import converted, default_cache_dir
+from .vision import has_eyes, load_processor
 
 #: What the hub allows as an id: `name` or `owner/name`.
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -24,10 +25,11 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in eval mode on its device, and its tokenizer."""
+    """A model in eval mode on its device, its tokenizer, and where it looks at images its processor."""
 
     model: Any
     tokenizer: Any
+    processor: Any = None
 
 
 def load(
@@ -94,9 +96,8 @@ def _load(
 ) -> LoadedModel:
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.is_encoder_decoder:
-        raise EngineLoadError(
-            f"{source}: {config.model_type} is an encoder-decoder, which no engine here serves"
-        )
+        raise EngineLoadError(f"{source}: {config.model_type} is an encoder-decoder, which no engine here serves")
+    processor = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except Exception as error:
@@ -104,6 +105,9 @@ def _load(
             f"{source}: its tokenizer (tokenizer.json and others) is absent or damaged: "
             f"{first_line(error).rstrip(':')}"
         ) from error
+    if kind is AutoModelForCausalLM and has_eyes(config):
+        kind, processor = AutoModelForImageTextToText, load_processor(source, local=local)
+        tokenizer = processor.tokenizer
     more: dict[str, Any] = {}
     if processes > 1:
         refuse_indivisible(config, processes)
@@ -120,4 +124,4 @@ def _load(
         raise EngineLoadError(f"{source}: {len(missing)} weights are missing from its files, such as {missing[0]}")
     if not more:
         model.to(device)
-    return LoadedModel(model.eval(), tokenizer)
+    return LoadedModel(model.eval(), tokenizer, processor)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ....protocol.errors import BadRequestError
 from ....protocol.payload import Generation
+from .chat import ContentForms
 from .devices import first_line
 from .sequence import Prompt
+from .vision import Vision
 
 #: Characters for each token of the context, above which only a prompt's head is tokenised at first. Text has about
 #: four to a token.
@@ -23,7 +25,9 @@ _OWN_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_
 class PromptReader:
     """Turns prompts into token ids that the model can take."""
 
-    def __init__(self, tokenizer: Any, name: str, vocabulary: int, context: int) -> None:
+    def __init__(
+        self, tokenizer: Any, name: str, vocabulary: int, context: int, vision: Vision | None = None
+    ) -> None:
         """Read prompts for one model.
 
         Args:
@@ -31,30 +35,57 @@ class PromptReader:
             name: the served name, for messages.
             vocabulary: token ids are below it.
             context: tokens that prompt and completion may have together.
+            vision: its eyes, if it has any.
         """
+        self._forms = ContentForms() if vision is None else ContentForms.of(tokenizer)
+        self._vision = vision
         self._tokenizer = tokenizer
         self._name = name
         self._vocabulary = vocabulary
         self._context = context
 
-    def read(self, generation: Generation) -> Prompt:
+    def read(self, generation: Generation, images: Sequence[bytes] = ()) -> Prompt:
         """Return the prompt: token ids, one or more, with room for at least one token after them, and their text.
+
+        Args:
+            generation: what is asked for.
+            images: PNG, JPEG or WebP files, in the order of their places in the prompt.
 
         Raises:
             BadRequestError: ids out of the vocabulary, no chat template, a template that rejects the messages, images
-                for a model without eyes, an empty prompt, or one too long.
+                for a model without eyes, images that cannot be read or have no place in the prompt, an empty prompt,
+                or one too long.
         """
+        if images:
+            self._check_images(generation)
         if generation.token_ids is not None:
             ids = self.known(generation.token_ids)
-            text = self._tokenizer.decode(ids) if generation.echo else ""
+            prompt = Prompt(ids, self._tokenizer.decode(ids) if generation.echo else "")
         elif generation.messages is not None:
-            text = self._chat(generation)
-            ids = self.known(self._tokens(text, add_special_tokens=False))  # the template writes its own
+            prompt = self._prompt(self._chat(generation), images, special=False)  # the template writes its own
         else:
-            text = generation.prompt or ""
-            ids = self.known(self._tokens(text))
-        self._check_length(ids)
-        return Prompt(ids, text)
+            prompt = self._prompt(generation.prompt or "", images, special=True)
+        self._check_length(prompt.token_ids)
+        return prompt
+
+    def _check_images(self, generation: Generation) -> None:
+        if self._vision is None:
+            raise BadRequestError(f"model {self._name!r} takes text only, no images")
+        if generation.token_ids is not None:
+            raise BadRequestError(
+                "images cannot come with token ids, since only the model's processor knows how many tokens an image "
+                "is: send a prompt or messages"
+            )
+        if generation.echo and generation.sampling.logprobs is not None:
+            raise BadRequestError("the logprobs of a prompt with images cannot be told: leave echo or logprobs out")
+
+    def _prompt(self, text: str, images: Sequence[bytes], *, special: bool) -> Prompt:
+        self._refuse_endless(text, special=special)
+        if images and self._vision is not None:
+            return self._vision.read(text, images, special=special)
+        if self._vision is not None:
+            self._vision.check_marks(text, 0)
+        return Prompt(self.known(self._tokenise(text, special=special)), text)
 
     def _check_length(self, ids: tuple[int, ...]) -> None:
         if not ids:
@@ -79,20 +110,19 @@ class PromptReader:
             )
         return token_ids
 
-    def _tokens(self, text: str, **how: Any) -> tuple[int, ...]:
+    def _refuse_endless(self, text: str, *, special: bool) -> None:
         # A head that has far too many tokens tells enough: all running rows stand still while a text is tokenised,
         # and megabytes take seconds. What follows the head can merge with its last tokens, never with half of them.
         head, most = self._context * HEAD_CHARS, 2 * self._context
-        if len(text) > head and len(self._tokenise(text[:head], **how)) > most:
+        if len(text) > head and len(self._tokenise(text[:head], special=special)) > most:
             raise BadRequestError(
                 f"the prompt has more than {most} tokens; model {self._name!r} has a context of {self._context}"
             )
-        return self._tokenise(text, **how)
 
-    def _tokenise(self, text: str, **how: Any) -> tuple[int, ...]:
+    def _tokenise(self, text: str, *, special: bool) -> tuple[int, ...]:
         try:
             # `verbose` off: the tokenizer would log a warning for what is answered here with an error.
-            return tuple(self._tokenizer(text, verbose=False, **how).input_ids)
+            return tuple(self._tokenizer(text, verbose=False, add_special_tokens=special).input_ids)
         except Exception as error:  # such as half a surrogate pair, which is in no encoding
             raise BadRequestError(
                 f"the tokenizer of model {self._name!r} rejects the prompt: {first_line(error)}"
@@ -118,13 +148,12 @@ class PromptReader:
         return text
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a message for a template that knows text only: parts become one string."""
+        """Return a message in a form that the template takes."""
         content = message["content"]
-        if not isinstance(content, list):
-            return dict(message)
-        if any(part["type"] != "text" for part in content):
+        if self._vision is None and isinstance(content, list) and any(part["type"] != "text" for part in content):
             raise BadRequestError(f"model {self._name!r} takes text only, no images")
-        return {**message, "content": "".join(part["text"] for part in content)}
+        mark = "" if self._vision is None else self._vision.mark
+        return {**message, "content": self._forms.convert(content, mark)}
 
     @staticmethod
     def _arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -66,7 +66,7 @@ class Runner:
             starts: tokens that each row has in its slot before these.
             tokens: those to compute, one list a row.
             all_logits: of one row, return those behind every token.
-            inputs: what the model is handed besides, such as pixels.
+            inputs: what the model is handed besides, such as pixels; tensors may be on the host.
 
         Returns:
             Logits behind each row's last token, [rows, vocabulary]; with `all_logits` [tokens, vocabulary].
@@ -87,12 +87,15 @@ class Runner:
             return logits[0]
         return logits[torch.arange(len(tokens)), [ends.index(length - 1) for length in lengths]]
 
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def decode(
+        self, token_ids: Sequence[int], lengths: Sequence[int], shifts: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Feed one token to each of the slots from 0.
 
         Args:
             token_ids: each row's newest token.
             lengths: tokens that each row has in its slot before it.
+            shifts: what each token's position differs by from its column; None for nothing.
 
         Returns:
             Logits behind the token, [rows, vocabulary].
@@ -102,9 +105,10 @@ class Runner:
         access = Decode(torch.arange(len(lengths), device=self._device), self._there(columns[:, 0]), width)
         # One row would be a graph of its own, and gains least.
         forward = self._decoder if len(lengths) > 1 else self._model
-        return self._forward(access, torch.tensor(token_ids)[:, None], columns, mask, [0], forward=forward)[:, 0]
+        positions = columns if shifts is None else columns + torch.tensor(shifts)[:, None]
+        return self._forward(access, torch.tensor(token_ids)[:, None], positions, mask, [0], forward=forward)[:, 0]
 
-    def replay(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
+    def replay(self, slot: int, start: int, token_ids: Sequence[int], shift: int = 0) -> None:
         """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
 
         They go through the kernels of a decode of so many rows. Where those give a row the same bits whatever the
@@ -114,12 +118,14 @@ class Runner:
             slot: the row's.
             start: tokens that it has there.
             token_ids: the tokens behind them.
+            shift: what their positions differ by from their columns.
         """
         for first in range(0, len(token_ids), REPLAY_ROWS):
             some = token_ids[first : first + REPLAY_ROWS]
             columns = torch.arange(start + first, start + first + len(some))[:, None]
             width, mask = self._view(columns)
-            self._forward(Replay(slot, start + first, width), torch.tensor(some)[:, None], columns, mask, [])
+            access = Replay(slot, start + first, width)
+            self._forward(access, torch.tensor(some)[:, None], columns + shift, mask, [])
 
     # --- the cache --------------------------------------------------------------------------------------------------
 
@@ -209,7 +215,10 @@ class Runner:
     ) -> torch.Tensor:
         """Run the model; return the logits at the columns `keep`, [rows, kept, vocabulary]."""
         self.cache.point(access)
-        more: dict[str, Any] = dict(inputs or {})
+        more: dict[str, Any] = {
+            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
+            for name, value in (inputs or {}).items()
+        }
         if self._takes_positions and "position_ids" not in more:
             more["position_ids"] = self._there(positions)
         # One kept column is the rule; for more of them a tensor is what `logits_to_keep` takes.

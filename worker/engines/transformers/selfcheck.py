@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from PIL import Image
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..base import EngineLoadError
 from .cache import LayerShape
 from .runner import Runner
+from .vision import Vision
 
 #: Greatest relative difference of logits, their mean taken off. float32 keeps to about 1e-5 and half precision to a
 #: few hundredths; a wrong position or mask shows as tenths in a trained model, and far above 1e-3 in any.
@@ -25,6 +27,13 @@ TOLERANCE_HALF = 0.2
 TOKENS = 8
 #: Most of them: a window that is longer than that is not filled, since it would take minutes on a slow device.
 MOST_TOKENS = 1024
+#: Tokens that are generated behind an image.
+IMAGE_TOKENS = 4
+#: The picture for that: wider than high, since a mistake in two-dimensional positions would not show in a square.
+PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+#: Where configs say how far layers see that hide tokens in their own way, of which no cache is told: in chunks, or by
+#: a mask that they make themselves.
+OWN_WINDOWS = ("attention_chunk_size", "window_size", "keep_window_size")
 
 
 @torch.inference_mode()
@@ -39,6 +48,7 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
         EngineLoadError: the model keeps something else than keys and values of all tokens.
     """
     kind = type(model).__name__
+    _refuse_own_windows(model.config.get_text_config(decoder=True), kind, context)
     cache = DynamicCache(config=model.config)
     windows = [_window(layer, kind, context) for layer in cache.layers]
     if len({window for window in windows if window is not None}) > 1:
@@ -58,6 +68,16 @@ def layer_shapes(model: Any, context: int) -> list[LayerShape]:
     if not shapes:
         raise EngineLoadError(f"{kind} keeps no keys and values; this engine cannot serve it")
     return shapes
+
+
+def _refuse_own_windows(config: Any, kind: str, context: int) -> None:
+    for name in OWN_WINDOWS:
+        tokens = getattr(config, name, None)
+        if isinstance(tokens, int) and tokens < context:
+            raise EngineLoadError(
+                f"{kind} has attention of its own kind ({name}={tokens}), which this engine can serve only with a "
+                f"max_context of at most {tokens}"
+            )
 
 
 def _window(layer: Any, kind: str, context: int) -> int | None:
@@ -106,11 +126,70 @@ def check(model: Any, runner: Runner) -> None:
     runner.extend(0, [0], [ids[:2]])  # and with some of it replayed
     runner.replay(0, 2, ids[2:-1])
     pairs.append((runner.decode(ids[-1:], _before([ids])), plain[0][1:]))
+    _compare(model, pairs, "")
+
+
+@torch.inference_mode()
+def check_images(model: Any, runner: Runner, vision: Vision) -> None:
+    """Compare logits behind an image over the slot cache with those of `generate`; uses the first slot.
+
+    Raises:
+        EngineLoadError: they differ, or the image takes more tokens than a row may have.
+    """
+    prompt = vision.look(f"{vision.mark} is", [PICTURE], special=True)
+    ids, space = prompt.token_ids, runner.cache.space
+    length = len(ids) + IMAGE_TOKENS
+    if length > space.context:
+        raise EngineLoadError(
+            f"{type(model).__name__} makes {len(ids)} tokens of one small image, and the context is {space.context}"
+        )
+    own = {name: _on(value, model.device) for name, value in prompt.inputs.items() if name != "position_ids"}
+    all_ids = torch.tensor([ids], device=model.device)
+    how: Any = GenerationConfig  # it has no types
+    generated = model.generate(
+        **own,
+        input_ids=all_ids,
+        attention_mask=torch.ones_like(all_ids),
+        generation_config=how(
+            max_new_tokens=IMAGE_TOKENS,
+            min_new_tokens=IMAGE_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ),
+    )
+    theirs = torch.cat(generated.logits)
+    known = generated.sequences[0, len(ids) :].tolist()
+    if length > space.stride:
+        runner.restride(space.stride_for(length), 0, 0)
+    pairs = [(runner.extend(0, [0], [ids], inputs=prompt.inputs), theirs[:1])]
+    places = range(len(ids), length - 1)
+    for number, place in enumerate(places):
+        logits = runner.decode([known[number]], [place], [prompt.shift])
+        pairs.append((logits, theirs[number + 1 : number + 2]))
+    runner.extend(0, [0], [ids], inputs=prompt.inputs)  # again, with what follows it replayed
+    runner.replay(0, len(ids), known[:-2], prompt.shift)
+    pairs.append((runner.decode(known[-2:-1], [length - 2], [prompt.shift]), theirs[-1:]))
+    _compare(model, pairs, " behind an image")
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _compare(model: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], where: str) -> None:
+    """Compare logits of the slot cache with others.
+
+    Raises:
+        EngineLoadError: they differ.
+    """
     tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else TOLERANCE_HALF
     worst = max(_difference(ours, theirs) for ours, theirs in pairs)
     if not worst <= tolerance:
         raise EngineLoadError(
-            f"{type(model).__name__} gives other results over this engine's KV cache than without it "
+            f"{type(model).__name__} gives other results{where} over this engine's KV cache than without it "
             f"(difference {worst:.2g}, at most {tolerance:.2g} is rounding): it cannot be served"
         )
 

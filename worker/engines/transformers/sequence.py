@@ -26,12 +26,15 @@ class Prompt:
         inputs: what the model's forward is handed besides token ids, such as pixels; such a prompt is prefilled alone
             and whole.
         seed: tells it apart, for the prefix cache, from prompts of the same tokens with other inputs.
+        shift: what the positions of all tokens behind it differ by from their places, where an image takes fewer
+            positions than tokens (M-RoPE).
     """
 
     token_ids: tuple[int, ...]
     text: str = ""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     seed: bytes = b""
+    shift: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -173,11 +176,15 @@ class Sequence:
         return []
 
     def rewind(self, *, replay: bool) -> None:
-        """Begin anew with what there is: the cache has nothing of it any more."""
+        """Begin anew with what there is: the cache has nothing of it any more.
+
+        What the model is handed besides token ids belongs to the prompt alone, so that tokens behind it are always
+        replayed there.
+        """
         self.stored = 0
         self.keys = []
         self.prompt_logprobs = []
-        self.head = self.prompt if replay else (*self.prompt, *self.generated)
+        self.head = self.prompt if replay or self.given.inputs else (*self.prompt, *self.generated)
 
     def take(self, token: int, now: float) -> bool:
         """Append a token; tell whether it is the last one as far as tokens tell, before it becomes text."""
