@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,6 +58,21 @@ class Wishes:
             raise EngineLoadError(f"cache_tokens must be {MIN_CONTEXT} or more, not {self.cache_tokens}")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise EngineLoadError(f"prefix_tokens must be 0 or more, not {self.prefix_tokens}")
+
+
+def positions(config: Any) -> int | None:
+    """Return how many positions a model tells apart, by its text config; None where it has no bound.
+
+    With rotations of the kind longrope it depends on the longest row of a forward how all of its rows are rotated,
+    those beside it and keys in the cache included. No row may be so long that they change.
+    """
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *given.values()):  # one for all layers, or one for each kind of them
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            original = rope.get("original_max_position_embeddings", limit)
+            limit = original if limit is None else min(limit, original)
+    return limit
 
 
 def choose_context(wishes: Wishes, limit: int | None, device: torch.device, name: str) -> int:
