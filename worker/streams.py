@@ -21,8 +21,9 @@ MAX_CHUNK_TOKENS = 16_384
 MAX_CHUNK_CHARS = 262_144
 #: Bytes after which a CHUNKS message is closed: with a last chunk of the largest size it is still below the limit.
 MAX_BATCH_BYTES = 4 * 1024 * 1024
-#: What the logprobs of a token with its alternatives count for, about: 20 of them with texts of a few letters.
-_DETAIL_CHARS = 512
+#: What the logprobs of a token count for: with the most alternatives, and texts of a few letters. They are arrays in
+#: arrays, and a body of nothing else must keep within MAX_CONTAINERS, too.
+_DETAIL_CHARS = 1200
 
 #: (token ids, text, details)
 Piece: TypeAlias = tuple[tuple[int, ...], str, Details | None]

@@ -416,3 +416,37 @@ def test_each_step_brings_one_token_a_row(make_engine: Make) -> None:
         outputs = engine.step()
         assert sorted(output.ticket for output in outputs) == [0, 1, 2]
         assert all(isinstance(output, Tokens) and len(output.token_ids) == 1 for output in outputs)
+
+
+# ------------------------------------------------------------------------------------------------------- prefixes
+
+
+def test_a_beginning_that_was_found_is_not_overwritten_by_those_who_start_beside_it(
+    make_engine: Make, tiny: Callable[[str], Any]
+) -> None:
+    engine = make_engine(prefill_tokens=64, prefix_tokens=64)
+    known = [1 + (11 * step + step * step) % 300 for step in range(70)]
+    fresh = [3 + (7 * step + 2 * step * step) % 300 for step in range(40)]
+    engine.submit(job(0, known, max_tokens=1, ignore_eos=True))
+    run(engine)
+    engine.submit(job(1, fresh, max_tokens=6, ignore_eos=True))
+    engine.submit(job(2, known, max_tokens=6, ignore_eos=True))
+    record = run(engine)
+    assert engine.stats().cached_tokens == 64, "the store was full of what the second one needs"
+    assert record.ids[1] == reference(tiny("llama"), fresh, 6)
+    assert record.ids[2] == reference(tiny("llama"), known, 6)
+    engine.submit(job(3, known, max_tokens=6, ignore_eos=True))
+    assert run(engine).ids[3] == reference(tiny("llama"), known, 6)
+
+
+def test_a_beginning_that_several_share_is_computed_once(make_engine: Make, tiny: Callable[[str], Any]) -> None:
+    engine = make_engine(slots=4, prefill_tokens=64)
+    shared = [1 + (11 * step + step * step) % 300 for step in range(64)]
+    prompts = [[*shared, 5 + number, 9] for number in range(4)]
+    for ticket, prompt in enumerate(prompts):
+        engine.submit(job(ticket, prompt, max_tokens=8, ignore_eos=True))
+    record = run(engine)
+    for ticket, prompt in enumerate(prompts):
+        assert record.ids[ticket] == reference(tiny("llama"), prompt, 8)
+    assert engine.stats().cached_tokens == 3 * 64
+    assert engine.stats().prompt_tokens == 4 * 66

@@ -98,3 +98,15 @@ def test_what_was_used_least_recently_leaves_first_and_ends_before_beginnings() 
     for token in (6, 5):  # in the place of the 8 and the 2
         index.keep(chain([token], 1))
     assert len(index.find(chain([1, 2, 3], 1))) == 1, "the end leaves before the beginning"
+
+
+def test_what_is_held_is_not_given_to_others() -> None:
+    index = PrefixIndex(2, 1)
+    first = chain([1, 2], 1)
+    index.keep(first)
+    index.hold(first[:1])
+    assert index.keep(chain([7, 8, 9], 1)) == [(0, 1)], "only the block that nobody holds"
+    assert len(index.find(first)) == 1
+    index.release()
+    assert len(index.keep(chain([5, 6], 1))) == 2
+    assert index.find(first) == []

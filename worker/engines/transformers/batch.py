@@ -177,8 +177,9 @@ class Batch:
         for slot, tokens in reversed(replays):  # from the end, so that moves leave lower slots as they are
             row = self.scheduler.running[slot]
             first = row.stored - len(row.prompt)
+            known = row.generated[first : first + tokens]
             try:
-                self._runner.replay(slot, row.stored, row.generated[first : first + tokens], row.given.shift)
+                self._runner.replay(slot, row.stored, known, row.given.shift, row.adapter)
             except Exception as error:  # noqa: BLE001 (a model may raise anything; the others go on)
                 self._move(self.scheduler.remove(row))
                 outputs.append(self._failure(row, error))
@@ -198,6 +199,7 @@ class Batch:
                     [row.next_input for row in rows],
                     [row.stored for row in rows],
                     [row.given.shift for row in rows] if any(row.given.shift for row in rows) else None,
+                    **_adapters(rows),
                 )
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -260,7 +262,9 @@ class Batch:
         detailed = sequence.wants_prompt_logprobs
         try:
             self._recall(slot, blocks)
-            logits = self._runner.extend(slot, [start], [sequence.head[start:end]], all_logits=detailed)
+            logits = self._runner.extend(
+                slot, [start], [sequence.head[start:end]], all_logits=detailed, **_adapters([sequence])
+            )
             if detailed:
                 self._note_prompt(sequence, logits, start, end)
                 logits = logits[-1:]
@@ -286,6 +290,7 @@ class Batch:
                 [sequence.stored for sequence in group],
                 [sequence.head[sequence.stored :] for sequence in group],
                 inputs=group[0].given.inputs,
+                **_adapters(group),
             )
         except Exception as error:  # noqa: BLE001 (as above)
             if len(group) == 1:
@@ -460,3 +465,8 @@ class Batch:
 
 def _todo(sequence: Sequence) -> int:
     return len(sequence.head) - sequence.stored
+
+
+def _adapters(rows: list[Sequence]) -> dict[str, list[str]]:
+    """Return what tells the runner the rows' adapters; nothing where all are plain."""
+    return {"adapters": [row.adapter for row in rows]} if any(row.adapter for row in rows) else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tokenizers import Tokenizer
 from ....protocol.errors import BadRequestError, CannotResumeError
 from ....protocol.messages import ModelInfo
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
+from ..echo import check_echo
+from .adapters import SEPARATOR, attach, parse
 from .batch import Batch, Manner
 from .cache import LayerShape
 from .devices import Memory, choose_device, first_line, release_memory
@@ -84,6 +87,7 @@ class TransformersEngine(Engine):
         resume: str = AUTO,
         compile_decode: bool = False,
         tensor_parallel: int = 1,
+        adapters: Collection[str] = (),
     ) -> None:
         """Take the settings; `load` reads the model.
 
@@ -108,6 +112,8 @@ class TransformersEngine(Engine):
                 larger operations. Not with `tensor_parallel`.
             tensor_parallel: processes that compute the model together, of which this is one, see `group`; the one of
                 rank 0 serves, the others `follow`.
+            adapters: LoRA adapters as NAME=PATH; each is served as a model of its own, `name:NAME`. Not with
+                `tensor_parallel` or `compile_decode`.
         """
         self.served_name = name or _name_of(model)
         self._model_source = model
@@ -119,11 +125,14 @@ class TransformersEngine(Engine):
         self._resume = resume
         self._compile = compile_decode
         self._processes = tensor_parallel
+        self._adapters = tuple(adapters)
         self._group: Group | None = None
         self._runner: Runner | None = None
         self._loaded: LoadedModel | None = None
         self._serving: _Serving | None = None
         self._memory = Memory()
+        #: By served names.
+        self._adapter_of: dict[str, str] = {}
 
     @classmethod
     def from_loaded(
@@ -145,8 +154,10 @@ class TransformersEngine(Engine):
     def load(self) -> list[ModelInfo]:
         """Load the model, allocate the KV cache, and try whether the model can be served from it."""
         self._check_settings()
+        sources = parse(self._adapters, self.served_name)
         if self._processes > 1 and self._group is None:
             self._group = join(choose_device(self._device), self._processes)
+        given = self._loaded is not None
         if self._loaded is None:
             self._loaded = load(
                 self._model_source,
@@ -155,8 +166,10 @@ class TransformersEngine(Engine):
                 cache_dir=self._cache_dir,
                 processes=self._processes,
             )
-            pack(self._loaded.model)
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
+        adapters = attach(model, sources) if sources else None
+        if not given:
+            pack(model)
         if not tokenizer.is_fast:
             raise EngineLoadError(f"{self.served_name}: its tokenizer has no fast version, which streaming needs")
         device: torch.device = model.device
@@ -168,8 +181,8 @@ class TransformersEngine(Engine):
         way = choose_way(self._resume, device, model.dtype)
         _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
         # In half precision on a CPU a prompt's keys and values depend on the other rows of its forward, while a
-        # decode's do not. Where a replay is to be exact, prompts go alone, and are cut at the same places with a prefix
-        # found or without: then the whole stream is independent of its company.
+        # decode's do not. Where a replay is to be exact, prompts go alone, and are cut at the same places with a
+        # prefix found or without: then the whole stream is independent of its company.
         grouped = device.type != "cpu" or model.dtype == torch.float32 or way is not Resume.REPLAY
         block_tokens = min(BLOCK_TOKENS, budget) if grouped else budget
         limit = positions(model.config.get_text_config())
@@ -182,7 +195,7 @@ class TransformersEngine(Engine):
             self.served_name,
             agree=int if self._group is None else self._group.least,
         )
-        runner = Runner(model, cache, compile_decode=self._compile)
+        runner = Runner(model, cache, compile_decode=self._compile, adapters=adapters)
         self._memory = Memory(device)
         processor = self._loaded.processor
         if processor is not None and processor.chat_template is not None:
@@ -217,7 +230,11 @@ class TransformersEngine(Engine):
         )
         chat = tokenizer.chat_template is not None
         sees = vision is not None
-        return [ModelInfo(self.served_name, context_tokens=context, chat=chat, resumes=True, images=sees)]
+        self._adapter_of = {self.served_name: ""}
+        self._adapter_of |= {f"{self.served_name}{SEPARATOR}{source.name}": source.name for source in sources}
+        return [
+            ModelInfo(name, context_tokens=context, chat=chat, resumes=True, images=sees) for name in self._adapter_of
+        ]
 
     def follow(self) -> None:
         """Load this process's part of the model, and compute it until the process of rank 0 closes its engine.
@@ -314,17 +331,20 @@ class TransformersEngine(Engine):
     def _sequence(self, serving: _Serving, job: Job) -> Sequence:
         generation = job.generation
         sampling = generation.sampling
+        given = serving.prompts.read(generation, job.attachments)
+        check_echo(generation, len(given.token_ids))
         own_end = frozenset() if sampling.ignore_eos else serving.end_ids
         end_ids = own_end | frozenset(sampling.stop_token_ids)
         return Sequence(
             ticket=job.ticket,
-            given=serving.prompts.read(generation, job.attachments),
+            given=given,
             sampling=sampling,
             end_ids=end_ids,
             context=serving.context,
             text=TextStream(serving.tokenizer, sampling.stop),
             submitted_at=time.monotonic(),
             priority=job.priority,
+            adapter=self._adapter_of.get(job.model, ""),
             rules=serving.rules.make(sampling, end_ids),
             echo=generation.echo,
         )
@@ -335,6 +355,9 @@ class TransformersEngine(Engine):
             raise EngineLoadError(
                 "compile_decode does not go with tensor_parallel: its parts cannot be compiled apart"
             )
+        if self._adapters and (self._compile or self._processes > 1):
+            other = "compile_decode" if self._compile else "tensor_parallel"
+            raise EngineLoadError(f"adapters do not go with {other}: serve the model without one of them")
         if self._resume not in CHOICES:
             raise EngineLoadError(f"resume must be one of {', '.join(CHOICES)}, not {self._resume!r}")
         if self._prefill_tokens is not None and self._prefill_tokens < 1:

@@ -41,6 +41,7 @@ class PrefixIndex:
         #: Least recently used first.
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         self._free = list(reversed(range(blocks)))
+        self._held: set[bytes] = set()
 
     def __len__(self) -> int:
         """Return how many blocks are kept."""
@@ -63,7 +64,8 @@ class PrefixIndex:
         """Make room for those blocks of a beginning that are not kept yet.
 
         Returns:
-            (which of the keys, the block to be filled with its tokens), in the order of the keys.
+            (which of the keys, the block to be filled with its tokens), in the order of the keys; the first ones only,
+            where there is no room for all beside what is held.
         """
         keys = keys[: self.blocks]
         known = len(self.find(keys))
@@ -71,12 +73,23 @@ class PrefixIndex:
         missing = [number for number in range(known, len(keys)) if keys[number] not in self._kept]
         fresh = []
         for number in missing:
-            block = self._free.pop() if self._free else self._evict(set(keys))
+            block = self._free.pop() if self._free else self._evict(self._held.union(keys))
+            if block is None:
+                break
             self._kept[keys[number]] = block
             fresh.append((number, block))
         for key in reversed(keys):
-            self._kept.move_to_end(key)
+            if key in self._kept:
+                self._kept.move_to_end(key)
         return fresh
+
+    def hold(self, keys: Sequence[bytes]) -> None:
+        """Keep these blocks, which were found, until `release`: somebody is about to read them."""
+        self._held.update(keys)
+
+    def release(self) -> None:
+        """Let go of all that is held."""
+        self._held.clear()
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """Drop these blocks, such as those of a row whose values turned out to be broken."""
@@ -87,8 +100,9 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Drop everything."""
+        self.release()
         self.forget(list(self._kept))
 
-    def _evict(self, spared: set[bytes]) -> int:
-        key = next(key for key in self._kept if key not in spared)
-        return self._kept.pop(key)
+    def _evict(self, spared: set[bytes]) -> int | None:
+        key = next((key for key in self._kept if key not in spared), None)
+        return None if key is None else self._kept.pop(key)

@@ -142,7 +142,8 @@ class Scheduler:
         on nothing but its length, or else its keys and values would depend on its company. While a prompt in chunks
         waits for that, nobody overtakes it.
 
-        The sequences of `whole` leave the queue here; each must be handed to `join` or `put_back`, or dropped. That
+        What is found in the prefix store is held there until the caller has copied it. The sequences of `whole` leave
+        the queue here; each must be handed to `join` or `put_back`, or dropped. That
         of `chunk` becomes `partial` until `join` or `remove`.
         """
         found: dict[int, list[int]] = {}
@@ -161,6 +162,8 @@ class Scheduler:
             begun = 0 if self._prefixes is None else len(blocks) * self._prefixes.block_tokens
             if coming.intersection(sequence.keys[len(blocks) :]):
                 break  # another one brings its beginning with this step: a step later it is found
+            if self._prefixes is not None:
+                self._prefixes.hold(sequence.keys[: len(blocks)])
             todo = len(sequence.head) - begun
             if sequence.given.inputs:
                 if whole or left < self.budget:

@@ -35,6 +35,7 @@ from ....protocol.limits import MAX_PRIORITY
 from ....protocol.messages import ModelInfo
 from ..base import EngineLoadError, EngineStats, Failed, Job, Output, Tokens
 from ..bridge import AsyncEngine, Call
+from ..echo import check_echo
 from . import lifeline
 from .options import choose_device, engine_arguments, parse_options
 from .output import REASONS, Figures, details
@@ -194,6 +195,7 @@ class VllmEngine(AsyncEngine):
             self._cached_tokens += output.num_cached_tokens or 0
             if output.metrics is not None and output.metrics.scheduled_ts:
                 call.started_at = max(call.submitted_at, output.metrics.scheduled_ts)
+            check_echo(generation, call.prompt_tokens)
             if generation.echo:
                 text = self._prompt_text(output) + text
                 if output.prompt_logprobs:
