@@ -183,7 +183,8 @@ class Sequence:
         """
         self.stored = 0
         self.keys = []
-        self.prompt_logprobs = []
+        if not self.generated:  # else they are complete, and on their way with the first token
+            self.prompt_logprobs = []
         self.head = self.prompt if replay or self.given.inputs else (*self.prompt, *self.generated)
 
     def take(self, token: int, now: float) -> bool:
