@@ -118,6 +118,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="How to go on behind another worker's tokens: prefill is quick, replay exact; see docs/numerics.md.",
 )  # fmt: skip
 @option(
+    "--adapter", multiple=True, metavar="NAME=PATH",
+    help="A LoRA adapter that peft wrote, repeatable: clients ask for SERVED_NAME:NAME; see docs/models.md.",
+)  # fmt: skip
+@option(
     "--engine-option", multiple=True, metavar="KEY=VALUE", show_default="none",
     help="For the vllm engine, repeatable: an argument of vLLM's AsyncEngineArgs, such as "
     "gpu_memory_utilization=0.8.",
@@ -186,6 +190,7 @@ def main(
     compile_decode: bool,
     cache_dir: str | None,
     resume: str,
+    adapter: tuple[str, ...],
     engine_option: tuple[str, ...],
     base_url: str | None,
     api_key_env: str,
@@ -229,6 +234,7 @@ def main(
             "cache_dir": cache_dir,
             "resume": resume,
             "tensor_parallel": tensor_parallel,
+            "adapters": adapter,
         },
         "embeddings": {"model": model, "device": device, "dtype": dtype, "max_context": max_context},
         "synthetic": {"tokens_per_second": tokens_per_second},
@@ -264,6 +270,8 @@ def main(
         if engine == "openai":
             server_options = _server_options(base_url, api_key_env)
             own[engine] = {"model": model, "dialect": dialect, "server_wait_s": server_wait, **server_options}
+        if adapter and engine != "transformers":
+            raise ValueError(f"--adapter {adapter[0]}: it is for the transformers engine, not for {engine}")
         if engine_option and engine != "vllm":
             raise ValueError(f"--engine-option {engine_option[0]}: it is for the vllm engine, not for {engine}")
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}

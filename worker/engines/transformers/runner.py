@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .adapters import Adapters
 from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
 from .compiled import compiled
 
@@ -31,14 +32,17 @@ class Runner:
         vocabulary: token ids that the model knows are below it.
     """
 
-    def __init__(self, model: Any, cache: SlotCache, *, compile_decode: bool = False) -> None:
-        """Run `model`, a transformers causal language model in eval mode, over `cache`.
+    def __init__(
+        self, model: Any, cache: SlotCache, *, compile_decode: bool = False, adapters: Adapters | None = None
+    ) -> None:
+        """Run `model`, a transformers causal language model in eval mode, over `cache`, and its `adapters`.
 
         With `compile_decode`, decodes go through torch.compile, which begins with the first one of two rows or more.
         """
         self.cache = cache
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._model = model
+        self._adapters = adapters
         self._decoder: Callable[..., Any] = compiled(model) if compile_decode else model
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
@@ -56,6 +60,7 @@ class Runner:
         *,
         all_logits: bool = False,
         inputs: Mapping[str, Any] | None = None,
+        adapters: Sequence[str] = (),
     ) -> torch.Tensor:
         """Compute tokens of prompts into the slots from `first_slot`, in one forward.
 
@@ -67,6 +72,7 @@ class Runner:
             tokens: those to compute, one list a row.
             all_logits: of one row, return those behind every token.
             inputs: what the model is handed besides, such as pixels; tensors may be on the host.
+            adapters: of each row, "" for none; nothing where no row has one.
 
         Returns:
             Logits behind each row's last token, [rows, vocabulary]; with `all_logits` [tokens, vocabulary].
@@ -81,6 +87,7 @@ class Runner:
             access, mask = Prefill(first_slot, starts[0]), None
         else:
             access, mask = self._ragged(first_slot, starts, lengths, positions)
+        self._select(adapters)
         ends = list(range(longest)) if all_logits else sorted({length - 1 for length in lengths})
         logits = self._forward(access, ids, positions, mask, ends, inputs or {})
         if all_logits:
@@ -88,7 +95,11 @@ class Runner:
         return logits[torch.arange(len(tokens)), [ends.index(length - 1) for length in lengths]]
 
     def decode(
-        self, token_ids: Sequence[int], lengths: Sequence[int], shifts: Sequence[int] | None = None
+        self,
+        token_ids: Sequence[int],
+        lengths: Sequence[int],
+        shifts: Sequence[int] | None = None,
+        adapters: Sequence[str] = (),
     ) -> torch.Tensor:
         """Feed one token to each of the slots from 0.
 
@@ -96,6 +107,7 @@ class Runner:
             token_ids: each row's newest token.
             lengths: tokens that each row has in its slot before it.
             shifts: what each token's position differs by from its column; None for nothing.
+            adapters: as of `extend`.
 
         Returns:
             Logits behind the token, [rows, vocabulary].
@@ -103,12 +115,13 @@ class Runner:
         columns = torch.tensor(lengths)[:, None]
         width, mask = self._view(columns)
         access = Decode(torch.arange(len(lengths), device=self._device), self._there(columns[:, 0]), width)
+        self._select(adapters)
         # One row would be a graph of its own, and gains least.
         forward = self._decoder if len(lengths) > 1 else self._model
         positions = columns if shifts is None else columns + torch.tensor(shifts)[:, None]
         return self._forward(access, torch.tensor(token_ids)[:, None], positions, mask, [0], forward=forward)[:, 0]
 
-    def replay(self, slot: int, start: int, token_ids: Sequence[int], shift: int = 0) -> None:
+    def replay(self, slot: int, start: int, token_ids: Sequence[int], shift: int = 0, adapter: str = "") -> None:
         """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
 
         They go through the kernels of a decode of so many rows. Where those give a row the same bits whatever the
@@ -119,12 +132,14 @@ class Runner:
             start: tokens that it has there.
             token_ids: the tokens behind them.
             shift: what their positions differ by from their columns.
+            adapter: the row's.
         """
         for first in range(0, len(token_ids), REPLAY_ROWS):
             some = token_ids[first : first + REPLAY_ROWS]
             columns = torch.arange(start + first, start + first + len(some))[:, None]
             width, mask = self._view(columns)
             access = Replay(slot, start + first, width)
+            self._select([adapter] * len(some))
             self._forward(access, torch.tensor(some)[:, None], columns + shift, mask, [])
 
     # --- the cache --------------------------------------------------------------------------------------------------
@@ -175,6 +190,10 @@ class Runner:
             width,
         )
         return access, mask
+
+    def _select(self, rows: Sequence[str]) -> None:
+        if self._adapters is not None:
+            self._adapters.select(rows)
 
     def _view(self, columns: torch.Tensor) -> tuple[int, Any]:
         """Return the visible width for tokens in these columns, [rows, tokens], and what the model takes as mask."""
