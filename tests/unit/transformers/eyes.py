@@ -31,7 +31,7 @@ MARKS = {"llava": "<image>", "idefics3": "<image>", "qwen2-vl": "<|image_pad|>"}
 #: As such models write it: content is a list of parts, and nothing else.
 PARTS = (
     "{% for m in messages %}<|{{ m.role }}|>{% for p in m.content %}"
-    "{% if p.type == 'image' %}MARK{% else %}{{ p.text }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if p.type == 'image' %}MARK{% else %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
 

@@ -32,11 +32,11 @@ def break_forward(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, e
     attempts: list[int] = []
     forward = batch_of(engine)._runner._forward
 
-    def breaking(access: Any, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+    def breaking(access: Any, ids: torch.Tensor, *more: Any, **how: Any) -> torch.Tensor:
         if bool((ids == 66).any()):
             attempts.append(len(ids))
             raise error
-        return forward(access, ids, *more)
+        return forward(access, ids, *more, **how)
 
     monkeypatch.setattr(batch_of(engine)._runner, "_forward", breaking)
     return attempts
@@ -134,9 +134,9 @@ def test_a_row_of_nan_fails_alone_and_leaves_a_clean_slot(make_engine: Make, mon
     runner = batch_of(engine)._runner
     decode, calls = runner.decode, []
 
-    def poisoned(token_ids: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    def poisoned(token_ids: Sequence[int], lengths: Sequence[int], shifts: Sequence[int] | None) -> torch.Tensor:
         calls.append(len(token_ids))
-        logits = decode(token_ids, lengths)
+        logits = decode(token_ids, lengths, shifts)
         if len(calls) == 2:
             logits = logits.clone()
             logits[0] = float("nan")

@@ -127,21 +127,25 @@ class Vision:
                 add_special_tokens=special,
                 return_tensors="pt",
             )
+            ids: torch.Tensor = made["input_ids"]
+            inputs = {name: self._cast(value) for name, value in made.items() if self._takes(name)}
+            shift = self._number(ids, inputs)
         except Exception as error:  # processors reject in their own ways
             raise BadRequestError(
                 f"the processor of model {self._name!r} rejects the images: {first_line(error)}"
             ) from error
-        ids: torch.Tensor = made["input_ids"]
-        inputs = {name: self._cast(value) for name, value in made.items() if self._takes(name)}
-        shift = 0
-        if self._index is not None:
-            taken = inspect.signature(self._index).parameters
-            positions, shifts = self._index(
-                input_ids=ids, **{name: value for name, value in inputs.items() if name in taken}
-            )
-            inputs["position_ids"] = positions
-            shift = int(shifts.reshape(-1)[0])
         return Prompt(tuple(ids[0].tolist()), text, inputs, seed, shift)
+
+    def _number(self, ids: torch.Tensor, inputs: dict[str, Any]) -> int:
+        """Add positions to the inputs where the model has its own; return how far those behind the prompt shift."""
+        if self._index is None:
+            return 0
+        taken = inspect.signature(self._index).parameters
+        positions, shifts = self._index(
+            input_ids=ids, **{name: value for name, value in inputs.items() if name in taken}
+        )
+        inputs["position_ids"] = positions
+        return int(shifts.reshape(-1)[0])
 
     def _takes(self, name: str) -> bool:
         """Tell whether the model's forward is handed this; tokenizers give token types to models that know none."""
