@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tokenmq.client import Client
+from tokenmq.client import Client, TokenmqError
 from tokenmq.client.local import LocalCluster, LocalProcess
 
 from .conftest import PATIENCE_S, eventually, worker_names
@@ -176,7 +176,7 @@ def test_a_drain_lets_the_stream_end_and_then_all_processes(
     cluster = make_cluster()
     worker = cluster.start_worker(
         "--model", str(folder), "--name", "two", "--device", "cpu", "--threads", "1", "--tensor-parallel", "2",
-        "--worker-name", "pair",
+        "--worker-name", "pair", "--grace", str(PATIENCE_S),
     )  # fmt: skip
     cluster.wait_ready("two")
     with Client(cluster.frontend) as client:
@@ -186,8 +186,11 @@ def test_a_drain_lets_the_stream_end_and_then_all_processes(
         # To all of them, as a service manager does: followers stay as long as their leader needs them.
         for pid in (*ranks(worker).values(), worker.pid):
             os.kill(pid, signal.SIGTERM)
-        count += sum(len(chunk.token_ids) for chunk in reader)
+        try:
+            count += sum(len(chunk.token_ids) for chunk in reader)
+        except TokenmqError as error:
+            raise AssertionError(f"{error}\n{worker.log_tail()}") from error
         assert (count, len(stream.attempts)) == (200, 1)
-    assert worker.wait(PATIENCE_S) == 0
+    assert worker.wait(2 * PATIENCE_S) == 0
     eventually(lambda: not any(alive(pid) for pid in ranks(worker).values()), "none is left")
     assert "follower_failed" not in worker.log.read_text()
