@@ -166,6 +166,8 @@ class SupervisorCore:
 
     def next_deadline(self) -> float:
         """Return the next time at which `tick` has something to do; infinity for none."""
+        if self._finished:
+            return math.inf
         restarts = [team.restart_at for team in self._teams if team.restart_at is not None]
         return min([*restarts, math.inf if self._kill_at is None else self._kill_at])
 
