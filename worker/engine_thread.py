@@ -5,6 +5,7 @@ thread, in order; the callback only puts them somewhere and wakes the I/O thread
 
 Whatever the engine does, each job that was posted comes to exactly one end: Done or Failed among the outputs, a
 place in EngineFailed, or EngineDied for all that is left.
+A panic in a library written in Rust, such as a tokenizer, is a BaseException and no Exception: it is caught, too.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ class EngineThread:
         except EngineLoadError as error:
             self._deliver(EngineDied(str(error)))
             return False
-        except Exception as error:  # noqa: BLE001 (the engine's code is not ours: whatever it raises is told)
+        except BaseException as error:  # noqa: BLE001 (the engine's code is not ours: whatever it raises is told)
             self._deliver(EngineDied(f"the model cannot be loaded: {_told(error)}"))
             return False
         self._deliver(EngineLoaded(models, self._clock() - began))
@@ -126,7 +127,7 @@ class EngineThread:
             wait_s = self._engine.next_step_in()
             if wait_s is not None and wait_s <= 0:
                 self._bring(self._step(), steps=1)
-        except Exception as error:  # noqa: BLE001 (as above: it fails the jobs, never the worker)
+        except BaseException as error:  # noqa: BLE001 (as above: it fails the jobs, never the worker)
             self._recover(error)
 
     def _commands(self, wait_s: float | None) -> list[Output]:
@@ -158,7 +159,7 @@ class EngineThread:
         self._live.add(job.ticket)
         try:
             return self._engine.submit(job)
-        except Exception as error:  # noqa: BLE001 (one job that the engine cannot bear must not end the others)
+        except BaseException as error:  # noqa: BLE001 (one job that the engine cannot bear must not end the others)
             self._engine.cancel(job.ticket)
             return [Failed(job.ticket, ErrorCode.ENGINE_FAILED.value, f"the engine refused: {_told(error)}")]
 
@@ -208,17 +209,17 @@ class EngineThread:
         )
         self._work = self._work.plus(done)
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: BaseException) -> None:
         """Fail what the engine had and let it begin anew; without an engine that can do so there is no worker."""
         lost = frozenset(self._live)
         self._live.clear()
         self._deliver(EngineFailed(_told(error), lost))
         try:
             self._engine.reset()
-        except Exception as second:  # noqa: BLE001 (as above)
+        except BaseException as second:  # noqa: BLE001 (as above)
             self._stopping = True
             self._deliver(EngineDied(f"the engine could not be reset: {_told(second)}"))
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -181,3 +181,70 @@ def test_figures_that_raise_leave_no_job_without_an_end(make_engine: Make, monke
     thread.post(Submit(job(3, GOOD[0], max_tokens=1)))
     thread._round()
     assert events == [EngineFailed("RuntimeError: no figures", frozenset({3}))]
+
+
+# ------------------------------------------------------------------------------------------------- out of memory
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    return [[1 + (7 * number + 3 * step) % 60 for step in range(4 + number)] for number in range(count)]
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_decode_without_memory_puts_rows_back_and_all_come_to_their_ends(
+    room: int, make_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(6)
+    want = {}
+    for ticket, prompt in enumerate(prompts):
+        engine = make_engine()
+        engine.submit(job(ticket, prompt, max_tokens=12, ignore_eos=True))
+        want |= run(engine).ids
+    engine = make_engine(slots=6, prefill_tokens=64)
+    batch = batch_of(engine)
+    decode = batch._runner.decode
+    refused: list[int] = []
+
+    def small(token_ids: Sequence[int], lengths: Sequence[int], *more: Any, **how: Any) -> torch.Tensor:
+        if len(lengths) > room:
+            refused.append(len(lengths))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(token_ids, lengths, *more, **how)
+
+    monkeypatch.setattr(batch._runner, "decode", small)
+    for ticket, prompt in enumerate(prompts):
+        engine.submit(job(ticket, prompt, max_tokens=12, ignore_eos=True))
+    record = run(engine)
+    assert record.ids == want
+    assert refused[:2] == [6, 6], "once more after a release, then with fewer"
+    assert batch.scheduler.ceiling <= room + 1
+    monkeypatch.undo()
+    monkeypatch.setattr("tokenmq.worker.engines.transformers.batch.RECOVERY_STEPS", 2)
+    for ticket in range(6):
+        engine.submit(job(10 + ticket, [5, 9], max_tokens=40, ignore_eos=True))
+    run(engine)
+    assert batch.scheduler.ceiling == 6, "with time all slots are used again"
+
+
+def test_a_cache_that_cannot_be_reshaped_loses_nobody(make_engine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[*prompt, *([9] * 20)] for prompt in prompts_of(3)]
+    settings: dict[str, Any] = {"slots": 3, "prefill_tokens": 64, "cache_tokens": 110}
+    engine = make_engine(**settings)
+    for ticket, prompt in enumerate(prompts):
+        engine.submit(job(ticket, prompt, max_tokens=45, ignore_eos=True))
+    want = run(engine).ids
+    engine = make_engine(**settings)
+    layer = batch_of(engine)._runner.cache._slot_layers[1]
+    arrange, calls = layer.arrange, [0]
+
+    def full(space: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        arrange(space)
+
+    monkeypatch.setattr(layer, "arrange", full)
+    for ticket, prompt in enumerate(prompts):
+        engine.submit(job(ticket, prompt, max_tokens=45, ignore_eos=True))
+    assert run(engine).ids == want
+    assert calls[0] > 1

@@ -210,6 +210,24 @@ def test_a_step_that_raises_fails_the_jobs_and_the_engine_takes_new_ones(rig: An
     assert engine.resets == 1
 
 
+class Panic(BaseException):
+    """What libraries written in Rust raise when they break."""
+
+
+def test_a_panic_is_caught_like_any_error(rig: Any) -> None:
+    def panic() -> Sequence[Output]:
+        raise Panic("index out of bounds")
+
+    one = rig(ScriptedEngine(panic, lambda: [Tokens(2, (6,), "b"), Done(2, FinishReason.LENGTH, 1, 1)]))
+    assert isinstance(one.next(), EngineLoaded)
+    one.submit(1)
+    failed = one.next()
+    assert isinstance(failed, EngineFailed)
+    assert (failed.message, failed.tickets) == ("Panic: index out of bounds", frozenset([1]))
+    one.submit(2)
+    assert one.next().outputs[0] == Tokens(2, (6,), "b")
+
+
 def test_an_engine_that_cannot_be_reset_is_dead(rig: Any) -> None:
     engine = ScriptedEngine(boom)
     engine.on_reset = boom  # type: ignore[assignment]

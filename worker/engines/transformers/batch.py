@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -163,10 +164,27 @@ class Batch:
             self._put_back(crowded)
         self._restride(self.scheduler.stride(), self.scheduler.rows)
 
-    def _restride(self, stride: int, rows: list[Sequence]) -> None:
-        """Give the cache this stride; `rows` are those that have something in it, by slot."""
-        if stride != self.scheduler.space.stride:
+    def _restride(self, stride: int, rows: list[Sequence]) -> bool:
+        """Give the cache this stride; `rows` are those that have something in it, by slot.
+
+        Returns:
+            False where there was no memory for it: then all rows have been put back, since the cache is a mixture.
+        """
+        if stride == self.scheduler.space.stride:
+            return True
+        try:
             self._runner.restride(stride, len(rows), max((row.stored for row in rows), default=0))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory(self._manner.device)
+            _log.warning("out of memory in reshaping the cache for %d rows: all wait", len(rows))
+            self._lower(len(rows) // 2)
+            for row in self.scheduler.rows[::-1]:
+                self.scheduler.put_back(row, replay=self._manner.replay)
+            self._runner.clear()
+            return False
+        return True
 
     def _put_back(self, sequence: Sequence) -> None:
         self._move(self.scheduler.put_back(sequence, replay=self._manner.replay))
@@ -242,7 +260,10 @@ class Batch:
 
     def _prefill(self, plan: Plan, outputs: list[Output]) -> list[torch.Tensor]:
         """Do a step's prefill; append Failed for what fails. Return the logits of the rows that joined, in order."""
-        self._restride(plan.stride, [row for row in self.scheduler.rows if row.ticket not in plan.found])
+        if not self._restride(plan.stride, [row for row in self.scheduler.rows if row.ticket not in plan.found]):
+            for sequence in plan.whole:
+                self._queue_again(sequence)
+            return []
         self._begin([one for one in (plan.chunk, *plan.whole) if one is not None and one.ticket in plan.found])
         logits: list[torch.Tensor] = []
         if plan.chunk is not None:
@@ -364,13 +385,17 @@ class Batch:
             if partial:
                 self._put_back(sequence)
             else:
-                sequence.rewind(replay=self._manner.replay)
-                self.scheduler.add(sequence)
+                self._queue_again(sequence)
             return
         if partial:
             self._move(self.scheduler.remove(sequence))
         sequence.left = True
         outputs.append(self._failure(sequence, error))
+
+    def _queue_again(self, sequence: Sequence) -> None:
+        """Let a sequence wait again that has left the queue and has not got a slot."""
+        sequence.rewind(replay=self._manner.replay)
+        self.scheduler.add(sequence)
 
     def _failure(self, sequence: Sequence, error: Exception) -> Failed:
         if is_out_of_memory(error):
@@ -467,6 +492,6 @@ def _todo(sequence: Sequence) -> int:
     return len(sequence.head) - sequence.stored
 
 
-def _adapters(rows: list[Sequence]) -> dict[str, list[str]]:
+def _adapters(rows: list[Sequence]) -> dict[str, Any]:
     """Return what tells the runner the rows' adapters; nothing where all are plain."""
     return {"adapters": [row.adapter for row in rows]} if any(row.adapter for row in rows) else {}

@@ -250,8 +250,13 @@ class SlotCache(Cache):
             layer.values[slot, :, :tokens] = layer.stored_values[at].transpose(0, 1).flatten(1, 2)
 
     def clear(self, slot: int | None = None) -> None:
-        """Zero a slot, or all: after a row of NaN, which no mask would hide from the slot's next row."""
+        """Zero a slot, or all: after a row of NaN, which no mask would hide from the slot's next row.
+
+        To clear all also mends what a change of the stride has left that failed halfway.
+        """
         rows = slice(None) if slot is None else slot
         for layer in self._slot_layers:
+            if slot is None:
+                layer.arrange(self.space)
             layer.keys[rows] = 0
             layer.values[rows] = 0

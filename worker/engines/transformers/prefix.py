@@ -64,7 +64,7 @@ class PrefixIndex:
         """Make room for those blocks of a beginning that are not kept yet.
 
         Returns:
-            (which of the keys, the block to be filled with its tokens), in the order of the keys; the first ones only,
+            (which of the keys, the block to be filled with its tokens), in the order of the keys; only the first ones
             where there is no room for all beside what is held.
         """
         keys = keys[: self.blocks]
