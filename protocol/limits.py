@@ -80,8 +80,10 @@ MAX_TEXTS = 256
 MAX_STOPS = 64
 #: Characters of one stop string: the detokeniser holds back as many.
 MAX_STOP_CHARS = 1_024
-#: Words that must not be generated; each is looked for at every step, and a token list of each is kept.
-MAX_BAD_WORDS = 1_024
+#: Words that must not be generated, and characters of one: the engine tokenises all of them while others wait, and
+#: looks for each at every step.
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
 #: Tokens with a bias of their own: each is an index of every step's logits.
 MAX_BIASES = 4_096
 #: Alternatives that are told beside each token.

@@ -167,7 +167,7 @@ _SAMPLING: Check = record(
         "presence_penalty": _penalty,
         "frequency_penalty": _penalty,
         "logit_bias": listing(_logit_bias, limits.MAX_BIASES),
-        "bad_words": listing(text(limits.MAX_STOP_CHARS, empty=False), limits.MAX_BAD_WORDS),
+        "bad_words": listing(text(limits.MAX_BAD_WORD_CHARS, empty=False), limits.MAX_BAD_WORDS),
         "min_tokens": count(0, limits.MAX_NEW_TOKENS),
         "logprobs": optional(count(0, limits.MAX_LOGPROBS)),
         "json_schema": _grammar,
