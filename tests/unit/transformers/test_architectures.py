@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from tokenmq.protocol.messages import FinishReason
 from tokenmq.worker.engines.base import EngineLoadError, Job
+from tokenmq.worker.engines.transformers import scheduler
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 from tokenmq.worker.engines.transformers.sequence import Sequence
 
@@ -20,7 +20,7 @@ from .conftest import CONTEXT, Record, batch_of, job, reference, resumed, run
 
 #: Of prompts: beginnings are shared by every second one, so that some are found in the prefix store.
 LENGTHS = [1, 6, 13, 17, 30, 41, 55, 70]
-MOST = 14
+MOST = 20
 #: For all rows together: three short ones, or one long one.
 CACHE_TOKENS = 144
 PREFIX_TOKENS = 64
@@ -109,7 +109,6 @@ _action = st.one_of(
 
 @pytest.mark.parametrize("kind", SCHEDULED)
 def test_any_schedule_equals_generate(kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    logging.getLogger("tokenmq.worker").setLevel(logging.WARNING)
     known = Known(kind)
     seen = {"stop": 0, "length": 0, "cancelled": 0, "put back": 0, "found": 0}
     rewind = Sequence.rewind
@@ -119,11 +118,12 @@ def test_any_schedule_equals_generate(kind: str, tokenizer: Any, monkeypatch: py
         rewind(self, replay=replay)
 
     monkeypatch.setattr(Sequence, "rewind", counting)
+    monkeypatch.setattr(scheduler, "HEADROOM_TOKENS", 2)  # so little that rows which have begun are put back
 
     # derandomized: of millions of random tokens, one may have two best logits within rounding.
-    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
-        actions=st.lists(_action, min_size=6, max_size=30),
+        actions=st.lists(_action, min_size=10, max_size=30),
         slots=st.integers(2, 4),
         budget=st.sampled_from([3, 16, 64]),
         ahead=st.booleans(),
@@ -134,7 +134,8 @@ def test_any_schedule_equals_generate(kind: str, tokenizer: Any, monkeypatch: py
         engine = engine_of(known.model, tokenizer, ahead=ahead, slots=slots, resume=way, **sizes)
         record = Record()
         wanted: list[list[int]] = []
-        for what, number, most in actions:
+        # The first one outgrows what there is room for beside the second one.
+        for what, number, most in [("submit", 6, MOST), ("submit", 3, MOST), *actions]:
             if what in ("submit", "resume"):
                 whole = known(number)[:most]
                 there = len(whole) // 2 if what == "resume" else 0

@@ -139,11 +139,11 @@ def attach(model: Any, sources: Sequence[Source]) -> Adapters:
                 f"missing or have no place here, such as {odd[0]}"
             )
     adapters = Adapters([source.name for source in sources])
-    for module in holder.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.register_forward_pre_hook(adapters.hook, with_kwargs=True)
-            if module is model.get_input_embeddings():
-                raise EngineLoadError(f"{', '.join(adapters.names)}: adapters of embeddings cannot be served")
+    layers: list[Any] = [module for module in holder.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    if model.get_input_embeddings() in layers:
+        raise EngineLoadError(f"{', '.join(adapters.names)}: adapters of embeddings cannot be served")
+    for layer in layers:
+        layer.register_forward_pre_hook(adapters.hook, with_kwargs=True)
     holder.requires_grad_(requires_grad=False).eval()
     _check(model, adapters, expected)
     return adapters

@@ -264,7 +264,8 @@ class Scheduler:
         _demand(len(self.rows) <= self.space.rows_at(self.space.stride), "more rows than the cache has room for")
         _demand(self.waiting == sorted(self.waiting, key=_turn), "the queue is out of order")
         for row in self.running:
-            _demand(bool(row.generated), "a running row has no token")
+            # Its first one may be on its way, where the next step is launched ahead.
+            _demand(bool(row.generated) or row.complete, "a running row has no token")
             _demand(len(row.head) <= row.stored, "the cache lacks the prompt")
             _demand(row.stored <= self.space.stride, "a row is longer than the stride")
             _demand(not row.owed or row.first_at is None, "text is still owed after the first new token")

@@ -70,8 +70,8 @@ def positions(config: Any) -> int | None:
     given = getattr(config, "rope_parameters", None) or {}
     for rope in (given, *given.values()):  # one for all layers, or one for each kind of them
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
-            original = rope.get("original_max_position_embeddings", limit)
-            limit = original if limit is None else min(limit, original)
+            original: int | None = rope.get("original_max_position_embeddings")
+            limit = min((bound for bound in (limit, original) if bound is not None), default=None)
     return limit
 
 
