@@ -262,6 +262,27 @@ def test_what_would_change_other_rows_is_refused(config: dict[str, Any], says: s
     assert f"was made with {says}, which cannot be served beside others" in refused
 
 
+def test_an_adapter_of_the_embeddings_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(make_model("llama"), tmp_path, 1, target_modules=["embed_tokens"])
+    assert "changes the embeddings" in refusal(folder)
+
+
+def test_layers_of_other_kinds_are_mixed_too(tmp_path: Path, tokenizer: Any) -> None:
+    """Those of GPT-2, which are no linear layers of torch's; and in half precision."""
+    folder = save_adapter(make_model("gpt2"), tmp_path, 1, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    engine = TransformersEngine.from_loaded(make_model("gpt2"), tokenizer, name="tiny", adapters=[f"first={folder}"])
+    engine.load()
+    for ticket, name in enumerate(["", "first"]):
+        engine.submit(ask(ticket, name, 3))
+    record = run(engine)
+    changed = peft.PeftModel.from_pretrained(make_model("gpt2"), folder).eval()
+    assert record.ids[0] == reference(make_model("gpt2"), prompt_of(3), MOST, [0])
+    assert record.ids[1] == reference(changed, prompt_of(3), MOST, [0])
+    assert record.ids[0] != record.ids[1]
+    half = attach(make_model("gpt2").to(torch.bfloat16), parse([f"first={folder}"], "tiny"))
+    assert half.names == ("first",), "and the trial at load finds them alike"
+
+
 def test_an_adapter_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     wider = type(make_model("llama"))(type(make_model("llama").config)(**{**sizes(), "hidden_size": 64})).eval()
     assert "does not fit LlamaForCausalLM: size mismatch" in refusal(save_adapter(wider, tmp_path / "wider", 1))

@@ -132,6 +132,10 @@ def attach(model: Any, sources: Sequence[Source]) -> Adapters:
             raise EngineLoadError(
                 f"adapter {source.name!r}: {source.path} does not fit {type(model).__name__}: {_reason(error)}"
             ) from error
+        if isinstance(model.get_input_embeddings(), peft.tuners.lora.LoraLayer):
+            raise EngineLoadError(
+                f"adapter {source.name!r}: {source.path} changes the embeddings, which cannot be served beside others"
+            )
         odd = [*report.missing_keys, *report.unexpected_keys]
         if odd:
             raise EngineLoadError(
@@ -140,8 +144,6 @@ def attach(model: Any, sources: Sequence[Source]) -> Adapters:
             )
     adapters = Adapters([source.name for source in sources])
     layers: list[Any] = [module for module in holder.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    if model.get_input_embeddings() in layers:
-        raise EngineLoadError(f"{', '.join(adapters.names)}: adapters of embeddings cannot be served")
     for layer in layers:
         layer.register_forward_pre_hook(adapters.hook, with_kwargs=True)
     holder.requires_grad_(requires_grad=False).eval()
