@@ -93,6 +93,6 @@ MIN_LOGPROB = -1e6
 #: One embedding: 65,536 numbers of 4 bytes; known models have a few thousand.
 MAX_VECTOR_BYTES = 262_144
 #: Characters of a JSON schema or a regular expression: grammars take memory and time by their size.
-MAX_GRAMMAR_CHARS = 262_144
+MAX_GRAMMAR_CHARS = 65_536
 #: Texts of which one must come out.
 MAX_CHOICES = 4_096

@@ -14,8 +14,10 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from llguidance import LLMatcher
 
 from tokenmq.protocol.errors import BadRequestError
+from tokenmq.protocol.limits import MAX_CHOICES
 from tokenmq.protocol.payload import Sampling
 from tokenmq.worker.engines.transformers.grammar import KEPT_GRAMMARS
 from tokenmq.worker.engines.transformers.loading import load
@@ -49,6 +51,12 @@ PERSON = {
     },
 }
 INTERSECTED = {"allOf": [{"type": "string", "pattern": f".*w{i}.*"} for i in range(40)]}
+PATTERNS = json.dumps(
+    {
+        "properties": {"a": {"anyOf": [{"pattern": "a?" * 500}, {"pattern": "b?" * 500}]}},
+        "patternProperties": {"^" + "c?" * 500: {"description": "d" * 3_000}},
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +230,40 @@ def test_white_space_is_bounded(book: RuleBook, tokenizer: Any) -> None:
         ({"regex": "(a"}, "regex: .*unclosed group"),
         ({"regex": r"(a)\1"}, "regex: .*backreferences"),
         ({"json_schema": json.dumps(INTERSECTED)}, "json_schema: it takes too long to compile"),
+        ({"regex": "a?" * 20_000}, "regex: 40000 characters, more than the 2048 that"),
+        ({"regex": "a?" * 1_000}, "regex: lexer"),
+        ({"json_schema": PATTERNS}, "json_schema: its patterns have 3001 characters, more than the 2048 that"),
+        ({"json_schema": '{"x-guidance": {"whitespace_pattern": "' + " ?" * 2_000 + '"}}'}, "4000 characters"),
+        ({"choice": ("a" * 40_000, "b" * 40_000)}, "choice: 80000 characters, more than the 65536 that"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_be_followed_is_refused(book: RuleBook, wishes: dict[str, str], message: str) -> None:
+def test_what_cannot_be_followed_is_refused(book: RuleBook, wishes: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequestError, match=message) as caught:
-        book.make(Sampling(**wishes), ENDS)  # type: ignore[arg-type]
+        book.make(Sampling(**wishes), ENDS)
     assert "\n" not in caught.value.message
     assert book.make(Sampling(regex="a"), ENDS) is not None, "the next one is served"
+
+
+@pytest.mark.parametrize("pattern", ["(((a{1000}){1000}){1000})", "[bc]{3}" + "a?" * 1_000])
+def test_what_compiles_at_once_and_takes_too_long_to_follow_is_found_in_the_other_process(
+    book: RuleBook, pattern: str
+) -> None:
+    book.make(Sampling(regex="a"), ENDS)
+    trial = book._grammars._trial
+    before = trial._process
+    text = LLMatcher.grammar_from_regex(pattern)
+    assert LLMatcher.validate_grammar(text) == "", "to compile it is cheap"
+    assert trial.check(text) != ""
+    assert trial.check(LLMatcher.grammar_from_regex("a")) == ""
+    assert trial._process is before, "what is killed is a fork of it"
+
+
+def test_as_many_choices_as_may_be_asked_for(book: RuleBook, tokenizer: Any) -> None:
+    choices = tuple(f"{number:04d}" for number in range(MAX_CHOICES))
+    tokens, rules = complete(book, Sampling(temperature=1.0, choice=choices))
+    assert tokenizer.decode(tokens) in choices
+    assert rules.finished
 
 
 def test_a_schema_that_is_true_allows_any_json(book: RuleBook, tokenizer: Any) -> None:
@@ -241,7 +275,7 @@ def test_a_schema_that_is_true_allows_any_json(book: RuleBook, tokenizer: Any) -
 
 
 def test_a_grammar_that_runs_into_limits_ends_its_own_row_only(book: RuleBook, tokenizer: Any) -> None:
-    sampling = Sampling(temperature=0.0, regex="((((((a?){30}){30}){30}){30}){30}){30}")
+    sampling = Sampling(temperature=0.0, regex="b{40}((((((a?){30}){30}){30}){30}){30}){30}")
     rules, sane = book.make(sampling, ENDS), book.make(Sampling(regex="b+"), ENDS)
     assert rules is not None
     tokens: list[int] = []

@@ -4,8 +4,11 @@ The library is `llguidance`. It needs no other package, and one wheel a platform
 `xgrammar` brings pydantic, triton and a layer for its kernels along, `outlines-core` has a wheel for each Python.
 And it compiles lazily, where the other two work the whole vocabulary into each new grammar: for one schema of seven
 fields and 49,152 tokens, in processor time, llguidance 1.9.1 had its first mask after 4 ms; xgrammar 0.2.8 and
-outlines-core 0.2.14 were ready after 0.8 s each, in which all running rows would stand still. All of that has limits
-of the library's own, and `trial` sets one to what has none.
+outlines-core 0.2.14 were ready after 0.8 s each, in which all running rows would stand still.
+
+A mask is computed between two steps of all rows, so its cost is bounded three times over: `LIMITS` is the library's
+own fuel, `MAX_PATTERN_CHARS` bounds what one unit of that fuel can cost (a derivative is not interrupted), and
+`trial` compiles and walks each new grammar in a process that may be killed.
 
 A grammar's state follows from the tokens so far, so that it comes to be the same in a worker that resumes a stream.
 """
@@ -14,11 +17,11 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
@@ -26,10 +29,16 @@ from tokenizers import AddedToken, Tokenizer
 from ....protocol.errors import BadRequestError
 from ....protocol.payload import Sampling
 from .devices import first_line
-from .trial import Trial
+from .trial import LIMITS, Trial
 
 #: Compiled grammars that are kept: a service asks with the same few again and again.
 KEPT_GRAMMARS = 32
+#: Characters of a regular expression, and of all patterns of a JSON schema together. The derivative of an expression
+#: may take the square of its length, and no limit of the library's stops it in the middle: a mask of "a?" a thousand
+#: times takes 0.01 s of processor time, 4,000 times 0.2 s, 20,000 times more than 25 s.
+MAX_PATTERN_CHARS = 2_048
+#: Characters of all choices together. Each step takes time by the length of what is left of them.
+MAX_CHOICE_CHARS = 65_536
 #: A model that likes white space, or a hot one, would else never leave a place where JSON allows any of it.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 #: The token that says "the grammar allows an end here". It is not the model's, of which a request may have several
@@ -132,6 +141,7 @@ class GrammarBook:
         if sampling.json_schema is not None:
             name, text = "json_schema", _of_schema(sampling.json_schema)
         elif sampling.regex is not None:
+            _bound("regex", len(sampling.regex), MAX_PATTERN_CHARS, "")
             name, text = "regex", LLMatcher.grammar_from_regex(sampling.regex)
         elif sampling.choice:
             name, text = "choice", _of_choice(sampling.choice)
@@ -148,10 +158,10 @@ class GrammarBook:
         self._trial.close()
 
     def _compile(self, name: str, text: str) -> LLMatcher:
+        tokenizer = self._tokenizer or self._make_tokenizer(name)
         problem = self._trial.check(text)
         if not problem:
-            tokenizer = self._tokenizer or self._make_tokenizer(name)
-            matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+            matcher = LLMatcher(tokenizer, text, log_level=0, limits=LIMITS)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # what is too complex shows at the first step, and that one is done
             if not matcher.is_error():
@@ -168,7 +178,9 @@ class GrammarBook:
             backend.add_special_tokens([AddedToken(END, special=True)])
             self.end = backend.get_vocab_size() - 1  # the newest
             self.tokens = max(self._vocabulary, self.end + 1)
-            self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=self.tokens, eos_token=self.end)
+            written = backend.to_str()
+            self._trial.start(written, self.tokens, self.end)  # it reads it while this process does
+            self._tokenizer = LLTokenizer(written, n_vocab=self.tokens, eos_token=self.end)
         except Exception as error:
             raise BadRequestError(
                 f"{name}: this model's tokenizer cannot be used for structured output: {first_line(error)}"
@@ -183,9 +195,29 @@ def _of_schema(text: str) -> str:
         schema = {} if schema is True else schema  # the same, and the options below have a place in it
         if not isinstance(schema, dict):
             raise ValueError("expected an object")
+        _bound("json_schema", sum(_pattern_chars(schema)), MAX_PATTERN_CHARS, "its patterns have ")
         return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
     except (ValueError, RecursionError, TypeError) as error:
         raise BadRequestError(f"json_schema: not a JSON schema: {first_line(error)}") from error
+
+
+def _pattern_chars(schema: Any) -> Iterator[int]:
+    """Yield the length of each regular expression, wherever a schema may have one."""
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            if key in {"pattern", "whitespace_pattern"} and isinstance(value, str):
+                yield len(value)
+            elif key == "patternProperties" and isinstance(value, dict):
+                yield from map(len, value)
+            yield from _pattern_chars(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _pattern_chars(value)
+
+
+def _bound(name: str, chars: int, most: int, what: str) -> None:
+    if chars > most:
+        raise BadRequestError(f"{name}: {what}{chars} characters, more than the {most} that can be followed in time")
 
 
 def _refuse(constant: str) -> None:
@@ -193,7 +225,10 @@ def _refuse(constant: str) -> None:
 
 
 def _of_choice(choice: Sequence[str]) -> str:
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choice))
+    _bound("choice", sum(map(len, choice)), MAX_CHOICE_CHARS, "")
+    # As one terminal: alternatives of a rule would be items of the parser, of which a row has 2,000.
+    words = " | ".join(json.dumps(one, ensure_ascii=False) for one in choice)
+    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {words}")
 
 
 def _short(problem: str) -> str:
