@@ -122,6 +122,7 @@ class Batch:
         sequence = self.scheduler.find(ticket)
         if sequence is None:
             return []
+        self._wipe(sequence)
         self._move(self.scheduler.remove(sequence))
         return [sequence.done(FinishReason.CANCELLED, time.monotonic())]
 
@@ -153,6 +154,7 @@ class Batch:
         logits += self._prefill(plan, outputs)
         prefilled = time.monotonic()
         if logits:
+            self._recover()
             self._sample(torch.cat(logits) if len(logits) > 1 else logits[0], plan)
         self.spent.decode_s += decoded - began + time.monotonic() - prefilled
         self.spent.prefill_s += prefilled - decoded
@@ -187,6 +189,7 @@ class Batch:
         return True
 
     def _put_back(self, sequence: Sequence) -> None:
+        self._wipe(sequence)
         self._move(self.scheduler.put_back(sequence, replay=self._manner.replay))
 
     def _replay(self, outputs: list[Output]) -> int:
@@ -229,7 +232,6 @@ class Batch:
                 continue
             for row in rows:
                 row.stored += 1
-            self._recover()
             return [logits]
         return []
 
@@ -293,7 +295,6 @@ class Batch:
             self._fail_prefill(sequence, error, outputs)
             return []
         sequence.stored = end
-        self._keep(sequence, slot, sequence.keys)
         if end < len(sequence.head):
             return []
         self.scheduler.join(sequence)
@@ -320,9 +321,8 @@ class Batch:
             release_memory(self._manner.device)
             _log.warning("prefill of %d prompts failed (%s): each alone", len(group), first_line(error))
             return [one for sequence in group for one in self._prefill_group([sequence], found, outputs)]
-        for slot, sequence in enumerate(group, first):
+        for sequence in group:
             sequence.stored = len(sequence.head)
-            self._keep(sequence, slot, sequence.keys)
             self.scheduler.join(sequence)
         return [logits]
 
@@ -445,6 +445,9 @@ class Batch:
             if choice.problem is not None:
                 outputs.append(self._broken(row, choice.problem))
                 continue
+            if row.stored == len(row.head) and row in self.scheduler.running:
+                # Its prefill was sound: this is its first token.
+                self._keep(row, self.scheduler.running.index(row), row.keys)
             over = row.take(choice.token_id, now)
             if over:
                 self._finish(row)
@@ -482,6 +485,12 @@ class Batch:
             self._prefixes.forget(row.keys)
         self._move(self.scheduler.remove(row))
         return Failed(row.ticket, ErrorCode.ENGINE_FAILED.value, problem)
+
+    def _wipe(self, sequence: Sequence) -> None:
+        """Clear the slot of a sequence that leaves before its first token: nobody has looked for NaN there."""
+        rows = self.scheduler.rows
+        if sequence.first_at is None and sequence.stored and sequence in rows:
+            self._runner.clear(rows.index(sequence))
 
     def _move(self, moves: Iterable[Move]) -> None:
         for move in moves:
