@@ -118,7 +118,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="How to go on behind another worker's tokens: prefill is quick, replay exact; see docs/numerics.md.",
 )  # fmt: skip
 @option(
-    "--adapter", multiple=True, metavar="NAME=PATH",
+    "--adapter", multiple=True, metavar="NAME=PATH", show_default="none",
     help="A LoRA adapter that peft wrote, repeatable: clients ask for SERVED_NAME:NAME; see docs/models.md.",
 )  # fmt: skip
 @option(

@@ -354,3 +354,9 @@ def test_images_that_are_none_or_too_few() -> None:
 def test_stop_strings_are_sent_as_many_as_the_server_takes(dialect: Any) -> None:
     assert ("stop" in request(dialect, stop=("a",))[1]) == (dialect.stops > 0)
     assert "stop" not in request(dialect, stop=tuple("abcde"))[1] or dialect.stops >= 5
+
+
+@pytest.mark.parametrize("calls", [5, [5], [{"function": {"name": "f", "arguments": {"a": b"bytes"}}}]])
+def test_what_is_no_json_is_the_users_mistake(calls: Any) -> None:
+    with pytest.raises(BadRequestError, match="tool_calls must be a list of maps|cannot be sent to the server as JSON"):
+        request(VLLM, messages=({"role": "assistant", "content": None, "tool_calls": calls},))

@@ -158,9 +158,24 @@ def _messages(messages: Sequence[Mapping[str, Any]], images: Sequence[bytes]) ->
                 for part in _parts(message)
             ]
         if message.get("tool_calls"):
-            made["tool_calls"] = [_call(call, place) for place, call in enumerate(message["tool_calls"])]
+            calls = message["tool_calls"]
+            if not isinstance(calls, list):
+                raise BadRequestError("request.messages: tool_calls must be a list of maps")
+            made["tool_calls"] = [_call(call, place) for place, call in enumerate(calls)]
         found.append(made)
     return found
+
+
+def as_json(value: Any) -> str:
+    """Return what a user sent as JSON.
+
+    Raises:
+        BadRequestError: it has what JSON does not have.
+    """
+    try:
+        return json.dumps(value)
+    except TypeError as error:  # such as bytes, which msgpack has
+        raise BadRequestError(f"request: it cannot be sent to the server as JSON: {error}") from error
 
 
 def _parts(message: Mapping[str, Any]) -> list[Any]:
@@ -183,5 +198,5 @@ def _call(call: Any, place: int) -> Any:
         raise BadRequestError("request.messages: tool_calls must be a list of maps")
     function = dict(call["function"]) if isinstance(call.get("function"), Mapping) else dict(call)
     if not isinstance(function.get("arguments"), str):
-        function["arguments"] = json.dumps(function.get("arguments") or {})
+        function["arguments"] = as_json(function.get("arguments") or {})
     return {"id": call.get("id") or f"call_{place}", "type": "function", "function": function}

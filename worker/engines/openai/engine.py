@@ -13,7 +13,6 @@ nevertheless fails at once.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from ....protocol.errors import BadRequestError, ErrorCode
 from ....protocol.log import Log, write
 from ....protocol.messages import ModelInfo
 from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
-from .body import request_for
+from .body import as_json, request_for
 from .dialects import DIALECTS, OPENAI, OWNERS, TRANSFORMERS, Dialect
 from .faults import KeyRefusedError, ServerError, lives
 from .link import SILENCE_S, WATCH_S, Ended, Event, Link
@@ -128,6 +127,7 @@ class OpenAIEngine(Engine):
             return _refused(job, ErrorCode.CANNOT_RESUME, f"{self._name!r} cannot go on with another worker's tokens")
         try:
             path, body = request_for(job, self._model, self._dialect)
+            packed = as_json(body).encode()
         except BadRequestError as error:
             return _refused(job, ErrorCode.BAD_REQUEST, error.message)
         sampling = generation.sampling
@@ -138,7 +138,7 @@ class OpenAIEngine(Engine):
             echo=generation.prompt or "" if generation.echo else "",
             watch_stops=len(sampling.stop) > self._dialect.stops,
         )
-        self._link.open(job.ticket, path, json.dumps(body).encode(), sampling.logprobs or 0)
+        self._link.open(job.ticket, path, packed, sampling.logprobs or 0)
         return []
 
     def cancel(self, ticket: int) -> Sequence[Output]:
