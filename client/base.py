@@ -144,7 +144,8 @@ class BaseClient(ABC, Generic[StreamT_co]):
                 or paths.
             echo: the text begins with the prompt's; with `logprobs`, the first chunk has `prompt_logprobs`, too.
             max_tokens: most tokens to generate.
-            min_tokens: nothing but `max_tokens` ends the stream before it has so many tokens.
+            min_tokens: only `max_tokens`, or a structure that is complete, ends the stream before it has so many
+                tokens.
             temperature: 0 takes the likeliest token; higher is more random.
             top_k: only the k likeliest tokens; 0 for all.
             top_p: only the likeliest tokens that together have this probability; 1 for all.

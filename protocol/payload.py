@@ -35,7 +35,8 @@ class Sampling:
         frequency_penalty: the same, times how often it has them.
         logit_bias: (token id, what is added to its logit).
         bad_words: strings that must not come.
-        min_tokens: nothing but `max_tokens` ends the stream before it has so many tokens.
+        min_tokens: only `max_tokens`, or a grammar that is complete, ends the stream before it has so many
+            tokens.
         logprobs: tell each token's logprob and those of so many likeliest; None for none.
         json_schema: the completion is a JSON text that this schema, itself a JSON text, allows. At most one of it,
             `regex` and `choice` is given.

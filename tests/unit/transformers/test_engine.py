@@ -450,3 +450,14 @@ def test_a_beginning_that_several_share_is_computed_once(make_engine: Make, tiny
         assert record.ids[ticket] == reference(tiny("llama"), prompt, 8)
     assert engine.stats().cached_tokens == 3 * 64
     assert engine.stats().prompt_tokens == 4 * 66
+
+
+def test_rules_that_exclude_everything_are_the_users_mistake(make_engine: Make, tiny: Callable[[str], Any]) -> None:
+    engine = make_engine()
+    engine.submit(job(1, [5, 6, 7], max_tokens=6, choice=("a",), bad_words=("a",)))
+    engine.submit(job(2, [5, 6, 7], max_tokens=6, ignore_eos=True))
+    record = run(engine)
+    failed = record.failed(1)
+    assert (failed.code, failed.retryable) == ("bad_request", False)
+    assert "the request's rules exclude all of them" in failed.message
+    assert record.ids[2] == reference(tiny("llama"), [5, 6, 7], 6)

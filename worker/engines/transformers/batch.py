@@ -24,7 +24,7 @@ from ..base import Failed, Output
 from .devices import first_line, is_out_of_memory, release_memory
 from .prefix import PrefixIndex, chain
 from .runner import Runner
-from .sampling import Picked, choose, logprobs_of
+from .sampling import NOTHING_LEFT, Picked, choose, logprobs_of
 from .scheduler import Move, Plan, Scheduler
 from .sequence import Sequence
 from .tokentexts import TokenTexts
@@ -443,7 +443,7 @@ class Batch:
             if row.left:
                 continue
             if choice.problem is not None:
-                outputs.append(self._broken(row, choice.problem))
+                outputs.append(self._broken(row, choice.token_id, choice.problem))
                 continue
             if row.stored == len(row.head) and row in self.scheduler.running:
                 # Its prefill was sound: this is its first token.
@@ -476,8 +476,11 @@ class Batch:
             self._keep(row, self.scheduler.running.index(row), keys)
         self._move(self.scheduler.remove(row))
 
-    def _broken(self, row: Sequence, problem: str) -> Failed:
+    def _broken(self, row: Sequence, code: int, problem: str) -> Failed:
         """Fail a row whose logits give no token; nobody else may find what it left."""
+        if code == NOTHING_LEFT:  # by its own rules: the model is well, and another worker would not do better
+            self._move(self.scheduler.remove(row))
+            return Failed(row.ticket, ErrorCode.BAD_REQUEST.value, problem)
         _log.error("request %d: %s", row.ticket, problem)
         if row in self.scheduler.running:
             self._runner.clear(self.scheduler.running.index(row))  # no mask would hide NaN from the slot's next row
