@@ -225,7 +225,8 @@ def test_it_registers_while_it_loads_and_again_when_it_is_ready(broker: Broker, 
     assert (error.code, error.retryable) == ("no_worker", True)
     engine.go.set()
     assert broker.ready() == peer
-    assert broker.heard[peer][-1].models == (Model("toy", 0, True, True),)  # type: ignore[union-attr]
+    expected = (Model("toy", chat=True, resumes=True, embeds=True, images=True),)
+    assert broker.heard[peer][-1].models == expected  # type: ignore[union-attr]
 
 
 def test_a_stream_arrives_to_the_last_character(broker: Broker, start: Any) -> None:
