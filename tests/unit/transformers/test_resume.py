@@ -347,12 +347,12 @@ def test_a_replay_that_fails_fails_alone(make_engine: Make, monkeypatch: pytest.
     runner, calls = batch_of(engine)._runner, 0
     replay = runner.replay
 
-    def breaking(slot: int, start: int, token_ids: list[int], shift: int) -> None:
+    def breaking(slot: int, start: int, token_ids: list[int], *more: Any) -> None:
         nonlocal calls
         calls += 1
         if len(token_ids) == 9:
             raise RuntimeError("a broken kernel")
-        replay(slot, start, token_ids, shift)
+        replay(slot, start, token_ids, *more)
 
     monkeypatch.setattr(runner, "replay", breaking)
     record = Record()
