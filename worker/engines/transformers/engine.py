@@ -168,9 +168,9 @@ class TransformersEngine(Engine):
             )
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
         adapters = attach(model, sources) if sources else None
-        if not given:
-            if model.dtype != torch.float32:  # packed, many rows were no faster, and one alone took twice as long
-                pack(model)
+        # In float32 many rows were no faster packed, and one alone took twice as long.
+        if not given and model.dtype != torch.float32:
+            pack(model)
         if not tokenizer.is_fast:
             raise EngineLoadError(f"{self.served_name}: its tokenizer has no fast version, which streaming needs")
         device: torch.device = model.device
