@@ -20,6 +20,7 @@ for version in 3.10 3.11 3.12 3.13; do
     home=.venv/python$version
     [ -x "$home/bin/python" ] || "$python" -m venv "$home"
     "$home/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-    "$home/bin/python" -m pytest --quiet -p no:cacheprovider --ignore tests/unit/transformers tests/unit \
+    "$home/bin/python" -m pytest --quiet -p no:cacheprovider --ignore tests/unit/transformers \
+        --ignore tests/unit/embeddings tests/unit \
         tests/integration/test_client_stub.py tests/integration/test_worker_server.py tests/integration/test_commands.py
 done
