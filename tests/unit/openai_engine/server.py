@@ -24,8 +24,13 @@ class Reply:
         self._writer = writer
 
     async def raw(self, data: bytes) -> None:
+        """Send it; a peer that has gone, at whatever byte, is noted as one that closed its stream."""
         self._writer.write(data)
-        await self._writer.drain()
+        try:
+            await self._writer.drain()
+        except OSError:
+            self.server.closed.set()
+            raise
 
     async def json(self, value: Any, status: int = 200) -> None:
         await self.whole(json.dumps(value).encode(), status=status)
@@ -53,13 +58,9 @@ class Reply:
         await self.event("[DONE]")
 
     async def until_closed(self) -> None:
-        """Send on until the peer has gone, and tell it."""
+        """Send on until the peer has gone."""
         while True:
-            try:
-                await self.raw(b": ping\n\n")
-            except OSError:
-                self.server.closed.set()
-                raise
+            await self.raw(b": ping\n\n")
             await asyncio.sleep(0.01)
 
     def abort(self) -> None:
