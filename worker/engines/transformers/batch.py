@@ -23,7 +23,7 @@ from ....protocol.messages import FinishReason, TokenLogprobs
 from ..base import Failed, Output
 from .devices import first_line, is_out_of_memory, release_memory
 from .prefix import PrefixIndex, chain
-from .runner import Runner
+from .runner import Runner, steady_length
 from .sampling import NOTHING_LEFT, Picked, choose, logprobs_of
 from .scheduler import Move, Plan, Scheduler
 from .sequence import Sequence
@@ -44,14 +44,17 @@ class Manner:
 
     Attributes:
         device: where the model is.
-        grouped: prefill prompts of like length in one forward, and keep also what was decoded as prefixes. Where a
-            prompt's keys and values depend on the forward that made them, and a decode's on none, each goes alone.
+        group_rows: prompts of like length share a forward; where their keys and values depend on its size, and a
+            decode's do not, of so many rows at most as a steady runner pads them to. 0 for each alone, None for no
+            limit.
+        keeps_decoded: keep also what was decoded as prefixes: it is as good as what a prefill makes of it.
         ahead: the device works by itself, so that the next step is launched before this one's tokens become text.
         replay: those who are put back replay what they had, rather than prefill it.
     """
 
     device: torch.device
-    grouped: bool
+    group_rows: int | None
+    keeps_decoded: bool
     ahead: bool
     replay: bool
 
@@ -327,23 +330,26 @@ class Batch:
         return [logits]
 
     def _groups(self, sequences: Iterable[Sequence]) -> list[list[Sequence]]:
-        """Put prompts together that are alike: no row is padded by more than half of its own length."""
+        """Put prompts together that may share a forward."""
         groups: list[list[Sequence]] = []
         for sequence in sorted(sequences, key=lambda sequence: (sequence.stored > 0, _todo(sequence))):
             group = groups[-1] if groups else []
-            fits = (
-                group
-                and len(group) < MAX_GROUP
-                and _todo(sequence) * 2 <= _todo(group[0]) * 3
-                and (sequence.stored > 0) == (group[0].stored > 0)  # those from the start need no mask
-                and not sequence.given.inputs
-                and not group[0].given.inputs
-            )
-            if self._manner.grouped and fits:
+            if group and len(group) < MAX_GROUP and self._may_join(group, sequence):
                 group.append(sequence)
             else:
                 groups.append([sequence])
         return groups
+
+    def _may_join(self, group: list[Sequence], longer: Sequence) -> bool:
+        """Tell whether a group of prompts may take one more."""
+        if longer.given.inputs or group[0].given.inputs:
+            return False
+        most = self._manner.group_rows
+        if most is not None:
+            return longer.stored == 0 and (len(group) + 1) * steady_length(len(longer.head)) <= most
+        if (longer.stored > 0) != (group[0].stored > 0):  # those from the start need no mask
+            return False
+        return _todo(longer) * 2 <= _todo(group[0]) * 3  # none is padded by more than half of its own length
 
     def _begin(self, sequences: Iterable[Sequence]) -> None:
         now = time.monotonic()
@@ -470,7 +476,7 @@ class Batch:
 
     def _finish(self, row: Sequence) -> None:
         """Take out a row that has ended; a conversation that goes on finds what it had."""
-        if self._manner.grouped and self._prefixes is not None and row in self.scheduler.running and row.keys:
+        if self._manner.keeps_decoded and self._prefixes is not None and row in self.scheduler.running and row.keys:
             tokens = (*row.prompt, *row.generated)[: row.stored]
             keys = chain(tokens, self._prefixes.block_tokens, row.seed)
             self._keep(row, self.scheduler.running.index(row), keys)

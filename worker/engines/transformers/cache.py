@@ -249,6 +249,10 @@ class SlotCache(Cache):
             layer.keys[slot, :, :tokens] = layer.stored_keys[at].transpose(0, 1).flatten(1, 2)
             layer.values[slot, :, :tokens] = layer.stored_values[at].transpose(0, 1).flatten(1, 2)
 
+    def row(self, slot: int, tokens: int) -> list[torch.Tensor]:
+        """Return views of the keys and values of a slot's first tokens, [heads, tokens, dim], layer by layer."""
+        return [memory[slot, :, :tokens] for layer in self._slot_layers for memory in (layer.keys, layer.values)]
+
     def clear(self, slot: int | None = None) -> None:
         """Zero a slot, or all: after a row of NaN, which no mask would hide from the slot's next row.
 

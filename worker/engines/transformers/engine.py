@@ -34,9 +34,9 @@ from .prefix import PrefixIndex
 from .prompt import PromptReader
 from .resume import AUTO, CHOICES, Resume, choose_way
 from .rules import RuleBook
-from .runner import Runner
+from .runner import PROMPT_ROWS, Runner
 from .scheduler import Scheduler
-from .selfcheck import check, check_images, layer_shapes
+from .selfcheck import check, check_images, is_steady, layer_shapes
 from .sequence import Sequence
 from .sizing import BLOCK_TOKENS, Wishes, choose_context, make_cache, positions
 from .textstream import TextStream
@@ -182,10 +182,11 @@ class TransformersEngine(Engine):
         way = choose_way(self._resume, device, model.dtype)
         _log.info("%s: a stream of another worker is resumed by %s", self.served_name, way.value)
         # In half precision on a CPU a prompt's keys and values depend on the other rows of its forward, while a
-        # decode's do not. Where a replay is to be exact, prompts go alone, and are cut at the same places with a
-        # prefix found or without: then the whole stream is independent of its company.
-        grouped = device.type != "cpu" or model.dtype == torch.float32 or way is not Resume.REPLAY
-        block_tokens = min(BLOCK_TOKENS, budget) if grouped else budget
+        # decode's do not. Where a replay is to be exact, prompts are cut at the same places with a prefix found or
+        # without, and go alone unless short ones are found to get the same bits in company: then the whole stream
+        # is independent of it.
+        steady = device.type == "cpu" and model.dtype != torch.float32 and way is Resume.REPLAY
+        block_tokens = budget if steady else min(BLOCK_TOKENS, budget)
         limit = positions(model.config.get_text_config())
         context = choose_context(self._wishes, limit, device, self.served_name)
         cache, blocks = make_cache(
@@ -196,7 +197,7 @@ class TransformersEngine(Engine):
             self.served_name,
             agree=int if self._group is None else self._group.least,
         )
-        runner = Runner(model, cache, compile_decode=self._compile, adapters=adapters)
+        runner = Runner(model, cache, compile_decode=self._compile, adapters=adapters, steady=steady)
         self._memory = Memory(device)
         processor = self._loaded.processor
         if processor is not None and processor.chat_template is not None:
@@ -204,6 +205,7 @@ class TransformersEngine(Engine):
         vision = None if processor is None else Vision(processor, model, self.served_name)
         try:
             check(model, runner)
+            group_rows = (PROMPT_ROWS if is_steady(runner) else 0) if steady else None
             if vision is not None:
                 check_images(model, runner, vision)
         except EngineLoadError:
@@ -213,11 +215,17 @@ class TransformersEngine(Engine):
                 f"{type(model).__name__} does not run over this engine's KV cache: {first_line(error)}"
             ) from error
         if self._group is not None and self._group.rank == 0:
-            runner = LeadingRunner(model, cache, self._group)
+            runner = LeadingRunner(model, cache, self._group, steady=steady)
         self._runner = runner
         prefixes = PrefixIndex(blocks, block_tokens) if blocks else None
         texts = TokenTexts(tokenizer.backend_tokenizer)
-        manner = Manner(device, grouped=grouped, ahead=device.type == "cuda", replay=way is Resume.REPLAY)
+        manner = Manner(
+            device,
+            group_rows=group_rows,
+            keeps_decoded=not steady,
+            ahead=device.type == "cuda",
+            replay=way is Resume.REPLAY,
+        )
         batch = Batch(runner, Scheduler(cache.space, budget, prefixes), prefixes, texts, manner)
         end_ids = _end_ids(model, tokenizer)
         self._serving = _Serving(

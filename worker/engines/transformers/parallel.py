@@ -51,9 +51,9 @@ def _repeated(
 class LeadingRunner(Runner):
     """The runner of rank 0: what it is told to do, all processes do."""
 
-    def __init__(self, model: Any, cache: SlotCache, group: Group) -> None:
+    def __init__(self, model: Any, cache: SlotCache, group: Group, *, steady: bool = False) -> None:
         """Run `model` over `cache`, which the followers have in the same state."""
-        super().__init__(model, cache)
+        super().__init__(model, cache, steady=steady)
         self.group = group
         self._problem: str | None = None
 

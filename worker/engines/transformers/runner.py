@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +16,25 @@ import torch
 from .adapters import Adapters
 from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
 from .compiled import compiled
+from .packed import STEADY_ROWS, blocks_of
 
 #: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
 #: for them, stay the same over some decode steps.
 WIDTH_STEP = 16
 #: Most tokens of one row in a forward of `replay`. In bfloat16 on a CPU (tried with AMX) up to 32 rows get the bits
 #: of one row alone; 64 are multiplied in another order.
-REPLAY_ROWS = 32
+REPLAY_ROWS = STEADY_ROWS
+#: A steady runner multiplies so many rows in every forward over prompts that are no more tokens together, padding
+#: included: they may share it. Whatever has more goes alone.
+PROMPT_ROWS = 128
+#: A steady runner pads prompts to multiples of this: attention computes whole vectors of so many keys by another
+#: function than the rest behind them.
+VECTOR = 16
+
+
+def steady_length(tokens: int) -> int:
+    """Return what a steady runner makes of a forward's longest prompt by padding."""
+    return -(-tokens // VECTOR) * VECTOR
 
 
 class Runner:
@@ -33,16 +46,27 @@ class Runner:
     """
 
     def __init__(
-        self, model: Any, cache: SlotCache, *, compile_decode: bool = False, adapters: Adapters | None = None
+        self,
+        model: Any,
+        cache: SlotCache,
+        *,
+        compile_decode: bool = False,
+        adapters: Adapters | None = None,
+        steady: bool = False,
     ) -> None:
         """Run `model`, a transformers causal language model in eval mode, over `cache`, and its `adapters`.
 
         With `compile_decode`, decodes go through torch.compile, which begins with the first one of two rows or more.
+        `steady`: do what can be done, in packed layers and in attention, to give a row the same bits in any company.
         """
         self.cache = cache
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._model = model
         self._adapters = adapters
+        self._steady = steady
+        self._blocks = blocks_of(model) if steady else None
+        if self._blocks is not None:
+            self._blocks.rows = STEADY_ROWS
         self._decoder: Callable[..., Any] = compiled(model) if compile_decode else model
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
@@ -79,6 +103,8 @@ class Runner:
         """
         lengths = [len(row) for row in tokens]
         longest = max(lengths)
+        if self._steady and not inputs:
+            longest = min(steady_length(longest), self.cache.space.stride - max(starts))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens])
         positions = torch.tensor(starts)[:, None] + torch.arange(longest)
         access: Access
@@ -88,8 +114,9 @@ class Runner:
         else:
             access, mask = self._ragged(first_slot, starts, lengths, positions)
         self._select(adapters)
-        ends = list(range(longest)) if all_logits else sorted({length - 1 for length in lengths})
-        logits = self._forward(access, ids, positions, mask, ends, inputs or {})
+        ends = list(range(lengths[0])) if all_logits else sorted({length - 1 for length in lengths})
+        with self._prompt_blocks(0 if inputs else len(tokens) * longest):
+            logits = self._forward(access, ids, positions, mask, ends, inputs or {})
         if all_logits:
             return logits[0]
         return logits[torch.arange(len(tokens)), [ends.index(length - 1) for length in lengths]]
@@ -190,6 +217,14 @@ class Runner:
             width,
         )
         return access, mask
+
+    def _prompt_blocks(self, rows: int) -> AbstractContextManager[None]:
+        """Multiply in the blocks for a forward over so many rows of prompts; 0 where not all are rows of text."""
+        if self._blocks is None:
+            return nullcontext()
+        if 0 < rows <= PROMPT_ROWS:
+            return self._blocks.of(PROMPT_ROWS, filled=True)
+        return self._blocks.of(None)
 
     def _select(self, rows: Sequence[str]) -> None:
         if self._adapters is not None:

@@ -28,6 +28,8 @@ TOLERANCE_HALF = 0.2
 TOKENS = 8
 #: Most of them: a window that is longer than that is not filled, since it would take minutes on a slow device.
 MOST_TOKENS = 1024
+#: Lengths of prompts that are computed alone and together, in a forward of no more than `PROMPT_ROWS`.
+COMPANY = (5, 16, 19, 30)
 #: Tokens that are generated behind an image.
 IMAGE_TOKENS = 4
 #: The picture for that: wider than high, since a mistake in two-dimensional positions would not show in a square.
@@ -128,6 +130,33 @@ def check(model: Any, runner: Runner) -> None:
     runner.replay(0, 2, ids[2:-1])
     pairs.append((runner.decode(ids[-1:], _before([ids])), plain[0][1:]))
     _compare(model, pairs, "")
+
+
+@torch.inference_mode()
+def is_steady(runner: Runner) -> bool:
+    """Tell whether few prompts get the same keys, values and logits alone and in company; uses the first slots."""
+    space = runner.cache.space
+    if max(COMPANY) > space.context:
+        return False
+    if max(COMPANY) > space.stride:
+        runner.restride(space.stride_for(max(COMPANY)), 0, 0)
+    rows = [[(step * step + 7 * length) % runner.vocabulary for step in range(length)] for length in COMPANY]
+    rows = rows[: space.rows_at(space.stride)]
+    alone = []
+    for row in rows:
+        logits = runner.extend(0, [0], [row])
+        alone.append([logits[0], *_stored(runner, 0, len(row))])
+    logits = runner.extend(0, [0] * len(rows), rows)
+    return all(
+        torch.equal(one, other)
+        for slot, row in enumerate(rows)
+        for one, other in zip(alone[slot], [logits[slot], *_stored(runner, slot, len(row))], strict=True)
+    )
+
+
+def _stored(runner: Runner, slot: int, tokens: int) -> list[torch.Tensor]:
+    """Return copies of the keys and values of a row, by layer."""
+    return [tensor.clone() for tensor in runner.cache.row(slot, tokens)]
 
 
 @torch.inference_mode()
