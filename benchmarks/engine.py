@@ -32,7 +32,19 @@ import tokenmq.worker.engines.transformers  # noqa: F401  # isort: skip
 import engine_itl
 import engine_workers
 import torch
-from engine_rivals import VLLM_PYTHON, Alone, Cost, Manager, Ours, Prompts, Rival, Threads, Vllm, model_folder
+from engine_rivals import (
+    VLLM_PYTHON,
+    Alone,
+    Compiled,
+    Cost,
+    Manager,
+    Ours,
+    Prompts,
+    Rival,
+    Threads,
+    Vllm,
+    model_folder,
+)
 
 from tokenmq.worker.engines.transformers.loading import load
 
@@ -54,6 +66,8 @@ def rivals_of(dtype: str, options: argparse.Namespace, stack: ExitStack) -> list
         return load(folder, device="cpu", dtype=dtype, cache_dir=None)
 
     rivals: list[Rival] = [Ours(folder, dtype, slots)]
+    if options.compile:
+        rivals.append(Compiled(folder, dtype, slots))
     if "generate" not in options.without:
         loaded = plain()
         rivals += [Alone(loaded), Threads(loaded)]
@@ -87,7 +101,7 @@ def compare(dtype: str, options: argparse.Namespace) -> dict[str, Any]:
                     else:
                         asked, tokens = prompts, options.tokens
                     found.setdefault((rival.name, concurrent), []).append(rival.measure(asked, tokens))
-                    if isinstance(rival, Ours):
+                    if type(rival) is Ours:
                         outside.setdefault(concurrent, []).append(1 - rival.forward_s / rival.step_s)
     table = {
         name: {
@@ -138,6 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--without", nargs="*", default=[], choices=["generate", "manager", "vllm"], help="leave these out"
     )
+    parser.add_argument("--compile", action="store_true", help="the engine with --compile, too: minutes more")
     parser.add_argument("--itl", action="store_true", help="running readers while long prompts arrive")
     parser.add_argument("--workers", action="store_true", help="two workers on this machine against one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

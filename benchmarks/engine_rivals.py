@@ -147,6 +147,16 @@ class Ours(Rival):
         loaded.model.forward = timed
 
 
+class Compiled(Ours):
+    """The same with --compile; it is compiled when it is made."""
+
+    name = "tokenmq --compile"
+
+    def __init__(self, model: Path, dtype: str, slots: int) -> None:
+        """Load and compile."""
+        super().__init__(model, dtype, slots, compile_decode=True)
+
+
 class Alone(Rival):
     """`model.generate` with a TextIteratorStreamer, one request after the other."""
 

@@ -105,13 +105,13 @@ class Replay:
     of it.
 
     Attributes:
-        slot: the slot.
-        start: the column of the first token; the others follow.
-        width: columns that the model shall see, the last token's column + 1 or more.
+        rows: long [n], the slot, n times.
+        columns: long [n], where each token is stored.
+        width: columns that the model shall see, the greatest of `columns` + 1 or more.
     """
 
-    slot: int
-    start: int
+    rows: torch.Tensor
+    columns: torch.Tensor
     width: int
 
 
@@ -152,28 +152,25 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new keys and values, [rows, heads, tokens, dim]; return views of all that the rows have."""
         access = self.access
-        if isinstance(access, Decode):
+        if isinstance(access, Decode | Replay):
             self.keys[access.rows, :, access.columns] = key_states[:, :, 0]
             self.values[access.rows, :, access.columns] = value_states[:, :, 0]
             count = key_states.shape[0]
-            return self.keys[:count, :, : access.width], self.values[:count, :, : access.width]
+            keys, values = self.keys[:, :, : access.width], self.values[:, :, : access.width]
+            if isinstance(access, Decode):
+                return keys[:count], values[:count]
+            slot = access.rows[:1]
+            return keys[slot].expand(count, -1, -1, -1), values[slot].expand(count, -1, -1, -1)
         if isinstance(access, Prefill):
             rows = slice(access.first_slot, access.first_slot + key_states.shape[0])
             end = access.start + key_states.shape[2]
             self.keys[rows, :, access.start : end] = key_states
             self.values[rows, :, access.start : end] = value_states
             return self.keys[rows, :, :end], self.values[rows, :, :end]
-        if isinstance(access, Extend):
-            self.keys[access.slots, :, access.columns] = key_states[access.rows, :, access.places]
-            self.values[access.slots, :, access.columns] = value_states[access.rows, :, access.places]
-            rows = slice(access.first_slot, access.first_slot + key_states.shape[0])
-            return self.keys[rows, :, : access.width], self.values[rows, :, : access.width]
-        count, slot = key_states.shape[0], access.slot
-        columns = slice(access.start, access.start + count)
-        self.keys[slot, :, columns] = key_states[:, :, 0].transpose(0, 1)
-        self.values[slot, :, columns] = value_states[:, :, 0].transpose(0, 1)
-        keys, values = self.keys[slot, :, : access.width], self.values[slot, :, : access.width]
-        return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)
+        self.keys[access.slots, :, access.columns] = key_states[access.rows, :, access.places]
+        self.values[access.slots, :, access.columns] = value_states[access.rows, :, access.places]
+        rows = slice(access.first_slot, access.first_slot + key_states.shape[0])
+        return self.keys[rows, :, : access.width], self.values[rows, :, : access.width]
 
     def get_seq_length(self) -> int:
         """Return the columns in front of this forward's; the model may number positions or build masks from it."""

@@ -1,6 +1,6 @@
-"""A model's forward through torch.compile, for decodes: an option, since compiling takes a minute and more.
+"""A model's forward through torch.compile, for decodes and replays: an option, since compiling takes minutes.
 
-Rows and width change from step to step, so they are symbols in the one graph that is made. Where the compiler fails,
+Rows and width change from step to step, so they are symbols in the graph that is made of each. Where the compiler fails,
 at the first decode or at a later one, the plain forward takes over for good: it stores the same tokens in the same
 columns again.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config as config
 
 from .devices import first_line, is_out_of_memory
 
@@ -31,7 +32,9 @@ def compiled(model: Any) -> Callable[..., Any]:
         if quick is None:
             return model(**inputs)
         try:
-            return quick(**inputs)
+            # Sizes that happen to be equal, such as the rows of the cache and the width, are not taken for one.
+            with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                return quick(**inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise

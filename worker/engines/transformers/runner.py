@@ -56,7 +56,7 @@ class Runner:
     ) -> None:
         """Run `model`, a transformers causal language model in eval mode, over `cache`, and its `adapters`.
 
-        With `compile_decode`, decodes go through torch.compile, which begins with the first one of two rows or more.
+        With `compile_decode`, decodes and replays go through torch.compile; each begins with its first one.
         `steady`: do what can be done, in packed layers and in attention, to give a row the same bits in any company.
         """
         self.cache = cache
@@ -67,6 +67,7 @@ class Runner:
         self._blocks = blocks_of(model) if steady else None
         if self._blocks is not None:
             self._blocks.rows = STEADY_ROWS
+        self._compiled = compile_decode
         self._decoder: Callable[..., Any] = compiled(model) if compile_decode else model
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
@@ -76,6 +77,7 @@ class Runner:
 
     # --- forwards ---------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def extend(
         self,
         first_slot: int,
@@ -121,6 +123,7 @@ class Runner:
             return logits[0]
         return logits[torch.arange(len(tokens)), [ends.index(length - 1) for length in lengths]]
 
+    @torch.inference_mode()
     def decode(
         self,
         token_ids: Sequence[int],
@@ -139,20 +142,23 @@ class Runner:
         Returns:
             Logits behind the token, [rows, vocabulary].
         """
-        columns = torch.tensor(lengths)[:, None]
+        rows = self._pair(range(len(lengths)))
+        columns = torch.tensor([lengths[row] for row in rows])[:, None]
         width, mask = self._view(columns)
-        access = Decode(torch.arange(len(lengths), device=self._device), self._there(columns[:, 0]), width)
+        kind = Decode if len(rows) == len(lengths) else Replay
+        access = kind(self._there(torch.tensor(rows)), self._there(columns[:, 0]), width)
         self._select(adapters)
-        # One row would be a graph of its own, and gains least.
-        forward = self._decoder if len(lengths) > 1 else self._model
-        positions = columns if shifts is None else columns + torch.tensor(shifts)[:, None]
-        return self._forward(access, torch.tensor(token_ids)[:, None], positions, mask, [0], forward=forward)[:, 0]
+        ids = torch.tensor([token_ids[row] for row in rows])[:, None]
+        positions = columns if shifts is None else columns + torch.tensor([shifts[row] for row in rows])[:, None]
+        logits = self._forward(access, ids, positions, mask, [0], forward=self._decoder)
+        return logits[: len(lengths), 0]
 
+    @torch.inference_mode()
     def replay(self, slot: int, start: int, token_ids: Sequence[int], shift: int = 0, adapter: str = "") -> None:
         """Compute known tokens of one row as `decode` would one after the other, several rows to a forward.
 
         They go through the kernels of a decode of so many rows. Where those give a row the same bits whatever the
-        number of rows, the cache then holds what decoding each token alone would have left. No logits are computed.
+        number of rows, the cache then holds what decoding each token alone would have left.
 
         Args:
             slot: the row's.
@@ -162,12 +168,14 @@ class Runner:
             adapter: the row's.
         """
         for first in range(0, len(token_ids), REPLAY_ROWS):
-            some = token_ids[first : first + REPLAY_ROWS]
-            columns = torch.arange(start + first, start + first + len(some))[:, None]
+            places = self._pair(range(first, min(first + REPLAY_ROWS, len(token_ids))))
+            columns = torch.tensor(places)[:, None] + start
             width, mask = self._view(columns)
-            access = Replay(slot, start + first, width)
-            self._select([adapter] * len(some))
-            self._forward(access, torch.tensor(some)[:, None], columns + shift, mask, [])
+            access = Replay(self._there(torch.full((len(places),), slot)), self._there(columns[:, 0]), width)
+            self._select([adapter] * len(places))
+            ids = torch.tensor([token_ids[place] for place in places])[:, None]
+            # Without logits a compiled forward would be one more graph.
+            self._forward(access, ids, columns + shift, mask, [0] if self._compiled else [], forward=self._decoder)
 
     # --- the cache --------------------------------------------------------------------------------------------------
 
@@ -256,7 +264,10 @@ class Runner:
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
 
-    @torch.inference_mode()
+    def _pair(self, rows: range) -> list[int]:
+        """Return the rows of a decode; one alone twice, where it is compiled: it would be a graph of its own."""
+        return [*rows, *rows] if self._compiled and len(rows) == 1 else [*rows]
+
     def _forward(
         self,
         access: Access,
