@@ -106,7 +106,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 )  # fmt: skip
 @option(
     "--compile/--no-compile", "compile_decode", default=False,
-    help="Put decodes through torch.compile: the first requests wait a minute or more, then steps are shorter; "
+    help="Put decodes through torch.compile: loading takes minutes longer, then steps are shorter; "
     "needs a C++ compiler. See docs/engine.md.",
 )  # fmt: skip
 @option(

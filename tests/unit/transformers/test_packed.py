@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.unit.transformers.conftest import VOCABULARY, job, make_model, reference, run
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
-from tokenmq.worker.engines.transformers.packed import PackedLinear, _supported, pack, unpack
+from tokenmq.worker.engines.transformers.packed import Blocks, PackedLinear, _supported, pack, unpack
 
 pytestmark = pytest.mark.skipif(not _supported(torch.float32), reason="packs on x86 with oneDNN only")
 
@@ -47,6 +47,29 @@ def test_in_bfloat16_the_bits_are_those_of_the_plain_layer() -> None:
         for rows in (1, 2, 16, 31):
             given = torch.randn(rows, 64).bfloat16()
             assert torch.equal(packed(given), plain(given))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 32, 33, 80])
+def test_blocks_change_nothing_but_the_order(rows: int) -> None:
+    plain, blocks = nn.Linear(32, 48).eval(), Blocks()
+    packed = PackedLinear(plain.weight, plain.bias, blocks)
+    given = torch.randn(rows, 1, 32)
+    with torch.inference_mode():
+        for size, filled in ((32, False), (32, True), (128, True)):
+            with blocks.of(size, filled=filled):
+                torch.testing.assert_close(packed(given), plain(given), rtol=1e-5, atol=1e-5)
+    assert (blocks.rows, blocks.filled) == (None, False)
+
+
+@pytest.mark.skipif(not _supported(torch.bfloat16), reason="this processor does not multiply bfloat16")
+def test_in_filled_blocks_a_row_has_the_same_bits_in_any_company() -> None:
+    blocks = Blocks(128, filled=True)
+    packed = PackedLinear(torch.randn(192, 576).bfloat16(), None, blocks)
+    given = torch.randn(300, 576).bfloat16()
+    with torch.inference_mode():
+        all_of_them = packed(given)
+        for first, last in ((0, 1), (3, 20), (100, 180), (290, 300)):
+            assert torch.equal(packed(given[first:last]), all_of_them[first:last])
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])

@@ -118,6 +118,8 @@ def test_a_stream_in_bfloat16_is_replayed_exactly(file: Path) -> None:
     for one in jobs:
         half.submit(one)
     whole = run(half).ids
+    half.submit(jobs[2])
+    assert run(half).ids[2] == whole[2], "alone it went another way than in company"
     for one in jobs:
         half.submit(resumed(one.ticket, one, whole[one.ticket][: 36 + one.ticket]))
     rest = run(half).ids

@@ -1,8 +1,8 @@
 """A model's forward through torch.compile, for decodes and replays: an option, since compiling takes minutes.
 
-Rows and width change from step to step, so they are symbols in the graph that is made of each. Where the compiler fails,
-at the first decode or at a later one, the plain forward takes over for good: it stores the same tokens in the same
-columns again.
+Rows and width change from step to step, so they are symbols in the graph that is made of each. Where the compiler
+fails, at the first decode or at a later one, the plain forward takes over for good: it stores the same tokens in the
+same columns again.
 """
 
 from __future__ import annotations

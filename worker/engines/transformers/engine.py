@@ -108,8 +108,8 @@ class TransformersEngine(Engine):
             cache_dir: folder for converted GGUF files; by default `$TOKENMQ_CACHE/models` or
                 `~/.cache/tokenmq/models`.
             resume: how to go on behind tokens of another worker: `prefill`, `replay`, or `auto`, see `resume`.
-            compile_decode: put decodes through torch.compile: a minute or more at the first requests, then fewer and
-                larger operations. Not with `tensor_parallel`.
+            compile_decode: put decodes and replays through torch.compile: minutes at load, then fewer and larger
+                operations. Not with `tensor_parallel`.
             tensor_parallel: processes that compute the model together, of which this is one, see `group`; the one of
                 rank 0 serves, the others `follow`.
             adapters: LoRA adapters as NAME=PATH; each is served as a model of its own, `name:NAME`. Not with
