@@ -11,6 +11,7 @@ difference. Whoever wants a row's result to depend on that row only has it multi
 
 Nothing here knows a model by its name: every layer that is known to be called, and not read, by its parent is
 replaced by one that computes the same, the whole is tried against the plain model, and put back if it differs.
+Layers that are called with the same tensor are multiplied as one, see `joined`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .devices import first_line
+from .joined import JoinedLinear, Joint, recorded, siblings
 
 _log = logging.getLogger("tokenmq.worker")
 
@@ -133,6 +135,10 @@ class PackedLinear(nn.Module):
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
         return result
 
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight, as it was before it was packed, and the bias."""
+        return self.weight.to_dense(), self.bias
+
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -164,27 +170,29 @@ def pack(model: Any) -> int:
     """
     if model.device.type != "cpu" or not _supported(model.dtype):
         return 0
-    expected = _trial(model)
-    blocks = Blocks()
-    count = _swap(model, lambda module: _packed(module, blocks))
-    if not count:
-        return 0
-    try:
-        difference = _difference(_trial(model), expected)
-        problem = "" if difference <= _tolerance(model.dtype) else f"a relative difference of {difference:.2g}"
-    except Exception as error:  # noqa: BLE001 (whatever a model does with a layer that is not its own)
-        problem = first_line(error)
-    if problem:
+    expected, groups = _observed(model)
+    name = type(model).__name__
+    while True:
+        joined = sum(map(len, groups))
+        count = _pack_all(model, groups)
+        groups = []  # or the plain weights would stay
+        problem = _problem(model, expected) if count else ""
+        if not problem:
+            break
         unpack(model)
-        _log.warning("%s keeps its plain weights: packed, it gave %s", type(model).__name__, problem)
-        return 0
-    _log.info("%s: %d linear layers packed for this processor", type(model).__name__, count)
+        if not joined:
+            _log.warning("%s keeps its plain weights: packed, it gave %s", name, problem)
+            return 0
+        _log.warning("%s: no layers are joined: so packed, it gave %s", name, problem)
+    if count:
+        _log.info("%s: %d linear layers packed for this processor, %d of them joined", name, count, joined)
     return count
 
 
 def blocks_of(model: nn.Module) -> Blocks | None:
     """Return how the packed layers of a model go through many rows; None where it has none."""
-    return next((module.blocks for module in model.modules() if isinstance(module, PackedLinear)), None)
+    kinds = (PackedLinear, JoinedLinear)
+    return next((module.blocks for module in model.modules() if isinstance(module, kinds)), None)
 
 
 def unpack(model: nn.Module) -> int:
@@ -192,19 +200,46 @@ def unpack(model: nn.Module) -> int:
     return _swap(model, _plain)
 
 
+def _observed(model: Any) -> tuple[torch.Tensor, list[list[nn.Module]]]:
+    """Return what the plain model gives in the trial, and the groups of layers to join."""
+    parents = {child: parent for parent, _, child in _places(model) if _packable(child)}
+    with recorded(parents) as calls:
+        expected = _trial(model)
+    return expected, siblings(calls, parents)
+
+
+def _pack_all(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> int:
+    """Pack what can be packed, groups as one; return the number of layers."""
+    blocks = Blocks()
+    members = {layer: member for group in groups for layer, member in zip(group, _join(group, blocks), strict=True)}
+    return _swap(model, lambda module: members.get(module) or _packed(module, blocks))
+
+
+def _problem(model: Any, expected: torch.Tensor) -> str:
+    """Return what is wrong with the model's results, if anything."""
+    try:
+        difference = _difference(_trial(model), expected)
+    except Exception as error:  # noqa: BLE001 (whatever a model does with a layer that is not its own)
+        return first_line(error)
+    return "" if difference <= _tolerance(model.dtype) else f"a relative difference of {difference:.2g}"
+
+
 def _swap(model: nn.Module, other: Callable[[nn.Module], nn.Module | None]) -> int:
     """Put the modules that `other` gives in the place of those that it takes; return how many it gave."""
     made: dict[nn.Module, nn.Module | None] = {}
-    for parent in list(model.modules()):
-        if _reads_children(parent):
-            continue
-        for name, child in list(parent.named_children()):
-            if child not in made:  # the same module may stand at two places
-                made[child] = other(child)
-            instead = made[child]
-            if instead is not None:
-                setattr(parent, name, instead)
+    for parent, name, child in _places(model):
+        if child not in made:  # the same module may stand at two places
+            made[child] = other(child)
+        instead = made[child]
+        if instead is not None:
+            setattr(parent, name, instead)
     return sum(instead is not None for instead in made.values())
+
+
+def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Return each module that is called, and not read, by its parent: the parent, its name there, and itself."""
+    parents = [parent for parent in model.modules() if not _reads_children(parent)]
+    return [(parent, name, child) for parent in parents for name, child in parent.named_children()]
 
 
 def _reads_children(parent: nn.Module) -> bool:
@@ -213,25 +248,41 @@ def _reads_children(parent: nn.Module) -> bool:
     return own and not isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
-def _packed(module: nn.Module, blocks: Blocks) -> PackedLinear | None:
-    """Return the packed layer of a plain one; None for any other module, and where something is hooked into it."""
+def _packable(module: Any) -> bool:
+    """Whether it is a plain layer that nothing is hooked into."""
     weight = getattr(module, "weight", None)
     # Exact types: a subclass, a quantised or a distributed weight computes something else.
     if type(module) not in (nn.Linear, Conv1D) or type(weight) is not nn.Parameter:
-        return None
+        return False
     if weight.device.type != "cpu" or weight.layout is not torch.strided or not _supported(weight.dtype):
-        return None
-    if module._forward_hooks or module._forward_pre_hooks or not weight.numel():
-        return None
-    rows = weight if type(module) is nn.Linear else weight.t()
-    return PackedLinear(rows, getattr(module, "bias", None), blocks)
+        return False
+    return bool(weight.numel()) and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _packed(module: Any, blocks: Blocks) -> PackedLinear | None:
+    """Return the packed layer of a plain one; None for any other module."""
+    return PackedLinear(_rows(module), module.bias, blocks) if _packable(module) else None
+
+
+def _join(layers: Sequence[Any], blocks: Blocks) -> list[JoinedLinear]:
+    """Return the members of one joint that stand for plain layers, all of them with a bias or none."""
+    rows = [_rows(layer) for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    joint = Joint(PackedLinear(torch.cat(rows), bias, blocks), [len(part) for part in rows])
+    return [JoinedLinear(joint, place) for place in range(len(layers))]
+
+
+def _rows(layer: Any) -> torch.Tensor:
+    """Return a plain layer's weight, [out_features, in_features]."""
+    weight: torch.Tensor = layer.weight.detach()
+    return weight if type(layer) is nn.Linear else weight.t()
 
 
 def _plain(module: nn.Module) -> nn.Linear | None:
     """Return the plain layer of a packed one; None for any other module."""
-    if not isinstance(module, PackedLinear):
+    if not isinstance(module, PackedLinear | JoinedLinear):
         return None
-    weight, bias = module.weight.to_dense(), module.bias
+    weight, bias = module.plain()
     plain = nn.Linear(module.in_features, module.out_features, bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
