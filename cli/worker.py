@@ -30,6 +30,7 @@ from ..worker.settings import (
 )
 from . import logs
 from .devices import parallel_devices, parse_devices
+from .engine_options import refuse_foreign
 from .lifecycle import end_with_supervisor, fail, leave, on_signals
 from .options import logging_options, option, settings
 from .supervise import Supervisor, make_teams
@@ -260,20 +261,18 @@ def main(
             reader_timeout_s=reader_timeout,
         )
         refuse_parallel(engine, tensor_parallel)
+        refuse_foreign(click.get_current_context(), engine)
         if (devices or tensor_parallel > 1) and not supervised:
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
         if engine == "transformers":
             engine = engine_for(model, task)
             refuse_parallel(engine, tensor_parallel)
+            refuse_foreign(click.get_current_context(), engine)
         elif task != AUTO:
             raise ValueError(f"--task {task}: it is for the transformers engine, not for {engine}")
         if engine == "openai":
             server_options = _server_options(base_url, api_key_env)
             own[engine] = {"model": model, "dialect": dialect, "server_wait_s": server_wait, **server_options}
-        if adapter and engine != "transformers":
-            raise ValueError(f"--adapter {adapter[0]}: it is for the transformers engine, not for {engine}")
-        if engine_option and engine != "vllm":
-            raise ValueError(f"--engine-option {engine_option[0]}: it is for the vllm engine, not for {engine}")
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         if rank:
             follow(make_engine(engine, **options))

@@ -118,4 +118,4 @@ def test_adapters_are_for_the_transformers_engine() -> None:
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "--adapter a=b: it is for the transformers engine, not for synthetic" in done.stderr
+    assert "--adapter: it is for the engine transformers, not for synthetic" in done.stderr

@@ -51,7 +51,7 @@ def test_without_vllm_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_engine_options_are_for_vllm_only() -> None:
     result = CliRunner().invoke(main, ["--engine", "synthetic", "--model", "x", "--engine-option", "a=1"])
     assert result.exit_code == 2
-    assert result.stderr == "error: --engine-option a=1: it is for the vllm engine, not for synthetic\n"
+    assert result.stderr == "error: --engine-option: it is for the engine vllm, not for synthetic\n"
 
 
 def exists(pid: int) -> bool:
