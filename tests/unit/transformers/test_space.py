@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tokenmq.worker.engines.transformers.prefix import PrefixIndex, chain
-from tokenmq.worker.engines.transformers.space import Space
+from tokenmq.worker.engines.transformers.space import VECTOR, Space
 
 
 @given(st.integers(8, 5000), st.integers(1, 64), st.integers(0, 50_000), st.data())
@@ -15,8 +15,9 @@ def test_a_stride_is_wide_enough_and_not_much_wider(context: int, rows: int, mor
     space = Space(context + more, rows, context)
     tokens = data.draw(st.integers(1, context))
     stride = space.stride_for(tokens)
-    assert tokens <= stride <= context
-    least = min(context, space.capacity // rows)
+    assert tokens <= stride < context + VECTOR
+    assert stride % VECTOR == 0 or stride == context or stride < VECTOR
+    least = min(context + VECTOR, space.capacity // rows)
     assert stride <= max(least, 64, tokens * 3 / 2)
     assert 1 <= space.rows_at(stride) <= rows
     assert space.rows_at(stride) * stride <= space.capacity

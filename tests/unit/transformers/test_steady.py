@@ -11,6 +11,7 @@ import torch
 from tokenmq.worker.engines.transformers import engine as module
 from tokenmq.worker.engines.transformers.cache import SlotCache
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
+from tokenmq.worker.engines.transformers.packed import _supported, pack
 from tokenmq.worker.engines.transformers.runner import PROMPT_ROWS, VECTOR, Runner
 from tokenmq.worker.engines.transformers.selfcheck import is_steady, layer_shapes
 from tokenmq.worker.engines.transformers.space import Space
@@ -119,3 +120,30 @@ def test_padding_changes_no_result_and_stays_in_the_slot(length: int) -> None:
         expected = model(input_ids=torch.tensor([prompt(length)])).logits[:, -1]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         assert all(torch.equal(one, other) for one, other in zip(neighbour, runner.cache.row(1, 4), strict=True))
+
+
+def test_few_rows_are_no_company() -> None:
+    assert not is_steady(steady_runner(make_model("llama"), slots=1))
+
+
+@pytest.mark.skipif(not _supported(torch.bfloat16), reason="this processor does not multiply bfloat16")
+def test_packed_in_bfloat16_prompts_have_the_same_bits_in_any_company_and_stride() -> None:
+    model = make_model("llama").bfloat16()
+    assert pack(model)
+    cache = SlotCache(layer_shapes(model, CONTEXT), Space(500, 8, CONTEXT))
+    runner = Runner(model, cache, steady=True)
+    if not is_steady(runner):
+        pytest.skip("on this machine prompts depend on their company")
+    for lengths in ((5, 16, 19, 30), (1, 2, 3), (60, 40), (31, 32, 33)):
+        rows = [prompt(length, number) for number, length in enumerate(lengths)]
+        for stride in (64, 96):
+            alone = []
+            runner.restride(stride, 0, 0)
+            for row in rows:
+                logits = runner.extend(0, [0], [row])
+                alone.append([logits[0], *(one.clone() for one in cache.row(0, len(row)))])
+            runner.restride(64 + 96 - stride, 0, 0)
+            together = runner.extend(0, [0] * len(rows), rows)
+            for slot, row in enumerate(rows):
+                for one, other in zip(alone[slot], [together[slot], *cache.row(slot, len(row))], strict=True):
+                    assert torch.equal(one, other)

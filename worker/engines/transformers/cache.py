@@ -7,7 +7,8 @@ does with left padding. What a slot holds behind its row's length is left over f
 mask hides it.
 
 It plugs into an unmodified transformers model as its `past_key_values`: the layers here receive the new keys and
-values, store them where the present `Access` says, and hand the model views of the slots. No copy is made.
+values, store them where the present `Access` says, and hand the model views of the slots. No copy is made, but of the
+one slot of a replay.
 
 Beside it stands the prefix store: blocks of keys and values that are copied in and out, see `prefix`.
 """

@@ -19,27 +19,31 @@ from .devices import first_line, is_out_of_memory
 _log = logging.getLogger("tokenmq.worker")
 
 
-def compiled(model: Any) -> Callable[..., Any]:
-    """Return what computes as `model(...)` does, compiled when it is first called.
+class Compiled:
+    """Computes as `model(...)` does, compiled when it is first called.
 
-    Args:
-        model: a transformers model in eval mode.
+    Attributes:
+        works: False once the compiler has failed.
     """
-    quick: Callable[..., Any] | None = torch.compile(model.forward, dynamic=True)
 
-    def forward(**inputs: Any) -> Any:
-        nonlocal quick
-        if quick is None:
-            return model(**inputs)
+    def __init__(self, model: Any) -> None:
+        """Compile `model`, a transformers model in eval mode, later."""
+        self.works = True
+        self._model = model
+        self._quick: Callable[..., Any] = torch.compile(model.forward, dynamic=True)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return what the model does; raises what it raises."""
+        if not self.works:
+            return self._model(**inputs)
         try:
             # Sizes that happen to be equal, such as the rows of the cache and the width, are not taken for one.
             with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                return quick(**inputs)
+                return self._quick(**inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            _log.warning("%s cannot be compiled, and runs as it is: %s", type(model).__name__, first_line(error))
-            quick = None
-            return model(**inputs)
-
-    return forward
+            name = type(self._model).__name__
+            _log.warning("%s cannot be compiled, and runs as it is: %s", name, first_line(error))
+            self.works = False
+            return self._model(**inputs)

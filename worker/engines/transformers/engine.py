@@ -205,7 +205,8 @@ class TransformersEngine(Engine):
         vision = None if processor is None else Vision(processor, model, self.served_name)
         try:
             check(model, runner)
-            group_rows = (PROMPT_ROWS if is_steady(runner) else 0) if steady else None
+            runner.compile()
+            runner.steady = steady and is_steady(runner)
             if vision is not None:
                 check_images(model, runner, vision)
         except EngineLoadError:
@@ -215,13 +216,13 @@ class TransformersEngine(Engine):
                 f"{type(model).__name__} does not run over this engine's KV cache: {first_line(error)}"
             ) from error
         if self._group is not None and self._group.rank == 0:
-            runner = LeadingRunner(model, cache, self._group, steady=steady)
+            runner = LeadingRunner(model, cache, self._group, steady=runner.steady)
         self._runner = runner
         prefixes = PrefixIndex(blocks, block_tokens) if blocks else None
         texts = TokenTexts(tokenizer.backend_tokenizer)
         manner = Manner(
             device,
-            group_rows=group_rows,
+            group_rows=(PROMPT_ROWS if runner.steady else 0) if steady else None,
             keeps_decoded=not steady,
             ahead=device.type == "cuda",
             replay=way is Resume.REPLAY,

@@ -122,7 +122,7 @@ class PackedLinear(nn.Module):
         """Do what `forward` does, where nothing is compiled."""
         size = self.blocks.rows
         rows = inputs.numel() // self.in_features
-        if size is None or rows == size or (rows < size and not self.blocks.filled):
+        if not rows or size is None or rows == size or (rows < size and not self.blocks.filled):
             return self._product(inputs)
         flat = inputs.reshape(rows, self.in_features)
         if self.blocks.filled:

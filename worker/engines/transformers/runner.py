@@ -15,25 +15,20 @@ import torch
 
 from .adapters import Adapters
 from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
-from .compiled import compiled
+from .compiled import Compiled
 from .packed import STEADY_ROWS, blocks_of
+from .space import VECTOR
 
-#: The cache's visible width grows in steps of this many columns, so that shapes, and the kernels that are picked
-#: for them, stay the same over some decode steps.
-WIDTH_STEP = 16
 #: Most tokens of one row in a forward of `replay`. In bfloat16 on a CPU (tried with AMX) up to 32 rows get the bits
 #: of one row alone; 64 are multiplied in another order.
 REPLAY_ROWS = STEADY_ROWS
 #: A steady runner multiplies so many rows in every forward over prompts that are no more tokens together, padding
 #: included: they may share it. Whatever has more goes alone.
 PROMPT_ROWS = 128
-#: A steady runner pads prompts to multiples of this: attention computes whole vectors of so many keys by another
-#: function than the rest behind them.
-VECTOR = 16
 
 
 def steady_length(tokens: int) -> int:
-    """Return what a steady runner makes of a forward's longest prompt by padding."""
+    """Return what a steady runner makes of a forward's longest prompt by padding: whole vectors."""
     return -(-tokens // VECTOR) * VECTOR
 
 
@@ -43,6 +38,7 @@ class Runner:
     Attributes:
         cache: the cache.
         vocabulary: token ids that the model knows are below it.
+        steady: prompts are padded and multiplied so that they may share a forward.
     """
 
     def __init__(
@@ -63,12 +59,11 @@ class Runner:
         self.vocabulary: int = model.get_input_embeddings().num_embeddings
         self._model = model
         self._adapters = adapters
-        self._steady = steady
+        self.steady = steady
         self._blocks = blocks_of(model) if steady else None
         if self._blocks is not None:
             self._blocks.rows = STEADY_ROWS
-        self._compiled = compile_decode
-        self._decoder: Callable[..., Any] = compiled(model) if compile_decode else model
+        self._compiled = Compiled(model) if compile_decode else None
         self._device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
         parameters = inspect.signature(model.forward).parameters
@@ -105,8 +100,9 @@ class Runner:
         """
         lengths = [len(row) for row in tokens]
         longest = max(lengths)
-        if self._steady and not inputs:
-            longest = min(steady_length(longest), self.cache.space.stride - max(starts))
+        if self.steady and not inputs:
+            space = self.cache.space
+            longest = min(steady_length(longest), min(space.context, space.stride) - max(starts))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens])
         positions = torch.tensor(starts)[:, None] + torch.arange(longest)
         access: Access
@@ -147,10 +143,10 @@ class Runner:
         width, mask = self._view(columns)
         kind = Decode if len(rows) == len(lengths) else Replay
         access = kind(self._there(torch.tensor(rows)), self._there(columns[:, 0]), width)
-        self._select(adapters)
+        self._select([adapters[row] for row in rows] if adapters else ())
         ids = torch.tensor([token_ids[row] for row in rows])[:, None]
         positions = columns if shifts is None else columns + torch.tensor([shifts[row] for row in rows])[:, None]
-        logits = self._forward(access, ids, positions, mask, [0], forward=self._decoder)
+        logits = self._forward(access, ids, positions, mask, [0], forward=self._decoder())
         return logits[: len(lengths), 0]
 
     @torch.inference_mode()
@@ -175,7 +171,8 @@ class Runner:
             self._select([adapter] * len(places))
             ids = torch.tensor([token_ids[place] for place in places])[:, None]
             # Without logits a compiled forward would be one more graph.
-            self._forward(access, ids, columns + shift, mask, [0] if self._compiled else [], forward=self._decoder)
+            keep = [0] if self._compiles() else []
+            self._forward(access, ids, columns + shift, mask, keep, forward=self._decoder())
 
     # --- the cache --------------------------------------------------------------------------------------------------
 
@@ -230,7 +227,7 @@ class Runner:
         """Multiply in the blocks for a forward over so many rows of prompts; 0 where not all are rows of text."""
         if self._blocks is None:
             return nullcontext()
-        if 0 < rows <= PROMPT_ROWS:
+        if self.steady and 0 < rows <= PROMPT_ROWS:
             return self._blocks.of(PROMPT_ROWS, filled=True)
         return self._blocks.of(None)
 
@@ -239,8 +236,12 @@ class Runner:
             self._adapters.select(rows)
 
     def _view(self, columns: torch.Tensor) -> tuple[int, Any]:
-        """Return the visible width for tokens in these columns, [rows, tokens], and what the model takes as mask."""
-        width = min(self.cache.space.stride, -(-(int(columns.max()) + 1) // WIDTH_STEP) * WIDTH_STEP)
+        """Return the visible width for tokens in these columns, [rows, tokens], and what the model takes as mask.
+
+        The width grows by whole vectors, so that shapes, and the kernels that are picked for them, stay the same over
+        some decode steps.
+        """
+        width = min(self.cache.space.stride, -(-(int(columns.max()) + 1) // VECTOR) * VECTOR)
         windows = set(self.cache.windows)
         masks = {window: self._mask(columns, width, window) for window in windows}
         if len(masks) == 1:
@@ -264,9 +265,26 @@ class Runner:
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
 
+    def compile(self) -> None:
+        """Have all graphs compiled that serving may need; uses the first slots, which hold what they like."""
+        if not self._compiles():
+            return
+        space = self.cache.space
+        self.decode([0, 0], [0, 0])
+        self.replay(0, 0, [0, 0])
+        self.replay(0, min(space.context, space.stride) - 1, [0])  # as wide as the slot, it is one run of memory
+
+    def _compiles(self) -> bool:
+        """Whether decodes and replays are compiled now: not where only one row has room, another graph, and rare."""
+        works = self._compiled is not None and self._compiled.works
+        return works and self.cache.space.rows_at(self.cache.space.stride) > 1
+
+    def _decoder(self) -> Callable[..., Any]:
+        return self._compiled if self._compiled is not None and self._compiles() else self._model
+
     def _pair(self, rows: range) -> list[int]:
         """Return the rows of a decode; one alone twice, where it is compiled: it would be a graph of its own."""
-        return [*rows, *rows] if self._compiled and len(rows) == 1 else [*rows]
+        return [*rows, *rows] if len(rows) == 1 and self._compiles() else [*rows]
 
     def _forward(
         self,

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 #: Strides are this, or this and a half, times a power of two: no row is given a third more than it needs.
 SMALLEST = 64
+#: All of them are multiples of this, as what a row sees of its slot is: attention computes whole vectors of so many
+#: keys by another function than the rest behind them, so that the end of a slot would change a row's bits.
+VECTOR = 16
 
 
 class Space:
@@ -27,8 +30,11 @@ class Space:
         self.capacity = capacity
         self.rows = rows
         self.context = context
+        widest = -(-context // VECTOR) * VECTOR
+        self._widest = widest if widest <= capacity else context
         #: Less than this saves nothing: with it all rows fit.
-        self._least = min(context, capacity // rows)
+        least = min(self._widest, capacity // rows)
+        self._least = least // VECTOR * VECTOR or least
         self.stride = self._least
 
     def stride_for(self, tokens: int) -> int:
@@ -36,7 +42,7 @@ class Space:
         stride = SMALLEST
         while stride < tokens:
             stride = stride * 3 // 2 if stride & (stride - 1) == 0 else stride * 4 // 3
-        return max(self._least, min(stride, self.context))
+        return max(self._least, min(stride, self._widest))
 
     def rows_at(self, stride: int) -> int:
         """Return how many rows there is room for."""
