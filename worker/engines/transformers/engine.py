@@ -189,13 +189,14 @@ class TransformersEngine(Engine):
         block_tokens = budget if steady else min(BLOCK_TOKENS, budget)
         limit = positions(model.config.get_text_config())
         context = choose_context(self._wishes, limit, device, self.served_name)
+        agree = int if self._group is None else self._group.least  # what all processes of the worker can do
         cache, blocks = make_cache(
             self._wishes,
             self._shapes(model, context),
             context,
             block_tokens,
             self.served_name,
-            agree=int if self._group is None else self._group.least,
+            agree=agree,
         )
         runner = Runner(model, cache, compile_decode=self._compile, adapters=adapters, steady=steady)
         self._memory = Memory(device)
@@ -206,7 +207,7 @@ class TransformersEngine(Engine):
         try:
             check(model, runner)
             runner.compile()
-            runner.steady = steady and is_steady(runner)
+            runner.steady = bool(agree(int(steady and is_steady(runner))))
             if vision is not None:
                 check_images(model, runner, vision)
         except EngineLoadError:
