@@ -16,7 +16,7 @@ from tokenmq.worker.engines.transformers import compiled as module
 from tokenmq.worker.engines.transformers.cache import SlotCache
 from tokenmq.worker.engines.transformers.compiled import Compiled
 from tokenmq.worker.engines.transformers.packed import pack
-from tokenmq.worker.engines.transformers.runner import Runner
+from tokenmq.worker.engines.transformers.runner import Runner, compile_all
 from tokenmq.worker.engines.transformers.selfcheck import check, layer_shapes
 from tokenmq.worker.engines.transformers.space import Space
 
@@ -73,7 +73,7 @@ def test_rows_that_go_twice_leave_what_they_leave_alone(kind: str, monkeypatch: 
         shapes = layer_shapes(model, CONTEXT)
         runner = Runner(model, SlotCache(shapes, Space(3 * CONTEXT, 3, CONTEXT)), compile_decode=compiles)
         check(model, runner)
-        runner.compile()
+        compile_all(runner)
         runner.extend(0, [0], [[1, 2, 3, 4]])
         runner.extend(1, [0], [[9, 8, 7]])
         logits = [runner.decode([5], [4])]

@@ -34,7 +34,7 @@ from .prefix import PrefixIndex
 from .prompt import PromptReader
 from .resume import AUTO, CHOICES, Resume, choose_way
 from .rules import RuleBook
-from .runner import PROMPT_ROWS, Runner
+from .runner import PROMPT_ROWS, Runner, compile_all
 from .scheduler import Scheduler
 from .selfcheck import check, check_images, is_steady, layer_shapes
 from .sequence import Sequence
@@ -206,7 +206,7 @@ class TransformersEngine(Engine):
         vision = None if processor is None else Vision(processor, model, self.served_name)
         try:
             check(model, runner)
-            runner.compile()
+            compile_all(runner)
             runner.steady = bool(agree(int(steady and is_steady(runner))))
             if vision is not None:
                 check_images(model, runner, vision)

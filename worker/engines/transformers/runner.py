@@ -32,6 +32,15 @@ def steady_length(tokens: int) -> int:
     return -(-tokens // VECTOR) * VECTOR
 
 
+def compile_all(runner: Runner) -> None:
+    """Have all graphs compiled that serving may need, if it shall be compiled; uses the first slots."""
+    if runner.compiles:
+        space = runner.cache.space
+        runner.decode([0, 0], [0, 0])
+        runner.replay(0, 0, [0, 0])
+        runner.replay(0, min(space.context, space.stride) - 1, [0])  # as wide as the slot, it is one run of memory
+
+
 class Runner:
     """A model and its slot cache.
 
@@ -171,7 +180,7 @@ class Runner:
             self._select([adapter] * len(places))
             ids = torch.tensor([token_ids[place] for place in places])[:, None]
             # Without logits a compiled forward would be one more graph.
-            keep = [0] if self._compiles() else []
+            keep = [0] if self.compiles else []
             self._forward(access, ids, columns + shift, mask, keep, forward=self._decoder())
 
     # --- the cache --------------------------------------------------------------------------------------------------
@@ -265,26 +274,18 @@ class Runner:
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor.to(self._device)
 
-    def compile(self) -> None:
-        """Have all graphs compiled that serving may need; uses the first slots, which hold what they like."""
-        if not self._compiles():
-            return
-        space = self.cache.space
-        self.decode([0, 0], [0, 0])
-        self.replay(0, 0, [0, 0])
-        self.replay(0, min(space.context, space.stride) - 1, [0])  # as wide as the slot, it is one run of memory
-
-    def _compiles(self) -> bool:
+    @property
+    def compiles(self) -> bool:
         """Whether decodes and replays are compiled now: not where only one row has room, another graph, and rare."""
         works = self._compiled is not None and self._compiled.works
         return works and self.cache.space.rows_at(self.cache.space.stride) > 1
 
     def _decoder(self) -> Callable[..., Any]:
-        return self._compiled if self._compiled is not None and self._compiles() else self._model
+        return self._compiled if self._compiled is not None and self.compiles else self._model
 
     def _pair(self, rows: range) -> list[int]:
         """Return the rows of a decode; one alone twice, where it is compiled: it would be a graph of its own."""
-        return [*rows, *rows] if len(rows) == 1 and self._compiles() else [*rows]
+        return [*rows, *rows] if len(rows) == 1 and self.compiles else [*rows]
 
     def _forward(
         self,
