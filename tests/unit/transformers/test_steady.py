@@ -12,9 +12,9 @@ from tokenmq.worker.engines.transformers import engine as module
 from tokenmq.worker.engines.transformers.cache import SlotCache
 from tokenmq.worker.engines.transformers.engine import TransformersEngine
 from tokenmq.worker.engines.transformers.packed import _supported, pack
-from tokenmq.worker.engines.transformers.runner import PROMPT_ROWS, VECTOR, Runner
+from tokenmq.worker.engines.transformers.runner import PROMPT_ROWS, Runner
 from tokenmq.worker.engines.transformers.selfcheck import is_steady, layer_shapes
-from tokenmq.worker.engines.transformers.space import Space
+from tokenmq.worker.engines.transformers.space import Space, whole_vectors
 
 from .conftest import CONTEXT, VOCABULARY, batch_of, job, make_model, run
 
@@ -58,7 +58,7 @@ def test_short_prompts_share_a_forward_up_to_its_rows(tokenizer: Any, monkeypatc
     lengths = [3, 16, 5, 9, 17, 20, 31, 16, 2, 32, 12, 11]
     groups = groups_of(engine, lengths, monkeypatch)
     assert sorted(length for group in groups for length in group) == sorted(lengths)
-    assert all(len(group) * (-(-max(group) // VECTOR) * VECTOR) <= PROMPT_ROWS for group in groups)
+    assert all(len(group) * whole_vectors(max(group)) <= PROMPT_ROWS for group in groups)
     assert groups == [[2, 3, 5, 9, 11, 12, 16, 16], [17, 20, 31, 32]]
 
 

@@ -23,10 +23,11 @@ from ....protocol.messages import FinishReason, TokenLogprobs
 from ..base import Failed, Output
 from .devices import first_line, is_out_of_memory, release_memory
 from .prefix import PrefixIndex, chain
-from .runner import Runner, steady_length
+from .runner import Runner
 from .sampling import NOTHING_LEFT, Picked, choose, logprobs_of
 from .scheduler import Move, Plan, Scheduler
 from .sequence import Sequence
+from .space import whole_vectors
 from .tokentexts import TokenTexts
 
 _log = logging.getLogger("tokenmq.worker")
@@ -346,7 +347,7 @@ class Batch:
             return False
         most = self._manner.group_rows
         if most is not None:
-            return longer.stored == 0 and (len(group) + 1) * steady_length(len(longer.head)) <= most
+            return longer.stored == 0 and (len(group) + 1) * whole_vectors(len(longer.head)) <= most
         if (longer.stored > 0) != (group[0].stored > 0):  # those from the start need no mask
             return False
         return _todo(longer) * 2 <= _todo(group[0]) * 3  # none is padded by more than half of its own length

@@ -17,19 +17,14 @@ from .adapters import Adapters
 from .cache import Access, Decode, Extend, Prefill, Replay, SlotCache
 from .compiled import Compiled
 from .packed import STEADY_ROWS, blocks_of
-from .space import VECTOR
+from .space import whole_vectors
 
 #: Most tokens of one row in a forward of `replay`. In bfloat16 on a CPU (tried with AMX) up to 32 rows get the bits
 #: of one row alone; 64 are multiplied in another order.
 REPLAY_ROWS = STEADY_ROWS
-#: A steady runner multiplies so many rows in every forward over prompts that are no more tokens together, padding
-#: included: they may share it. Whatever has more goes alone.
+#: A steady runner pads prompts to whole vectors, and multiplies so many rows in every forward over prompts that are
+#: no more tokens together, padding included: they may share it. Whatever has more goes alone.
 PROMPT_ROWS = 128
-
-
-def steady_length(tokens: int) -> int:
-    """Return what a steady runner makes of a forward's longest prompt by padding: whole vectors."""
-    return -(-tokens // VECTOR) * VECTOR
 
 
 def compile_all(runner: Runner) -> None:
@@ -111,7 +106,7 @@ class Runner:
         longest = max(lengths)
         if self.steady and not inputs:
             space = self.cache.space
-            longest = min(steady_length(longest), min(space.context, space.stride) - max(starts))
+            longest = min(whole_vectors(longest), min(space.context, space.stride) - max(starts))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens])
         positions = torch.tensor(starts)[:, None] + torch.arange(longest)
         access: Access
@@ -250,7 +245,7 @@ class Runner:
         The width grows by whole vectors, so that shapes, and the kernels that are picked for them, stay the same over
         some decode steps.
         """
-        width = min(self.cache.space.stride, -(-(int(columns.max()) + 1) // VECTOR) * VECTOR)
+        width = min(self.cache.space.stride, whole_vectors(int(columns.max()) + 1))
         windows = set(self.cache.windows)
         masks = {window: self._mask(columns, width, window) for window in windows}
         if len(masks) == 1:

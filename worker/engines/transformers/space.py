@@ -15,6 +15,11 @@ SMALLEST = 64
 VECTOR = 16
 
 
+def whole_vectors(tokens: int) -> int:
+    """Return the tokens, rounded up to whole vectors."""
+    return -(-tokens // VECTOR) * VECTOR
+
+
 class Space:
     """The shape of a cache.
 
@@ -30,7 +35,7 @@ class Space:
         self.capacity = capacity
         self.rows = rows
         self.context = context
-        widest = -(-context // VECTOR) * VECTOR
+        widest = whole_vectors(context)
         self._widest = widest if widest <= capacity else context
         #: Less than this saves nothing: with it all rows fit.
         least = min(self._widest, capacity // rows)
