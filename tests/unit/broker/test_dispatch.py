@@ -162,12 +162,10 @@ NO_POLICY = "longest"
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    def points(*, group: str, name: str = name) -> Any:
-        found = EntryPoint(wanted, value, dispatch.ENTRY_POINTS)
-        return [found] if (group, name) == (dispatch.ENTRY_POINTS, wanted) else []
+    def points(*, group: str) -> Any:
+        return [EntryPoint(name, value, dispatch.ENTRY_POINTS)] if group == dispatch.ENTRY_POINTS else []
 
-    wanted = name
-    monkeypatch.setattr(dispatch, "entry_points", points)
+    monkeypatch.setattr("importlib.metadata.entry_points", points)
 
 
 def test_an_installed_policy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
