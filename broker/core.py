@@ -156,12 +156,12 @@ class BrokerCore:
         self.uplink.touched(now)
         return self._outbox.take()
 
-    def route_chunks(self, peer: bytes, header: bytes, now: float) -> ClientSession | None:
+    def route_chunks(self, peer: bytes, route: bytes, now: float) -> ClientSession | None:
         """Return the client that a CHUNKS message goes to: the hot path, one look-up.
 
         Args:
             peer: the worker's routing id.
-            header: the header, known to be one of CHUNKS.
+            route: the id in the message's header.
             now: the time.
 
         Returns:
@@ -172,7 +172,7 @@ class BrokerCore:
         worker = self.registry.by_peer.get(peer)
         if worker is None:
             return None
-        hold = worker.routes.get(header[8:])
+        hold = worker.routes.get(route)
         if hold is None or hold.client is None:
             return None
         worker.received += 1

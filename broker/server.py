@@ -41,6 +41,9 @@ _BATCH_S = 0.02
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
 _READ_ON_S = 0.5
 
+#: A longer CHUNKS message is refused.
+_MAX_CHUNKS_BYTES = HEADER_BYTES + MAX_BODY_BYTES
+
 
 class BrokerServer:
     """A broker on its sockets.
@@ -168,11 +171,11 @@ class BrokerServer:
     def _from_workers(self, now: float) -> None:
         kept = self._client_backlog.peers
         for frames in self._batch(self._workers):
-            header = frames[1] if len(frames) == 3 and len(frames[2]) <= MAX_BODY_BYTES else b""
-            if len(header) == HEADER_BYTES and header.startswith(CHUNKS_PREFIX):
-                client = self._core.route_chunks(frames[0], header, now)
+            message = frames[1] if len(frames) == 2 else b""
+            if message.startswith(CHUNKS_PREFIX) and HEADER_BYTES < len(message) <= _MAX_CHUNKS_BYTES:
+                client = self._core.route_chunks(frames[0], message[8:HEADER_BYTES], now)
                 if type(client) is Guest:
-                    lost = self._parents.send(client.parent, (client.header, frames[2]))
+                    lost = self._parents.send(client.parent, (client.header + message[HEADER_BYTES:],))
                     if lost is not None:
                         self._handle(lost, now)
                     continue

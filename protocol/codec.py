@@ -1,6 +1,7 @@
 """Messages to frames and back, and the peek at the header that routing needs.
 
-A message is `[header][body][attachment]*`; REQUEST has a second body, its payload. The header is 24 bytes:
+A message is one frame, header and body, for frames cost more than bytes; REQUEST has more: its payload, and its
+attachments. The header is 24 bytes:
 
     offset  0  3 bytes   "TMQ"
     offset  3  1 byte    protocol version, 1
@@ -21,6 +22,7 @@ from .messages import (
     ID_BYTES,
     NO_ID,
     Accepted,
+    Attach,
     Cancel,
     Chunk,
     Chunks,
@@ -174,6 +176,7 @@ _ENVELOPE = record(
         "hedge": boolean,
         "explain": boolean,
         "path": listing(_name, limits.MAX_HOPS),
+        "key": optional(binary(ID_BYTES)),
     },
 )
 _token_ids = integers(0, limits.MAX_TOKEN_ID, limits.MAX_ARRAY_ITEMS)
@@ -182,8 +185,8 @@ _session = {"software": text(), "heartbeat_s": _interval, "expiry_s": _interval}
 
 #: The fields that the body of a message carries; its id stands in the header.
 _FIELDS: dict[type[Any], dict[str, Check]] = {
-    Hello: {"client": text(), "software": text(), "heartbeat_s": optional(_interval)},
-    Welcome: {"broker": _name, **_session},
+    Hello: {"client": text(), "software": text(), "heartbeat_s": optional(_interval), "direct": boolean},
+    Welcome: {"broker": _name, **_session, "group": text()},
     Ready: {
         "worker": _name,
         "incarnation": count(),
@@ -195,18 +198,21 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
         "speed": optional(number(limits.SLOWEST_TOKENS_PER_S, limits.FASTEST_TOKENS_PER_S)),
         "heartbeat_s": optional(_interval),
         "brokers": listing(_name, limits.MAX_BROKERS),
+        "direct": text(),
     },
     Accepted: {"broker": _name, **_session},
     Credit: {"attempt": _attempt, "limit": _credit},
     Cancel: {"attempt": _attempt},
     Parked: {"attempt": _attempt},
-    Started: {"attempt": _attempt, "worker": text()},
+    Started: {"attempt": _attempt, "worker": text(), "direct": text(), "key": optional(binary(ID_BYTES))},
+    Attach: {},
     Finish: {
         "attempt": _attempt,
         "reason": choice(FinishReason),
         "usage": _USAGE,
         "timings": _TIMINGS,
         "worker": text(),
+        "chunks": count(),
     },
     Error: {
         "attempt": count(),
@@ -236,16 +242,16 @@ def header(command: Command, subject: bytes = NO_ID) -> bytes:
 
 
 def peek(frame: bytes) -> tuple[Command, bytes]:
-    """Return the command and the id of a header.
+    """Return the command and the id of the header that a message's first frame begins with.
 
     Raises:
         ProtocolError: it is not a TMQ/1 header.
     """
-    if len(frame) != HEADER_BYTES:
+    if len(frame) < HEADER_BYTES:
         raise ProtocolError(f"header: expected {HEADER_BYTES} bytes, got {len(frame)}")
     command = _COMMANDS.get(frame[:8])
     if command is not None:
-        return command, frame[8:]
+        return command, frame[8:HEADER_BYTES]
     if frame[:3] != b"TMQ":
         raise ProtocolError("header: does not begin with TMQ")
     if frame[3] != VERSION:
@@ -256,8 +262,8 @@ def peek(frame: bytes) -> tuple[Command, bytes]:
 
 
 def _encode_request(message: Request) -> list[bytes]:
-    first = header(Command.REQUEST, message.id)
-    return [first, pack(dump(message.envelope)), message.payload, *message.attachments]
+    first = header(Command.REQUEST, message.id) + pack(dump(message.envelope))
+    return [first, message.payload, *message.attachments]
 
 
 def _encode_chunks(message: Chunks) -> list[bytes]:
@@ -269,7 +275,7 @@ def _encode_chunks(message: Chunks) -> list[bytes]:
             for c in message.chunks
         ]
     )
-    return [header(Command.CHUNKS, message.route), body]
+    return [header(Command.CHUNKS, message.route) + body]
 
 
 def _dump_details(details: Details) -> dict[str, Any]:
@@ -305,24 +311,24 @@ def encode(message: Message) -> list[bytes]:
     subject = getattr(message, "id", NO_ID)
     taken = _FIELDS[type(message)]
     body = {name: dump(value) for name, value in told(message) if name in taken}
-    return [header(message.command, subject), pack(body)]
+    return [header(message.command, subject) + pack(body)]
 
 
 def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:
-    if len(frames) < 3:
-        raise ProtocolError(f"REQUEST: expected an envelope and a payload, got {len(frames) - 1} frames")
-    attachments = tuple(frames[3:])
+    if len(frames) < 2:
+        raise ProtocolError("REQUEST: expected a payload, got no frame after the envelope")
+    attachments = tuple(frames[2:])
     if len(attachments) > limits.MAX_ATTACHMENTS:
         raise ProtocolError(f"REQUEST: {len(attachments)} attachments, at most {limits.MAX_ATTACHMENTS} are allowed")
-    if len(frames[2]) > limits.MAX_PAYLOAD_BYTES:
+    if len(frames[1]) > limits.MAX_PAYLOAD_BYTES:
         raise ProtocolError(
-            f"REQUEST: a payload of {len(frames[2])} bytes, at most {limits.MAX_PAYLOAD_BYTES} are allowed"
+            f"REQUEST: a payload of {len(frames[1])} bytes, at most {limits.MAX_PAYLOAD_BYTES} are allowed"
         )
     total = sum(map(len, frames))
     if total > limits.MAX_MESSAGE_BYTES:
         raise ProtocolError(f"REQUEST: {total} bytes, at most {limits.MAX_MESSAGE_BYTES} are allowed")
-    envelope = _ENVELOPE(unpack(frames[1], "envelope"), "envelope")
-    return Request(subject, envelope, frames[2], attachments)
+    envelope = _ENVELOPE(unpack(frames[0][HEADER_BYTES:], "envelope"), "envelope")
+    return Request(subject, envelope, frames[1], attachments)
 
 
 _token_id = count(0, limits.MAX_TOKEN_ID)
@@ -440,9 +446,9 @@ def decode(frames: Sequence[bytes]) -> Message:
 def _decode_body(command: Command, subject: bytes, frames: Sequence[bytes]) -> Message:
     if command is Command.REQUEST:
         return _decode_request(subject, frames)
-    if len(frames) != 2:
-        raise ProtocolError(f"{command.name}: expected one body, got {len(frames) - 1} frames")
-    value = unpack(frames[1], command.name)
+    if len(frames) != 1:
+        raise ProtocolError(f"{command.name}: expected one frame, got {len(frames)}")
+    value = unpack(frames[0][HEADER_BYTES:], command.name)
     if command is Command.CHUNKS:
         return Chunks(subject, _decode_chunks(value))
     kind, taken = _BODIES[command]

@@ -33,6 +33,7 @@ class Command(IntEnum):
     ERROR = 0x15
     PARKED = 0x16
     STARTED = 0x17
+    ATTACH = 0x18
     QUERY = 0x20
     REPLY = 0x21
     HEARTBEAT = 0x30
@@ -272,23 +273,36 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """client -> broker: open a session. `heartbeat_s` is a wish, None for the broker's own interval."""
+    """client -> broker: open a session.
+
+    Attributes:
+        client: its name, for people.
+        software: its name and version.
+        heartbeat_s: a wish, None for the broker's own interval.
+        direct: it takes chunks from workers themselves, where these offer it.
+    """
 
     command: ClassVar[Command] = Command.HELLO
     client: str
     software: str
     heartbeat_s: float | None = None
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """broker -> client: the session is open, with these intervals."""
+    """broker -> client: the session is open, with these intervals.
+
+    `group` names the brokers that share the work of one address list: clients spread over them. "" for a broker that
+    stands alone.
+    """
 
     command: ClassVar[Command] = Command.WELCOME
     broker: str
     software: str
     heartbeat_s: float
     expiry_s: float
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +320,7 @@ class Ready:
         heartbeat_s: a wish, None for the broker's own interval.
         brokers: of a broker that registers at another one: the ids of all brokers behind it, its own first. Empty
             for workers.
+        direct: the endpoint where clients can take their chunks themselves; "" for none.
     """
 
     command: ClassVar[Command] = Command.READY
@@ -319,6 +334,7 @@ class Ready:
     speed: float | None = None
     heartbeat_s: float | None = None
     brokers: tuple[str, ...] = ()
+    direct: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +369,8 @@ class Envelope:
         hedge: the attempt before this one goes on: the client takes the one that answers first.
         explain: FINISH is to tell why the worker was chosen.
         path: ids of the brokers that the request has passed, the first one first.
+        key: broker -> worker only: who attaches with this key takes the chunks of the request himself; None where
+            the broker forwards them.
     """
 
     model: str
@@ -369,6 +387,7 @@ class Envelope:
     hedge: bool = False
     explain: bool = False
     path: tuple[str, ...] = ()
+    key: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +434,11 @@ class Chunks:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """worker -> broker -> client: the request ended well; every token has been sent before."""
+    """worker -> broker -> client: the request ended well; every token has been sent before.
+
+    `chunks` is how many chunks were sent for this attempt, where they took another way and may come later than this;
+    0 where they came the same way, and all of them are there.
+    """
 
     command: ClassVar[Command] = Command.FINISH
     id: bytes
@@ -424,6 +447,7 @@ class Finish:
     usage: Usage
     timings: Timings
     worker: str
+    chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,12 +487,29 @@ class Started:
     A broker with an uplink says so to the broker above it, too, which passes it on: then it comes once a hop, and
     the worker's name grows (`west`, then `west/gpu-3`). From now on silence is the worker's: the client's timeouts
     for the first and for the next token count from here.
+
+    Attributes:
+        id: the request's.
+        attempt: which submission.
+        worker: the worker's name.
+        direct: the endpoint where the client can take the chunks itself, with `key`; "" for none.
+        key: as the worker knows it; see Attach.
     """
 
     command: ClassVar[Command] = Command.STARTED
     id: bytes
     attempt: int
     worker: str
+    direct: str = ""
+    key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """client -> worker, at the worker's own endpoint: the chunks of all requests with this key are for me."""
+
+    command: ClassVar[Command] = Command.ATTACH
+    id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -555,6 +596,7 @@ Message: TypeAlias = (
     | Error
     | Parked
     | Started
+    | Attach
     | Query
     | Reply
     | Heartbeat

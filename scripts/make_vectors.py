@@ -21,6 +21,7 @@ from tokenmq.protocol import limits
 from tokenmq.protocol.codec import encode, header
 from tokenmq.protocol.messages import (
     Accepted,
+    Attach,
     Cancel,
     Chunk,
     Chunks,
@@ -118,8 +119,10 @@ DECISION = Decision(
 MESSAGES: dict[str, Message] = {
     "hello": Hello("notebook", "tokenmq 0.1.0", 2.0),
     "hello without a wish": Hello("", ""),
+    "hello of one that takes chunks itself": Hello("notebook", "", None, True),
     "hello unicode": Hello("büro-海-🌊", "x" * 40),
     "welcome": Welcome("broker-1", "tokenmq 0.1.0", 1.0, 5.0),
+    "welcome of one among equals": Welcome("broker-1.2", "tokenmq 0.1.0", 1.0, 5.0, "5f1c9a0e5f1c9a0e"),
     "ready": Ready(
         "gpu-0",
         1_700_000_000,
@@ -146,9 +149,13 @@ MESSAGES: dict[str, Message] = {
     "ready of a broker": Ready(
         "west", 1, "tokenmq 0.1.0", (), 32, "broker", Load(), brokers=("5f1c9a0e5f1c9a0e", "0badcafe0badcafe")
     ),
+    "ready of a worker that clients can reach": Ready(
+        "gpu-0", 1, "", (ModelInfo("smollm2"),), 1, "", Load(), direct="tcp://10.0.0.5:5600"
+    ),
     "accepted": Accepted("broker-1", "tokenmq 0.1.0", 1.0, 5.0),
     "request from a client": Request(ID, Envelope("smollm2", 1, 256, 30.0), pack_generation(PROMPT)),
     "request to a worker": Request(ID, Envelope("smollm2", 1, 256, 29.5, ROUTE), pack_generation(PROMPT)),
+    "request whose chunks are taken": Request(ID, Envelope("smollm2", 1, 256, None, ROUTE, key=OTHER_ID), b"\x80"),
     "request that resumes": Request(
         ID,
         Envelope("smollm2", 2, 512, 12.5, prior_tokens=3, avoid=("gpu-0",), queue_s=10.0),
@@ -185,6 +192,8 @@ MESSAGES: dict[str, Message] = {
     "cancel": Cancel(ID, 1),
     "parked": Parked(ID, 1),
     "started": Started(ID, 1, "gpu-0"),
+    "started, for one that takes chunks itself": Started(ID, 1, "gpu-0", "tcp://10.0.0.5:5600", OTHER_ID),
+    "attach": Attach(OTHER_ID),
     "chunks": Chunks(ROUTE, (Chunk(ID, 1, 0, 12, (345,), " blue"),)),
     "chunks of two streams": Chunks(
         ROUTE, (Chunk(ID, 1, 0, 0, (1, 22, 333), "Das Meer"), Chunk(OTHER_ID, 3, 1, 99, (4444,), " 海🌊"))
@@ -197,6 +206,7 @@ MESSAGES: dict[str, Message] = {
         bytes(16), (Chunk(b"\xff" * 16, limits.MAX_COUNT, limits.MAX_COMPLETIONS - 1, limits.MAX_COUNT, (9,), "\0"),)
     ),
     "finish": Finish(ID, 1, FinishReason.STOP, Usage(4, 64), Timings(0.0, 0.25, 0.125, 1.5), "gpu-0"),
+    "finish beside its chunks": Finish(ID, 1, FinishReason.STOP, Usage(4, 64), Timings(), "gpu-0", 17),
     "finish with a decision": Finish(
         ID, 1, FinishReason.STOP, Usage(4, 64), Timings(0.5, 0.25, 0.125, 1.5, (DECISION,)), "west/gpu-3"
     ),
@@ -246,7 +256,7 @@ def plain_of(value: Any) -> Any:
 
 
 def _frames(command: Command, body: Any, *more: bytes, subject: bytes = ID) -> list[bytes]:
-    return [header(command, subject), body if isinstance(body, bytes) else msgpack.packb(body), *more]
+    return [header(command, subject) + (body if isinstance(body, bytes) else msgpack.packb(body)), *more]
 
 
 def _chunk(**changed: Any) -> list[bytes]:
@@ -286,42 +296,41 @@ BAD: dict[str, tuple[list[bytes], str]] = {
     "no frames": ([], "empty message"),
     "empty header": ([b"", b"\x80"], "header: expected 24 bytes, got 0"),
     "short header": ([_BEAT[:-1], b"\x80"], "header: expected 24 bytes, got 23"),
-    "long header": ([_BEAT + b"\0", b"\x80"], "header: expected 24 bytes, got 25"),
-    "other magic": ([b"TMX" + _BEAT[3:], b"\x80"], "header: does not begin with TMQ"),
-    "other version": ([b"TMQ\x02" + _BEAT[4:], b"\x80"], "header: protocol version 2"),
-    "unknown command": ([_BEAT[:4] + b"\x7f" + _BEAT[5:], b"\x80"], "header: unknown command 0x7f"),
-    "reserved bytes": ([_BEAT[:7] + b"\x01" + _BEAT[8:], b"\x80"], "header: reserved bytes"),
-    "no body": ([_BEAT], "HEARTBEAT: expected one body, got 0 frames"),
-    "two bodies": ([_BEAT, b"\x80", b"\x80"], "HEARTBEAT: expected one body, got 2 frames"),
-    "empty body": ([_BEAT, b""], "HEARTBEAT: not valid msgpack"),
-    "truncated body": ([_BEAT, b"\x81\xa4sent"], "HEARTBEAT: not valid msgpack"),
-    "bytes after the body": ([_BEAT, b"\x81\xa4sent\x01\xc0"], "HEARTBEAT: not valid msgpack: bytes after its end"),
-    "unused byte": ([_BEAT, b"\xc1"], "HEARTBEAT: not valid msgpack"),
-    "a list for a body": ([_BEAT, b"\x91\x01"], "HEARTBEAT: expected a map, got a list of 1"),
-    "missing field": ([_BEAT, b"\x80"], "HEARTBEAT: missing sent"),
-    "key twice": ([_BEAT, b"\x82\xa4sent\x01\xa4sent\x02"], "a map has a key twice"),
-    "bytes for a key": ([_BEAT, b"\x82\xa4sent\x01\xc4\x01a\x02"], "a map has a key that is not a string"),
-    "integer for a key": ([_BEAT, b"\x82\xa4sent\x01\x01\x02"], "a map has a key that is not a string"),
-    "not UTF-8": ([_BEAT, b"\x81\xa4sen\xff\x01"], "HEARTBEAT: not valid msgpack"),
-    "lone surrogate": ([_BEAT, b"\x82\xa4sent\x01\xa1a\xa3\xed\xa0\x80"], "HEARTBEAT: not valid msgpack"),
-    "extension": ([_BEAT, b"\x82\xa4sent\x01\xa1a\xd4\x05\x00"], "HEARTBEAT: not valid msgpack"),
-    "empty extension": ([_BEAT, b"\x82\xa4sent\x01\xa1a\xc7\x00\x05"], "extension type 5 is not allowed"),
-    "timestamp": ([_BEAT, b"\x82\xa4sent\x01\xa1a\xd6\xff\0\0\0\0"], "HEARTBEAT: not valid msgpack"),
-    "nested too deeply": ([_BEAT, b"\x91" * 5000 + b"\xc0"], "HEARTBEAT: nested too deeply"),
-    "huge declared array": ([_BEAT, b"\xdd\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
-    "huge declared map": ([_BEAT, b"\xdf\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
-    "huge declared string": ([_BEAT, b"\xdb\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
-    "boolean for an integer": ([_BEAT, b"\x81\xa4sent\xc3"], "HEARTBEAT.sent: expected an integer from 0"),
-    "float for an integer": ([_BEAT, msgpack.packb({"sent": 1.0})], "HEARTBEAT.sent: expected an integer"),
-    "negative count": ([_BEAT, b"\x81\xa4sent\xff"], "HEARTBEAT.sent: expected an integer from 0"),
-    "count over 63 bits": ([_BEAT, msgpack.packb({"sent": 2**63})], "HEARTBEAT.sent: expected an integer from 0"),
-    "unknown state": ([_BEAT, msgpack.packb({"sent": 1, "load": {"state": "asleep"}})], "HEARTBEAT.load.state"),
-    "NaN": ([_BEAT, msgpack.packb({"sent": 1, "load": {"kv_use": float("nan")}})], "HEARTBEAT.load.kv_use"),
+    "a body of its own": ([_BEAT, b"\x81\xa4sent\x01"], "HEARTBEAT: expected one frame, got 2"),
+    "other magic": ([b"TMX" + _BEAT[3:] + b"\x80"], "header: does not begin with TMQ"),
+    "other version": ([b"TMQ\x02" + _BEAT[4:] + b"\x80"], "header: protocol version 2"),
+    "unknown command": ([_BEAT[:4] + b"\x7f" + _BEAT[5:] + b"\x80"], "header: unknown command 0x7f"),
+    "reserved bytes": ([_BEAT[:7] + b"\x01" + _BEAT[8:] + b"\x80"], "header: reserved bytes"),
+    "no body": ([_BEAT], "HEARTBEAT: not valid msgpack"),
+    "two bodies": ([_BEAT + b"\x80", b"\x80"], "HEARTBEAT: expected one frame, got 2"),
+    "truncated body": ([_BEAT + b"\x81\xa4sent"], "HEARTBEAT: not valid msgpack"),
+    "bytes after the body": ([_BEAT + b"\x81\xa4sent\x01\xc0"], "HEARTBEAT: not valid msgpack: bytes after its end"),
+    "unused byte": ([_BEAT + b"\xc1"], "HEARTBEAT: not valid msgpack"),
+    "a list for a body": ([_BEAT + b"\x91\x01"], "HEARTBEAT: expected a map, got a list of 1"),
+    "missing field": ([_BEAT + b"\x80"], "HEARTBEAT: missing sent"),
+    "key twice": ([_BEAT + b"\x82\xa4sent\x01\xa4sent\x02"], "a map has a key twice"),
+    "bytes for a key": ([_BEAT + b"\x82\xa4sent\x01\xc4\x01a\x02"], "a map has a key that is not a string"),
+    "integer for a key": ([_BEAT + b"\x82\xa4sent\x01\x01\x02"], "a map has a key that is not a string"),
+    "not UTF-8": ([_BEAT + b"\x81\xa4sen\xff\x01"], "HEARTBEAT: not valid msgpack"),
+    "lone surrogate": ([_BEAT + b"\x82\xa4sent\x01\xa1a\xa3\xed\xa0\x80"], "HEARTBEAT: not valid msgpack"),
+    "extension": ([_BEAT + b"\x82\xa4sent\x01\xa1a\xd4\x05\x00"], "HEARTBEAT: not valid msgpack"),
+    "empty extension": ([_BEAT + b"\x82\xa4sent\x01\xa1a\xc7\x00\x05"], "extension type 5 is not allowed"),
+    "timestamp": ([_BEAT + b"\x82\xa4sent\x01\xa1a\xd6\xff\0\0\0\0"], "HEARTBEAT: not valid msgpack"),
+    "nested too deeply": ([_BEAT + b"\x91" * 5000 + b"\xc0"], "HEARTBEAT: nested too deeply"),
+    "huge declared array": ([_BEAT + b"\xdd\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
+    "huge declared map": ([_BEAT + b"\xdf\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
+    "huge declared string": ([_BEAT + b"\xdb\xff\xff\xff\xff"], "HEARTBEAT: not valid msgpack"),
+    "boolean for an integer": ([_BEAT + b"\x81\xa4sent\xc3"], "HEARTBEAT.sent: expected an integer from 0"),
+    "float for an integer": ([_BEAT + msgpack.packb({"sent": 1.0})], "HEARTBEAT.sent: expected an integer"),
+    "negative count": ([_BEAT + b"\x81\xa4sent\xff"], "HEARTBEAT.sent: expected an integer from 0"),
+    "count over 63 bits": ([_BEAT + msgpack.packb({"sent": 2**63})], "HEARTBEAT.sent: expected an integer from 0"),
+    "unknown state": ([_BEAT + msgpack.packb({"sent": 1, "load": {"state": "asleep"}})], "HEARTBEAT.load.state"),
+    "NaN": ([_BEAT + msgpack.packb({"sent": 1, "load": {"kv_use": float("nan")}})], "HEARTBEAT.load.kv_use"),
     "infinity": (
-        [_BEAT, msgpack.packb({"sent": 1, "load": {"tokens_per_s": float("inf")}})],
+        [_BEAT + msgpack.packb({"sent": 1, "load": {"tokens_per_s": float("inf")}})],
         "HEARTBEAT.load.tokens_per_s: expected a number",
     ),
-    "negative duration": ([_BEAT, msgpack.packb({"sent": 1, "load": {"step_age_s": -1}})], "step_age_s"),
+    "negative duration": ([_BEAT + msgpack.packb({"sent": 1, "load": {"step_age_s": -1}})], "step_age_s"),
     "empty name": (
         _frames(Command.QUERY, {"method": "", "arguments": {}}),
         "QUERY.method: expected a string of 1 to 256 characters, got ''",
@@ -333,7 +342,7 @@ BAD: dict[str, tuple[list[bytes], str]] = {
         "QUERY.arguments: nested deeper than 32 levels",
     ),
     "infinity in a reply": (_frames(Command.REPLY, {"result": [float("-inf")]}), "REPLY.result"),
-    "request without a payload": (_frames(Command.REQUEST, _GOOD_ENVELOPE), "REQUEST: expected an envelope"),
+    "request without a payload": (_frames(Command.REQUEST, _GOOD_ENVELOPE), "REQUEST: expected a payload"),
     "request without a model": (
         _frames(Command.REQUEST, {"attempt": 1, "credit": 1}, b""),
         "envelope: missing model",

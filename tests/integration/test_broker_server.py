@@ -18,13 +18,13 @@ from tokenmq.broker import server as server_module
 from tokenmq.broker.events import FromClient, FromWorker, ToClient
 from tokenmq.broker.server import BrokerServer
 from tokenmq.broker.settings import BrokerSettings
-from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.codec import decode, encode, header
 from tokenmq.protocol.messages import (
     Accepted,
     Cancel,
     Chunk,
     Chunks,
-    Credit,
+    Command,
     Disconnect,
     DisconnectCode,
     Drain,
@@ -341,13 +341,13 @@ def test_noise_on_all_ports_does_not_disturb_a_stream(broker: Running) -> None:
     client, worker = broker.client(), broker.worker()
     route = open_stream(client, worker)
     noise = random.Random(5)
-    header = encode(Heartbeat(1))[0]
+    beat = encode(Heartbeat(1))[0]
     for step in range(60):
         for side in ("client", "worker"):
             peer = broker.stranger(side, step % 2)
             frames = [noise.randbytes(noise.choice([0, 1, 24, 300])) for _ in range(noise.randint(1, 5))]
             if step % 3 == 0:
-                frames[0] = header[:4] + bytes([noise.randrange(256)]) + header[5:]
+                frames[0] = beat[:4] + bytes([noise.randrange(256)]) + beat[5:]
             peer.socket.send_multipart(frames)
             if step % 10 == 0:
                 peer.socket.send_multipart([b""] * 400)
@@ -379,7 +379,7 @@ def test_a_session_that_speaks_nonsense_ends_and_its_requests_with_it(broker: Ru
 
 def test_a_malformed_request_is_answered_and_the_session_goes_on(broker: Running) -> None:
     client = broker.client()
-    client.socket.send_multipart([encode(request())[0], b"\xc1", b""])
+    client.socket.send_multipart([header(Command.REQUEST, ID) + b"\xc1", b""])
     client.said += 1
     error = client.expect(Error)
     assert (error.id, error.attempt, error.code) == (ID, 0, "bad_request")
@@ -390,8 +390,7 @@ def test_a_malformed_request_is_answered_and_the_session_goes_on(broker: Running
 def test_chunks_beyond_the_limit_cost_the_worker_its_session_and_not_the_client(broker: Running) -> None:
     client, worker = broker.client(), broker.worker()
     route = open_stream(client, worker)
-    first = encode(Chunks(route, chunk(0)))[0]
-    worker.socket.send_multipart([first, bytes(9 * 1024 * 1024)])
+    worker.socket.send(header(Command.CHUNKS, route) + bytes(9 * 1024 * 1024))
     assert worker.expect(Disconnect).code is DisconnectCode.PROTOCOL
     assert client.expect(Error).code == "worker_lost"
     assert client.status()["clients"] == 1
@@ -455,8 +454,7 @@ def test_a_young_broker_does_not_call_a_model_unknown(brokers: Callable[..., Run
 def test_credit_that_is_nonsense_ends_the_session(broker: Running) -> None:
     client, worker = broker.client(), broker.worker()
     open_stream(client, worker)
-    header = encode(Credit(ID, 1, 64))[0]
-    client.socket.send_multipart([header, pack({"attempt": 1, "limit": 1 << 60})])
+    client.socket.send(header(Command.CREDIT, ID) + pack({"attempt": 1, "limit": 1 << 60}))
     assert client.expect(Disconnect).code is DisconnectCode.PROTOCOL
     assert worker.expect(Cancel) == Cancel(ID, 1)
 

@@ -175,6 +175,6 @@ def _make_noise(context: zmq.Context[zmq.Socket[bytes]], endpoints: list[str], s
                 dealer.connect(endpoint)
                 for command in Command:
                     dealer.send(os.urandom(40))
-                    dealer.send_multipart([PREFIX[command] + os.urandom(16), os.urandom(30), os.urandom(5)])
-                    dealer.send_multipart([PREFIX[command] + os.urandom(16), os.urandom(60)])
+                    dealer.send_multipart([PREFIX[command] + os.urandom(46), os.urandom(5)])
+                    dealer.send(PREFIX[command] + os.urandom(76))
                 assert dealer.poll(10_000), "the broker tells a stranger that it is one"

@@ -25,7 +25,6 @@ from tokenmq.broker.events import (
 )
 from tokenmq.broker.requests import key_of
 from tokenmq.broker.settings import BrokerSettings
-from tokenmq.protocol.codec import encode
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
@@ -442,8 +441,7 @@ class BrokerMachine(BrokerStage, RuleBasedStateMachine):
         assert route is not None
         own = {request.envelope.route for request in worker.held.values()}
         message = Chunks(route, (Chunk(b"i" * 16, 1, 0, 0, (1,), "x"),))
-        header = encode(message)[0]
-        target = self.core.route_chunks(worker.id, header, self.now)
+        target = self.core.route_chunks(worker.id, route, self.now)
         if target is None:
             self.from_worker(worker, message)
             return

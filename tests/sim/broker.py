@@ -17,10 +17,9 @@ from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.guests import Guest
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol import links
-from tokenmq.protocol.codec import header
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.log import Log
-from tokenmq.protocol.messages import Chunks, Command, Message
+from tokenmq.protocol.messages import Chunks, Message
 
 from .engine import MODEL
 from .net import Link, Net
@@ -180,7 +179,7 @@ class SimBroker(Peer):
     def _route(self, worker: bytes, message: Chunks) -> None:
         """Pass chunks on as broker/server.py does: with one look-up."""
         now = self.clock.now
-        target = self.core.route_chunks(worker, header(Command.CHUNKS, message.route), now)
+        target = self.core.route_chunks(worker, message.route, now)
         if target is None:
             self._perform(self.core.handle(events.FromWorker(worker, message), now))
         elif isinstance(target, Guest):

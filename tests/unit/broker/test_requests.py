@@ -334,7 +334,7 @@ def test_a_client_that_vanishes_leaves_slots_charged_until_the_worker_answers(st
     assert ann.vanishes() == []
     assert stage.core.exchange.tally() == {"waiting": 1, "running": 0, "orphaned": 1}
     route = next(iter(worker_session(stage, "w1").routes))
-    assert stage.core.route_chunks(worker.peer, bytes(8) + route, stage.now) is None
+    assert stage.core.route_chunks(worker.peer, route, stage.now) is None
     assert kinds(worker.finishes(1, reason=FinishReason.CANCELLED)) == [("w1", "REQUEST")]
     assert stage.core.counters.clients_lost == 1
 
@@ -369,11 +369,11 @@ def test_no_chunks_reach_a_client_that_left_only_expired_requests_behind(stage: 
     client.asks(1, deadline_s=0.1)
     [route] = worker_session(stage, "w1").routes
     stage.passes(0.2)
-    assert stage.core.route_chunks(worker.peer, bytes(8) + route, stage.now) is stage.core.clients[client.peer]
+    assert stage.core.route_chunks(worker.peer, route, stage.now) is stage.core.clients[client.peer]
     client.says(Goodbye())
     client.says(Hello("ann", "test/1"))  # the same connection, another session
     stage.core.validate()
-    assert stage.core.route_chunks(worker.peer, bytes(8) + route, stage.now) is None
+    assert stage.core.route_chunks(worker.peer, route, stage.now) is None
     assert stage.core.clients[client.peer].sent == 1
 
 

@@ -153,9 +153,9 @@ def test_chunks_count_as_received_whether_or_not_they_are_forwarded(stage: Stage
     client = stage.client()
     worker = stage.busy_worker("w1", client)
     route = next(iter(worker_session(stage, "w1").routes))
-    assert stage.core.route_chunks(worker.peer, bytes(8) + route, stage.now) is stage.core.clients[client.peer]
+    assert stage.core.route_chunks(worker.peer, route, stage.now) is stage.core.clients[client.peer]
     worker.said += 1
-    assert stage.core.route_chunks(worker.peer, bytes(8) + b"?" * 16, stage.now) is None
+    assert stage.core.route_chunks(worker.peer, b"?" * 16, stage.now) is None
     assert worker.says(Chunks(b"?" * 16, (Chunk(request_id(1), 1, 0, 0, (1,), "a"),))) == []
     assert worker.beats() == []
     assert stage.core.counters.chunk_messages == stage.core.counters.chunk_messages_dropped == 1
@@ -166,7 +166,7 @@ def test_chunks_count_as_received_whether_or_not_they_are_forwarded(stage: Stage
 
 
 def test_chunks_of_a_stranger_are_not_routed(stage: Stage) -> None:
-    assert stage.core.route_chunks(b"nobody", bytes(24), stage.now) is None
+    assert stage.core.route_chunks(b"nobody", bytes(16), stage.now) is None
 
 
 def test_the_newer_incarnation_evicts_the_older(stage: Stage) -> None:

@@ -13,7 +13,7 @@ from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.events import ClientGone, FromClient, FromWorker, ToClient, ToWorker, WorkerGone
 from tokenmq.broker.guests import Guest
 from tokenmq.broker.settings import BrokerSettings
-from tokenmq.protocol.codec import decode, encode
+from tokenmq.protocol.codec import HEADER_BYTES, decode, encode
 from tokenmq.protocol.links import Connected, Lost, Open, Received, Send, Shut
 from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
@@ -262,14 +262,16 @@ class Tree:
         self.run()
 
     def _route(self, name: str, core: BrokerCore, worker: bytes, frames: list[bytes]) -> None:
-        client = core.route_chunks(worker, frames[0], self.now)
+        (frame,) = frames
+        client = core.route_chunks(worker, frame[8:HEADER_BYTES], self.now)
         if client is None:
             self._perform(name, core.handle(FromWorker(worker, decode(frames)), self.now))
         elif isinstance(client, Guest):
             parent = client.parent.removeprefix("tcp://").removesuffix(":1")
             id = self._links[name, parent]
-            self.carried[name, parent].append(decode([client.header, frames[1]]))
-            self._events.append((parent, (id, [client.header, frames[1]])))
+            frame = client.header + frame[HEADER_BYTES:]
+            self.carried[name, parent].append(decode([frame]))
+            self._events.append((parent, (id, [frame])))
         else:
             self._peers[name, client.peer].heard.append(decode(frames))
 

@@ -77,12 +77,12 @@ def test_the_sender_refuses_endless_nesting() -> None:
 def test_a_deep_value_in_a_scalar_field_is_described_not_shown() -> None:
     # repr() of a thousand nested lists is a RecursionError.
     body = b"\x81\xa4sent" + b"\x91" * 1000 + b"\xc0"
-    assert refusal([header(Command.HEARTBEAT), body]).endswith("got a list of 1")
+    assert refusal([header(Command.HEARTBEAT) + body]).endswith("got a list of 1")
 
 
 def test_errors_do_not_repeat_megabytes() -> None:
     body = msgpack.packb({"method": "secret " * 1_000_000})
-    message = refusal([header(Command.QUERY, ID), body])
+    message = refusal([header(Command.QUERY, ID) + body])
     assert message.startswith("QUERY.method: expected a string of 1 to 256 characters, got 'secret ")
     assert message.count("secret") < 13
     assert message.endswith("(7000000 characters)")
@@ -94,7 +94,7 @@ def test_empty_containers_do_not_fill_memory(element: bytes) -> None:
     body = b"\x82\xa4sent\x01\xa1x\x92" + part + part if len(element) == 1 else b"\x82\xa4sent\x01\xa1x" + part
     tracemalloc.start()
     try:
-        assert f"more than {limits.MAX_CONTAINERS} arrays and maps" in refusal([header(Command.HEARTBEAT), body])
+        assert f"more than {limits.MAX_CONTAINERS} arrays and maps" in refusal([header(Command.HEARTBEAT) + body])
         assert tracemalloc.get_traced_memory()[1] < 150e6
     finally:
         tracemalloc.stop()
@@ -104,7 +104,7 @@ def test_declared_lengths_alone_take_no_memory() -> None:
     nested = (b"\xdd" + struct.pack(">I", limits.MAX_ARRAY_ITEMS)) * 1000
     tracemalloc.start()
     try:
-        refusal([header(Command.HEARTBEAT), nested])
+        refusal([header(Command.HEARTBEAT) + nested])
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -120,18 +120,18 @@ def test_the_largest_honest_chunks_pass() -> None:
 def test_the_second_bad_chunk_is_named() -> None:
     body = msgpack.packb([[ID, 1, 0, 0, [1], "a"], [ID, 1, 0, 0, [1], 7]])
     expected = f"chunks[1].text: expected a string of 0 to {limits.MAX_BODY_BYTES} characters, got 7"
-    assert refusal([header(Command.CHUNKS, ID), body]) == expected
+    assert refusal([header(Command.CHUNKS, ID) + body]) == expected
 
 
 @pytest.mark.parametrize("item", [None, 1, "abcdef", {}, [], [ID] * 5])
 def test_a_chunk_is_a_list_of_six(item: Any) -> None:
-    assert "chunks[0]: expected a list of 6" in refusal([header(Command.CHUNKS, ID), msgpack.packb([item])])
+    assert "chunks[0]: expected a list of 6" in refusal([header(Command.CHUNKS, ID) + msgpack.packb([item])])
 
 
 def test_body_size_is_bounded() -> None:
     body = bytes(limits.MAX_BODY_BYTES + 1)
-    assert refusal([header(Command.REPLY, ID), body]) == "REPLY: 8388609 bytes, at most 8388608 are allowed"
-    assert "envelope: 8388609 bytes" in refusal([header(Command.REQUEST, ID), body, b""])
+    assert refusal([header(Command.REPLY, ID) + body]) == "REPLY: 8388609 bytes, at most 8388608 are allowed"
+    assert "envelope: 8388609 bytes" in refusal([header(Command.REQUEST, ID) + body, b""])
 
 
 def test_request_sizes_are_bounded() -> None:
@@ -147,15 +147,15 @@ def test_as_many_attachments_as_allowed_pass() -> None:
 
 
 def test_ready_names_the_model_that_is_wrong() -> None:
-    body = msgpack.unpackb(encode(Ready("w", 1, "", (), 1, "", Load(), 1.0))[1])
+    body = msgpack.unpackb(encode(Ready("w", 1, "", (), 1, "", Load(), 1.0))[0][HEADER_BYTES:])
     body["models"] = [{"name": "a"}, {"name": "b", "context_tokens": "long"}]
-    message = refusal([header(Command.READY), msgpack.packb(body)])
+    message = refusal([header(Command.READY) + msgpack.packb(body)])
     assert message.startswith("READY.models[1].context_tokens: expected an integer from 0")
 
 
 def test_a_duplicate_key_deep_inside_is_refused() -> None:
     body = b"\x82\xa6method\xa1m\xa9arguments\x81\xa1a\x91\x82\xa1k\x01\xa1k\x02"
-    assert "a map has a key twice" in refusal([header(Command.QUERY, ID), body])
+    assert "a map has a key twice" in refusal([header(Command.QUERY, ID) + body])
 
 
 def test_arguments_may_nest_as_deep_as_the_limit() -> None:
@@ -168,4 +168,4 @@ def test_arguments_may_nest_as_deep_as_the_limit() -> None:
 
 
 def test_messages_without_fields_have_an_empty_map_for_body() -> None:
-    assert encode(Goodbye())[1] == b"\x80"
+    assert encode(Goodbye()) == [header(Command.GOODBYE) + b"\x80"]
