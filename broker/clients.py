@@ -177,6 +177,7 @@ class Clients:
             liveness=Liveness(heartbeat_s, expiry_s, now, now),
             name=hello.client,
             route=self.new_route(),
+            direct=hello.direct,
         )
         self.by_peer[peer] = client
         self._outbox.to_client(client, Welcome(settings.name, self._software, heartbeat_s, expiry_s))

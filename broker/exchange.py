@@ -14,12 +14,15 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from hashlib import blake2b
 from random import Random
+from secrets import token_bytes
 from typing import Any
 
 from ..protocol.errors import ErrorCode
 from ..protocol.limits import MAX_HOPS
 from ..protocol.messages import (
+    ID_BYTES,
     Cancel,
     Credit,
     Error,
@@ -68,6 +71,8 @@ class Exchange:
         self._outbox = outbox
         self._counters = counters
         self._id = id
+        #: What the keys of chunks past the broker are made with.
+        self._secret = token_bytes(32)
         self._max_waiting = settings.max_waiting
         self._weights = dict(settings.client_weights)
         #: Requests that run, by share.
@@ -460,7 +465,9 @@ class Exchange:
         message, record.message = record.message, None
         assert message is not None
         left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
-        envelope = replace(message.envelope, route=record.route, deadline_s=left, avoid=(), queue_s=None)
+        assert record.client is not None
+        key = self._key(record.client, worker)
+        envelope = replace(message.envelope, route=record.route, deadline_s=left, avoid=(), queue_s=None, key=key)
         if worker.is_broker:
             envelope = replace(
                 envelope,
@@ -475,12 +482,19 @@ class Exchange:
         self._running[record.share] += 1
         self._registry.pool.changed(worker)
         self._outbox.to_worker(worker, replace(message, envelope=envelope))
-        assert record.client is not None
-        self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name))
+        direct = worker.ready.direct if key else ""
+        self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name, direct, key))
         self._outbox.log(
             "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
             attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
         )  # fmt: skip
+
+    def _key(self, client: ClientSession, worker: WorkerSession) -> bytes | None:
+        """Return what the client shows the worker to take its chunks there; None where they go through the broker."""
+        # Clients of a broker above are never `direct`, and READY of a broker below offers nothing.
+        if not (client.direct and worker.ready.direct) or worker.is_broker:
+            return None
+        return blake2b(client.route + worker.peer, key=self._secret, digest_size=ID_BYTES).digest()
 
     def _cancel_at_worker(self, record: RequestRecord) -> None:
         if record.cancelled:

@@ -45,12 +45,14 @@ class ClientSession(Session):
     Attributes:
         name: what it calls itself, for people.
         route: what workers put into the header of CHUNKS for it.
+        direct: it takes chunks from workers itself, where these offer it.
         requests: its submissions that have no answer yet, by key.
         attempts: the same by the request's id: one, or two where the client hedges.
     """
 
     name: str
     route: bytes
+    direct: bool = False
     requests: dict[bytes, RequestRecord] = field(default_factory=dict)
     attempts: dict[bytes, list[RequestRecord]] = field(default_factory=dict)
 

@@ -178,21 +178,29 @@ class Tree:
         self.run()
         return core
 
-    def client(self, broker: str, name: str = "ann") -> ClientPeer:
+    def client(self, broker: str, name: str = "ann", *, direct: bool = False) -> ClientPeer:
         client = ClientPeer(self, name, broker, self._new_id())
         self._peers[broker, client.id] = client
-        client.says(Hello(name, "test/1"))
+        client.says(Hello(name, "test/1", direct=direct))
         client.heard.clear()
         return client
 
     def worker(
-        self, broker: str, name: str, *models: str, slots: int = 1, resumes: bool = True, speed: float | None = None
+        self,
+        broker: str,
+        name: str,
+        *models: str,
+        slots: int = 1,
+        resumes: bool = True,
+        speed: float | None = None,
+        direct: str = "",
     ) -> WorkerPeer:
         """Register a worker, and let the brokers above hear of it."""
         worker = WorkerPeer(self, name, broker, self._new_id())
         self._peers[broker, worker.id] = worker
         infos = tuple(ModelInfo(model, resumes=resumes) for model in models or ("m",))
-        worker.says(Ready(name, next(self._starts), "test/1", infos, slots, "synthetic", Load(), speed))
+        ready = Ready(name, next(self._starts), "test/1", infos, slots, "synthetic", Load(), speed, direct=direct)
+        worker.says(ready)
         worker.take(Accepted)
         self.passes(0.2)
         return worker
