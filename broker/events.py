@@ -5,16 +5,16 @@ What happens at the sockets of parents, and what is ordered of them, is in `prot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..protocol.errors import ProtocolError
 from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
 from ..protocol.messages import Message
+from ..protocol.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FromClient:
     """A client sent a message."""
 
@@ -22,7 +22,7 @@ class FromClient:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FromWorker:
     """A worker sent a message."""
 
@@ -30,7 +30,7 @@ class FromWorker:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BadClient:
     """A peer of the frontend sent something that is not a message."""
 
@@ -38,7 +38,7 @@ class BadClient:
     error: ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BadWorker:
     """A peer of the backend sent something that is not a message."""
 
@@ -46,7 +46,7 @@ class BadWorker:
     error: ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClientGone:
     """A message to a client could not be sent: its connection is gone, or it is there and has stopped reading."""
 
@@ -55,7 +55,7 @@ class ClientGone:
     stalled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class WorkerGone:
     """A message to a worker could not be sent: its connection is gone, or it is there and has stopped reading."""
 
@@ -67,7 +67,7 @@ class WorkerGone:
 Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone | LinkEvent
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToClient:
     """Send this to a client."""
 
@@ -75,7 +75,7 @@ class ToClient:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToWorker:
     """Send this to a worker."""
 

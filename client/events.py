@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, TypeAlias
 
 from ..protocol.credit import ReceiveWindow
@@ -11,11 +11,12 @@ from ..protocol.errors import ProtocolError, TokenmqError
 from ..protocol.limits import NORMAL_PRIORITY
 from ..protocol.log import Log
 from ..protocol.messages import Chunk, FinishReason, Message, Timings, Usage
+from ..protocol.values import value
 
 # Events
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Submit:
     """The application wants a stream.
 
@@ -52,14 +53,14 @@ class Submit:
     texts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CancelStream:
     """The application has lost interest in a stream."""
 
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Grant:
     """The application has consumed so much that the stream's window opens up to `limit`."""
 
@@ -67,7 +68,7 @@ class Grant:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ask:
     """The application asks a broker a management question."""
 
@@ -76,14 +77,14 @@ class Ask:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Connected:
     """The present socket to this broker is connected: messages can leave."""
 
     endpoint: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Lost:
     """The connection of the present socket to this broker is broken, or cannot be made."""
 
@@ -91,7 +92,7 @@ class Lost:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Received:
     """A message came in on the present socket to this broker."""
 
@@ -99,7 +100,7 @@ class Received:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Malformed:
     """Bytes came in on the present socket to this broker that are no message."""
 
@@ -107,7 +108,7 @@ class Malformed:
     error: ProtocolError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Close:
     """The application is done with the client."""
 
@@ -118,7 +119,7 @@ Event: TypeAlias = Submit | CancelStream | Grant | Ask | Connected | Lost | Rece
 # Actions
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ending:
     """A stream's good end.
 
@@ -131,7 +132,7 @@ class Ending:
     worker: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attempt:
     """One submission of a request.
 
@@ -156,21 +157,21 @@ class Attempt:
     cancelled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Open:
     """Make a new socket for this broker and connect it; tell Connected or Lost."""
 
     endpoint: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CloseSocket:
     """Close the present socket to this broker; what was sent before may still leave."""
 
     endpoint: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Send:
     """Send a message through the present socket to this broker."""
 
@@ -178,7 +179,7 @@ class Send:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Deliver:
     """Give a chunk to the stream's reader."""
 
@@ -186,7 +187,7 @@ class Deliver:
     chunk: Chunk
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attempted:
     """An attempt has come to a worker, a hedge has left, or one has ended and another goes on; `attempts` has all."""
 
@@ -194,7 +195,7 @@ class Attempted:
     attempts: tuple[Attempt, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ended:
     """The stream is over; nothing more comes for it."""
 
@@ -203,7 +204,7 @@ class Ended:
     outcome: Ending | TokenmqError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Answered:
     """The question is answered: with `error` where that is set, else with `result`."""
 

@@ -5,23 +5,23 @@ A broker is named by its endpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from .errors import ProtocolError
 from .messages import Message
+from .values import value
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Connected:
     """The socket of this broker has a connection."""
 
     broker: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Lost:
     """The connection to this broker is gone, or of no more use; `reason` is for people."""
 
@@ -29,14 +29,14 @@ class Lost:
     reason: str = "connection lost"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refused:
     """The broker let us not in: a wrong key, or no ZMTP peer. The socket goes on trying."""
 
     broker: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Received:
     """A message came from this broker."""
 
@@ -44,7 +44,7 @@ class Received:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Malformed:
     """Frames came from this broker that are no message."""
 
@@ -57,21 +57,21 @@ LinkEvent: TypeAlias = Connected | Lost | Refused | Received | Malformed
 # --- actions --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Open:
     """Make a new socket and connect it to this broker."""
 
     broker: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Shut:
     """Close the socket of this broker; what was sent before may still leave."""
 
     broker: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Send:
     """Send this message to this broker, after all earlier ones."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from .values import value
 
-@dataclass(frozen=True, slots=True)
+
+@value
 class Log:
     """One event.
 

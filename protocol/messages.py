@@ -7,11 +7,12 @@ Durations are in seconds and relative (peers share no clock); counts are non-neg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum, IntEnum
 from typing import Any, ClassVar, TypeAlias
 
 from .limits import NORMAL_PRIORITY
+from .values import value
 
 ID_BYTES = 16
 #: The id of messages that are about no single request.
@@ -79,7 +80,7 @@ class DisconnectCode(str, Enum):
     LOOP = "loop"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ModelInfo:
     """A model as a worker serves it.
 
@@ -102,7 +103,7 @@ class ModelInfo:
     images: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Load:
     """What a worker reports of itself.
 
@@ -139,7 +140,7 @@ class Load:
     memory_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Usage:
     """Tokens that a request cost."""
 
@@ -147,7 +148,7 @@ class Usage:
     completion_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Considered:
     """A worker that a dispatch decision looked at, as it was then.
 
@@ -166,7 +167,7 @@ class Considered:
     cost: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Decision:
     """Why a request went where it went, at one broker.
 
@@ -185,7 +186,7 @@ class Decision:
     considered: tuple[Considered, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Timings:
     """Where a request's time went, in seconds.
 
@@ -204,7 +205,7 @@ class Timings:
     routing: tuple[Decision, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TokenLogprob:
     """A token, its text alone, and the logarithm of its probability, by the model's own logits."""
 
@@ -213,7 +214,7 @@ class TokenLogprob:
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TokenLogprobs:
     """A token as `TokenLogprob`, and the likeliest ones in its place, the likeliest first."""
 
@@ -223,7 +224,7 @@ class TokenLogprobs:
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Details:
     """What a chunk has besides tokens and text, where the request asked for it.
 
@@ -238,7 +239,7 @@ class Details:
     vector: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Chunk:
     """Consecutive tokens of one stream.
 
@@ -271,7 +272,7 @@ class Chunk:
         return () if self.details is None else self.details.prompt_logprobs
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hello:
     """client -> broker: open a session.
 
@@ -289,7 +290,7 @@ class Hello:
     direct: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Welcome:
     """broker -> client: the session is open, with these intervals.
 
@@ -305,7 +306,7 @@ class Welcome:
     group: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ready:
     """worker -> broker: register; sent again in a session, it changes models, slots or speed.
 
@@ -337,7 +338,7 @@ class Ready:
     direct: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Accepted:
     """broker -> worker: registered, with these intervals."""
 
@@ -348,7 +349,7 @@ class Accepted:
     expiry_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Envelope:
     """The part of a REQUEST that the broker reads.
 
@@ -390,7 +391,7 @@ class Envelope:
     key: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Request:
     """client -> broker -> worker: generate. `payload` is packed by `payload.py`; a broker never opens it."""
 
@@ -401,7 +402,7 @@ class Request:
     attachments: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Credit:
     """client -> broker -> worker: tokens of this stream with a position below `limit` may be sent.
 
@@ -414,7 +415,7 @@ class Credit:
     limit: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Cancel:
     """client -> broker -> worker: stop; a FINISH with reason `cancelled` follows, unless the end was on its way."""
 
@@ -423,7 +424,7 @@ class Cancel:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Chunks:
     """worker -> broker -> client: what one engine step brought for the streams of one client."""
 
@@ -432,7 +433,7 @@ class Chunks:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finish:
     """worker -> broker -> client: the request ended well; every token has been sent before.
 
@@ -450,7 +451,7 @@ class Finish:
     chunks: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Error:
     """worker -> broker -> client: the request (or query) ended badly.
 
@@ -467,7 +468,7 @@ class Error:
     worker: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Parked:
     """worker -> broker: the request's slot is free, though its FINISH is still to come.
 
@@ -480,7 +481,7 @@ class Parked:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Started:
     """broker -> client: the request has left the waiting room for this worker.
 
@@ -504,7 +505,7 @@ class Started:
     key: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Attach:
     """client -> worker, at the worker's own endpoint: the chunks of all requests with this key are for me."""
 
@@ -512,7 +513,7 @@ class Attach:
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Query:
     """client -> broker -> broker below: a management question; answered with REPLY or ERROR of the same id."""
 
@@ -522,7 +523,7 @@ class Query:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Reply:
     """The answer to a QUERY, plain data; it goes where that came from."""
 
@@ -531,7 +532,7 @@ class Reply:
     result: Any
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Heartbeat:
     """Any peer: I live.
 
@@ -546,21 +547,21 @@ class Heartbeat:
     load: Load | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Draining:
     """worker -> broker, or broker -> client: send me nothing more if you can help it; what I hold I finish."""
 
     command: ClassVar[Command] = Command.DRAINING
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Goodbye:
     """Any peer: the session is over, by my own will; do not answer."""
 
     command: ClassVar[Command] = Command.GOODBYE
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Disconnect:
     """broker -> client or worker: there is no session; open a new connection and say HELLO or READY."""
 
@@ -569,7 +570,7 @@ class Disconnect:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drain:
     """broker -> worker: finish what you hold for all brokers, then stop; after `grace_s` give back what is left.
 

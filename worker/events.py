@@ -7,19 +7,20 @@ What concerns its sockets is in `protocol/links.py`. Times are seconds of one mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeAlias
 
 from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
 from ..protocol.messages import ModelInfo
+from ..protocol.values import value
 from .engines.base import EngineStats, Job, Output
 from .rates import Rates
 
 # --- events ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineLoaded:
     """The engine serves these models now; loading took `seconds`."""
 
@@ -27,7 +28,7 @@ class EngineLoaded:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineOutputs:
     """What one step (or submit, or cancel) brought, or several in order; `stats` is the newest."""
 
@@ -35,7 +36,7 @@ class EngineOutputs:
     stats: EngineStats = field(default_factory=EngineStats)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineProgress:
     """How the engine is getting on; the caller tells it before each `tick`.
 
@@ -50,7 +51,7 @@ class EngineProgress:
     rates: Rates = field(default_factory=Rates)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineFailed:
     """A step raised and the engine was reset: the jobs with these tickets are lost. It takes new ones."""
 
@@ -58,14 +59,14 @@ class EngineFailed:
     tickets: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineDied:
     """There is no engine: its model cannot be loaded, or it could not be reset. `message` tells a person why."""
 
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Changed:
     """From now on the worker serves these models, with these slots, at this speed; None for what stays as it is."""
 
@@ -74,7 +75,7 @@ class Changed:
     speed: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drain:
     """Finish what is held, then stop; after `grace_s` seconds (None: as in the settings) give the rest back.
 
@@ -96,28 +97,28 @@ Event: TypeAlias = (
 # --- actions --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Submit:
     """Hand this job to the engine."""
 
     job: Job
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CancelJob:
     """Have the engine end the job with this ticket."""
 
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Resize:
     """Have the engine run so many jobs at a time."""
 
     slots: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stop:
     """The worker is done: exit with this code."""
 

@@ -26,15 +26,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from ...protocol.limits import NORMAL_PRIORITY
 from ...protocol.messages import Details, FinishReason, ModelInfo
 from ...protocol.payload import Generation
+from ...protocol.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Job:
     """A request as an engine sees it.
 
@@ -54,7 +54,7 @@ class Job:
     priority: int = NORMAL_PRIORITY
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tokens:
     """Tokens that a step brought for one request.
 
@@ -73,7 +73,7 @@ class Tokens:
     details: Details | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Done:
     """The request has ended well; nothing follows for its ticket.
 
@@ -96,7 +96,7 @@ class Done:
     decode_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """The request has ended badly; nothing follows for its ticket. `code` is one of protocol.errors.ErrorCode."""
 
@@ -109,7 +109,7 @@ class Failed:
 Output: TypeAlias = Tokens | Done | Failed
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EngineStats:
     """What an engine tells of itself; cheap, taken after every step.
 
