@@ -78,7 +78,6 @@ from .schema import (
     record,
     seconds,
     text,
-    told,
 )
 
 HEADER_BYTES = 8 + ID_BYTES
@@ -308,10 +307,8 @@ def encode(message: Message) -> list[bytes]:
     special = _SPECIAL_ENCODERS.get(type(message))
     if special is not None:
         return special(message)
-    subject = getattr(message, "id", NO_ID)
-    taken = _FIELDS[type(message)]
-    body = {name: dump(value) for name, value in told(message) if name in taken}
-    return [header(message.command, subject) + pack(body)]
+    body = dump(message)
+    return [PREFIX[message.command] + body.pop("id", NO_ID) + pack(body)]
 
 
 def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:

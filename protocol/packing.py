@@ -25,6 +25,11 @@ def pack(value: Any) -> bytes:
         raise ProtocolError(f"cannot be packed: {str(error)[:200]}") from error
 
 
+#: Bytes that bound by themselves all that is bounded in number: an element takes a byte at least, and what is declared
+#: beyond the bytes at hand msgpack never allocates.
+_SMALL = min(limits.MAX_CONTAINERS, limits.MAX_ARRAY_ITEMS, limits.MAX_MAP_ITEMS)
+
+
 def unpack(data: bytes, what: str, limit: int = limits.MAX_BODY_BYTES) -> Any:
     """Unpack one msgpack value that fills `data`.
 
@@ -43,24 +48,8 @@ def unpack(data: bytes, what: str, limit: int = limits.MAX_BODY_BYTES) -> Any:
     size = len(data)
     if size > limit:
         raise ProtocolError(f"{what}: {size} bytes, at most {limit} are allowed")
-    budget = _Budget() if size > limits.MAX_CONTAINERS else None
     try:
-        return msgpack.unpackb(
-            data,
-            raw=False,
-            use_list=True,
-            strict_map_key=True,
-            object_pairs_hook=budget.map if budget else _unique,
-            list_hook=budget.array if budget else None,
-            ext_hook=_refuse_extension,
-            max_str_len=limit,
-            max_bin_len=limit,
-            # An element takes a byte at least: what is declared beyond the bytes at hand is never allocated.
-            max_array_len=min(limits.MAX_ARRAY_ITEMS, size),
-            max_map_len=min(limits.MAX_MAP_ITEMS, size),
-            # Ends timestamps and all extensions but empty ones, which the hook refuses.
-            max_ext_len=0,
-        )
+        return _unpack_small(data) if size <= _SMALL else _unpack_large(data, limit)
     except (RecursionError, msgpack.StackError) as error:
         raise ProtocolError(f"{what}: nested too deeply") from error
     # FormatError and OutOfData are not always ValueErrors, depending on msgpack's version and implementation.
@@ -68,16 +57,37 @@ def unpack(data: bytes, what: str, limit: int = limits.MAX_BODY_BYTES) -> Any:
         raise ProtocolError(f"{what}: not valid msgpack: {_reason(error)}") from error
 
 
-_ONLY_STRINGS = frozenset({str})
-
-
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a map has a key twice")
-    if not _ONLY_STRINGS.issuperset(map(type, found)):
-        raise ValueError("a map has a key that is not a string")
+    try:
+        "".join(found)  # a fifth of the time of looking at their types
+    except TypeError:
+        raise ValueError("a map has a key that is not a string") from None
     return found
+
+
+def _unpack_small(data: bytes) -> Any:
+    # Each keyword costs 50 ns, and a small body needs none but these. An ext length of 0 ends timestamps and all
+    # extensions but empty ones, which the hook refuses.
+    return msgpack.unpackb(data, object_pairs_hook=_unique, ext_hook=_refuse_extension, max_ext_len=0)
+
+
+def _unpack_large(data: bytes, limit: int) -> Any:
+    size = len(data)
+    budget = _Budget() if size > limits.MAX_CONTAINERS else None
+    return msgpack.unpackb(
+        data,
+        object_pairs_hook=budget.map if budget else _unique,
+        list_hook=budget.array if budget else None,
+        ext_hook=_refuse_extension,
+        max_str_len=limit,
+        max_bin_len=limit,
+        max_array_len=min(limits.MAX_ARRAY_ITEMS, size),
+        max_map_len=min(limits.MAX_MAP_ITEMS, size),
+        max_ext_len=0,
+    )
 
 
 class _Budget:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar
 
 from . import limits
@@ -219,18 +220,26 @@ def entries(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = Fals
     }
 
     def check(value: Any, path: str) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
+        if type(value) is not dict and not isinstance(value, Mapping):
             raise fail(path, "a map", value)
-        absent = required - value.keys()
-        if absent:
-            raise ProtocolError(f"{path}: missing {', '.join(sorted(absent))}")
+        if not required <= value.keys():
+            raise ProtocolError(f"{path}: missing {', '.join(sorted(required - value.keys()))}")
         if strict:
             unknown = [key for key in value if key not in checks]
             if unknown:
                 found = ", ".join(sorted(show(key) for key in unknown[:3]))
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
                 raise ProtocolError(f"{path}: unknown {found}{more}; known are {', '.join(sorted(checks))}")
-        return {name: inner(value[name], f"{path}.{name}") for name, inner in checks.items() if name in value}
+        # Every request comes through here: the whole path is put together where it is told, and not for each field.
+        name, found = "", {}
+        try:
+            for name, item in value.items():
+                inner = checks.get(name)
+                if inner is not None:
+                    found[name] = inner(item, name)
+        except ProtocolError as error:
+            raise ProtocolError(f"{path}.{error.message}") from None
+        return found
 
     return check
 
@@ -245,30 +254,36 @@ def record(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = False
     return check
 
 
+#: How to take a record apart: what reads all its fields at once, their names, and what they are by default.
+_Parts: TypeAlias = tuple[Callable[[Any], tuple[Any, ...]], tuple[str, ...], tuple[Any, ...]]
+
+
 @cache
-def _defaults(kind: Any) -> tuple[tuple[str, Any], ...]:
-    """Return the fields of a dataclass with their defaults, MISSING where there is none."""
-    return tuple(
-        (item.name, item.default if item.default_factory is dataclasses.MISSING else item.default_factory())
-        for item in dataclasses.fields(kind)
-    )
+def _parts(kind: Any) -> _Parts | None:
+    """Return how to take apart what is of this type; None where that is no dataclass."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    items = dataclasses.fields(kind)
+    names = tuple(item.name for item in items)
+    defaults = [
+        item.default if item.default_factory is dataclasses.MISSING else item.default_factory() for item in items
+    ]
+    if not names:
+        return (lambda _value: ()), (), ()
+    getter = attrgetter(*names)
+    return (getter if len(names) > 1 else lambda value: (getter(value),)), names, tuple(defaults)
 
 
-def told(value: Any) -> Iterator[tuple[str, Any]]:
-    """Go through the fields of a dataclass that a receiver cannot know: those that differ from their defaults."""
-    kind: Any = type(value)  # to mypy, not every class is hashable
-    for name, default in _defaults(kind):
-        found = getattr(value, name)
-        if found is not default and found != default:
-            yield name, found
-
-
+#: What msgpack takes as it is.
+_PLAIN = frozenset({int, str, bytes, float, bool, type(None)})
 #: Free-form data stands a few levels deep in the records around it; the receiver's bound counts from there.
 _MAX_DUMP_DEPTH = limits.MAX_DEPTH + 8
 
 
 def dump(value: Any) -> Any:
-    """Turn records, enumerations and tuples into plain data; fields of a record that have their default are left out.
+    """Turn records, enumerations and tuples into plain data.
+
+    Fields of a record that a receiver cannot know are told: those that differ from their defaults.
 
     Raises:
         ProtocolError: it is nested deeper than any receiver takes.
@@ -277,10 +292,19 @@ def dump(value: Any) -> Any:
 
 
 def _dump(value: Any, depth: int) -> Any:
+    kind: Any = type(value)  # to mypy, not every class is hashable
+    if kind in _PLAIN:
+        return value
     if depth == 0:
         raise ProtocolError(f"cannot be packed: nested deeper than {limits.MAX_DEPTH} levels")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _dump(inner, depth - 1) for name, inner in told(value)}
+    parts = _parts(kind)
+    if parts is not None:
+        getter, names, defaults = parts
+        return {
+            name: found if type(found) in _PLAIN else _dump(found, depth - 1)
+            for name, found, default in zip(names, getter(value), defaults, strict=False)
+            if found is not default and found != default
+        }
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
