@@ -1,157 +1,63 @@
-"""What the broker adds to a bare hop: tokens/s and CPU per million tokens, against the least that Python can do.
+"""What a broker costs per token: zmq-broker, libzmq's C proxy, a bare Python forwarder and NATS, on the same work.
 
-One worker sends CHUNKS messages of one token flat out to one client, through (a) a forwarder that only swaps the
-routing id between two ROUTERs, frame by frame, and (b) zmq-broker's own server. Both run in a process of their own,
-in turns, several rounds; the medians and their ratio are printed. Run: make bench, or python benchmarks/relay.py.
+One worker brings the tokens of many streams, through one relay to the clients. Every relay is a process of its own,
+alone on one core with all its threads; worker and clients are plain sockets of this process, on the other core. All
+relays carry the same TMQ/1 messages of one token; only zmq-broker has its own kind of message for several tokens
+of one client and step, and uses it, as zmq-worker does.
+
+flat-1        flat out: 64 streams, one for each of 64 clients
+flat-16       flat out: 64 streams, 16 for each of 4 clients
+paced-256x1   256 streams, one for each client, a token each 20 ms; all at once, as an engine step brings them
+paced-256x64  256 streams, 64 for each of 4 clients, in the same way
+paced-32      32 streams, one for each client, a token each 20 ms; evenly spread, so that each one wakes the relay
+
+cpu_s_per_million_tokens is the CPU time of the relay's process, all threads. relay_cpu_share and ends_cpu_share show
+which side was the bound: a rate flat out is the relay's own where its share is near 1, and that of the ends is not.
+Run: make bench, or python benchmarks/relay.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import os
-import statistics
-import threading
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Mapping
 
-import zmq
+import rounds
+from kinds import ends_of
+from relays import BARE, RELAYS, relay
+from streams import Case, stream
 
-from tokenmq.broker.server import BrokerServer
-from tokenmq.broker.settings import BrokerSettings
-from tokenmq.protocol.codec import decode, encode
-from tokenmq.protocol.messages import Chunk, Chunks, Envelope, Hello, Load, Message, ModelInfo, Ready, Request
-from tokenmq.transport.pump import Outcome, receive, send
-from tokenmq.transport.sockets import connect, dealer, router
-
-ANY = "tcp://127.0.0.1:*"
-BATCH = 500
-
-
-def bare(pipe: Connection) -> None:
-    """Forward what comes from the backend to the frontend's one client, and the other way round."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    frontend, front = router(context, [ANY])
-    backend, back = router(context, [ANY])
-    pipe.send((front[0], back[0]))
-    client, worker = receive_one(frontend)[0], receive_one(backend)[0]
-    send(frontend, [client, b"ready"])
-    send(backend, [worker, b"ready"])
-    poller = zmq.Poller()
-    poller.register(backend, zmq.POLLIN)
-    began = time.process_time()
-    while not pipe.poll():
-        if poller.poll(100):
-            for frames in receive(backend, BATCH):
-                frames[0] = client
-                while send(frontend, frames) is Outcome.FULL:
-                    time.sleep(0)  # the client is behind
-    pipe.send(time.process_time() - began)
-    context.destroy(linger=0)
-
-
-def broker(pipe: Connection) -> None:
-    """Run the real server until told to stop."""
-    server = BrokerServer(BrokerSettings(frontend=(ANY,), backend=(ANY,)), software="benchmark")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    pipe.send((server.frontend[0], server.backend[0]))
-    pipe.recv()
-    began = time.process_time()
-    pipe.send(None)
-    pipe.recv()
-    pipe.send(time.process_time() - began)
-    server.drain(0)
-    thread.join()
-
-
-def receive_one(socket: zmq.Socket[bytes]) -> list[bytes]:
-    """Wait for one message."""
-    if not socket.poll(10_000):
-        raise SystemExit("error: nothing came for 10 s")
-    return receive(socket, 1)[0]
-
-
-def expect(socket: zmq.Socket[bytes], kind: type[Any]) -> Any:
-    """Wait for a message of this kind."""
-    while True:
-        message: Message = decode(receive_one(socket))
-        if isinstance(message, kind):
-            return message
-
-
-def send_all(worker: zmq.Socket[bytes], frames: list[bytes], number: int) -> None:
-    """Send a message so many times, as fast as it goes."""
-    for _ in range(number):
-        while send(worker, frames) is Outcome.FULL:
-            worker.poll(1000, zmq.POLLOUT)
-
-
-def measure(relay: Callable[[Connection], None], number: int) -> tuple[float, float]:
-    """Return (tokens per second, CPU seconds per million tokens) of one round."""
-    pipe, other = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=relay, args=(other,))
-    process.start()
-    frontend, backend = pipe.recv()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    client, worker = dealer(context, frontend), dealer(context, backend)
-    connect(client, frontend)
-    connect(worker, backend)
-    client.poll(5000, zmq.POLLOUT)
-    worker.poll(5000, zmq.POLLOUT)
-    request_id = os.urandom(16)
-    chunk = (Chunk(request_id, 1, 0, 0, (1,), "word "),)
-    if relay is broker:
-        send(worker, encode(Ready("w", 1, "benchmark", (ModelInfo("m"),), 1, "none", Load(), 1.0)))
-        send(client, encode(Hello("c", "benchmark")))
-        time.sleep(0.2)
-        send(client, encode(Request(request_id, Envelope("m", 1, 1), b"")))
-        route = expect(worker, Request).envelope.route
-        pipe.send(None)
-        pipe.recv()
-    else:
-        send(worker, [b"hello"])
-        send(client, [b"hello"])
-        receive_one(worker)
-        receive_one(client)
-        route = bytes(16)
-    sender = threading.Thread(target=send_all, args=(worker, encode(Chunks(route, chunk)), number))
-    began = time.perf_counter()
-    sender.start()
-    count = 0
-    while count < number:
-        if not client.poll(10_000):
-            raise SystemExit(f"error: {count} of {number} messages came")
-        count += sum(len(frames) == 2 and len(frames[1]) > 20 for frames in receive(client, BATCH))
-    seconds = time.perf_counter() - began
-    sender.join()
-    pipe.send(None)
-    cpu = pipe.recv()
-    context.destroy(linger=0)
-    process.join()
-    return number / seconds, cpu / number * 1e6
+STEP_S = 0.02
+CASES = {
+    "flat-1": Case(64, 1),
+    "flat-16": Case(4, 16),
+    "paced-256x1": Case(256, 1, STEP_S),
+    "paced-256x64": Case(4, 64, STEP_S),
+    "paced-32": Case(32, 1, STEP_S, groups=32),
+}
+COLUMNS = {
+    "tokens_per_s": "tokens/s",
+    "cpu_s_per_million_tokens": "CPU s/million tokens",
+    "relay_cpu_share": "relay's core",
+    "ends_cpu_share": "ends' core",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+}
 
 
 def main() -> None:
-    """Measure both in turns; print medians and ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each kind (default: 5)")
-    parser.add_argument("--messages", type=int, default=100_000, help="messages a round (default: 100000)")
-    options = parser.parse_args()
-    kinds = {"bare forwarder": bare, "broker": broker}
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
-    for number in range(options.rounds):
-        for name, relay in kinds.items():
-            results[name].append(measure(relay, options.messages))
-            print(f"round {number + 1}: {name}: {results[name][-1][0]:,.0f} tokens/s", flush=True)
-    rates = {name: statistics.median(rate for rate, _ in rounds) for name, rounds in results.items()}
-    costs = {name: statistics.median(cost for _, cost in rounds) for name, rounds in results.items()}
-    for name in kinds:
-        print(f"{name:15} {rates[name]:>10,.0f} tokens/s  {costs[name]:6.2f} CPU s per million tokens")
-    print(f"broker / bare: {rates['broker'] / rates['bare forwarder']:.2f} of its rate", end="")
-    print(f", {costs['broker'] / costs['bare forwarder']:.2f} of its CPU time")
+    """Measure what the command line asks for."""
+    options = rounds.parse(rounds.parser(__doc__, list(CASES), RELAYS, seconds=3.0))
+
+    def measure(case: str, name: str) -> Mapping[str, float]:
+        shape = CASES[case]
+        with (
+            relay(name) as running,
+            ends_of(
+                running, clients=shape.clients, streams=shape.streams, slots=shape.clients * shape.streams
+            ) as ends,
+        ):
+            return stream(ends, running, shape, options.seconds)
+
+    rounds.run("relay", options, measure, COLUMNS, BARE)
 
 
 if __name__ == "__main__":

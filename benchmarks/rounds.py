@@ -125,10 +125,10 @@ def table(rows: Sequence[Row], columns: Mapping[str, str], base: str) -> list[st
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         lines.append(f"{case}: medians; in brackets the ratio to {base}, median over the rounds")
-        lines.append(" " * 16 + "".join(f"{heading:>26}" for heading in columns.values()))
+        lines.append(" " * 16 + "".join(f"{heading:>24}" for heading in columns.values()))
         for relay in dict.fromkeys(row.relay for row in rows if row.case == case):
             cells = (_cell(rows, case, relay, name, base) for name in columns)
-            lines.append(f"  {relay:14}" + "".join(f"{cell:>26}" for cell in cells))
+            lines.append(f"  {relay:14}" + "".join(f"{cell:>24}" for cell in cells))
     return lines
 
 

@@ -1,0 +1,150 @@
+"""The ends of the traffic benchmarks: the workers and clients of a relay, as plain TCP sockets in this process.
+
+All relays carry the same TMQ/1 messages. What differs is how an end speaks with its relay: ZMTP and a TMQ/1 session
+with zmq-broker, ZMTP alone with the forwarders (zmtp_ends.py), the text protocol with NATS (nats_ends.py). What is
+sent when is the business of `streams.py` and `closed_loop.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+
+from connection import Connection
+from relays import Relay
+
+from tokenmq.protocol.codec import encode
+from tokenmq.protocol.limits import MAX_CREDIT_TOKENS
+from tokenmq.protocol.messages import ID_BYTES, Envelope, Request
+from tokenmq.protocol.payload import Generation, Sampling, pack_generation
+
+MODEL = "benchmark"
+SOFTWARE = "tokenmq-benchmark"
+PAYLOAD = pack_generation(
+    Generation(prompt="What is the capital of France?", sampling=Sampling(max_tokens=1, temperature=0.7, seed=17))
+)
+_BEAT_S = 1.0
+
+
+class Ends(ABC):
+    """The workers and clients of one relay, connected and ready.
+
+    Attributes:
+        relay: the relay's name.
+        workers: the connections of the workers.
+        clients: the connections of the clients.
+        ids: the request ids of each client's streams.
+    """
+
+    #: What one engine step brings for one client travels in one message.
+    joined = False
+    #: What octets 8 to 24 of CHUNKS and of FINISH are: the client's route; else they are the request's id.
+    chunks_by_route = False
+    finish_by_route = False
+
+    def __init__(self, relay: Relay, workers: int, clients: int, streams: int, slots: int) -> None:
+        """Connect all and begin the streams.
+
+        Args:
+            relay: where to.
+            workers: how many of them; one where there are streams.
+            clients: how many of them.
+            streams: requests that each client begins, and that go on for ever.
+            slots: of each worker.
+
+        Raises:
+            BenchmarkError: the relay does not do its part.
+        """
+        self.relay = relay.name
+        self.workers: list[Connection] = []
+        self.clients: list[Connection] = []
+        self.ids = [[os.urandom(ID_BYTES) for _ in range(streams)] for _ in range(clients)]
+        self._beat_at = time.monotonic() + _BEAT_S
+        try:
+            self._open(relay, workers, clients, slots)
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
+        """Connect all and begin the streams."""
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in (*self.workers, *self.clients):
+            connection.socket.close()
+
+    def beat(self) -> bool:
+        """Send heartbeats if they are due, and tell whether they were."""
+        if time.monotonic() < self._beat_at:
+            return False
+        self._beat_at += _BEAT_S
+        self._say()
+        return True
+
+    def _say(self) -> None:  # noqa: B027 (only sessions have heartbeats)
+        """Send heartbeats."""
+
+    def listen(self) -> None:
+        """Read what a relay of streams tells the workers.
+
+        Raises:
+            BenchmarkError: it is the end of the session.
+        """
+        for worker in self.workers:
+            worker.rest += worker.receive()
+            units, end = self.units(worker.rest)
+            for unit in units:
+                self.take(worker, unit)
+            worker.rest = worker.rest[end:]
+
+    # Streams.
+
+    def route(self, client: int) -> bytes:
+        """Return what stands in octets 8 to 24 of CHUNKS for this client; by default its number."""
+        return client.to_bytes(ID_BYTES, "big")
+
+    @abstractmethod
+    def outgoing(self, client: int, body: bytes) -> bytes:
+        """Return what a worker writes to send a message to a client."""
+
+    @abstractmethod
+    def incoming(self, client: int, body: bytes) -> bytes:
+        """Return how this message arrives at the client."""
+
+    @abstractmethod
+    def units(self, data: bytes) -> tuple[list[bytes], int]:
+        """Return what has arrived one by one, as it arrived, and the length of all of them together."""
+
+    @abstractmethod
+    def take(self, connection: Connection, unit: bytes) -> None:
+        """Take what has arrived besides tokens.
+
+        Raises:
+            BenchmarkError: it is the end of the session, or of a request.
+        """
+
+    # Requests and answers.
+
+    @abstractmethod
+    def asking(self, client: int) -> tuple[bytes, bytes]:
+        """Return what a client writes to make a request: what stands before the request's id, and what behind it."""
+
+    @abstractmethod
+    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+        """Return the id and the way back of each request that a worker has got, and their length together."""
+
+    @abstractmethod
+    def answer(self, way: bytes, body: bytes) -> bytes:
+        """Return what a worker writes to send a message back by this way."""
+
+    @abstractmethod
+    def commands(self, client: Connection, data: bytes) -> tuple[list[int], int]:
+        """Return the TMQ/1 commands that a client has got, and their length together."""
+
+
+def request(id: bytes, route: bytes | None = None) -> list[bytes]:
+    """Return the frames of a request; `route` as a broker puts it in, where no broker does."""
+    return encode(Request(id, Envelope(MODEL, 1, MAX_CREDIT_TOKENS, expected_tokens=1, route=route), PAYLOAD))

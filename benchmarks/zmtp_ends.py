@@ -1,0 +1,253 @@
+"""The ends of ZeroMQ relays: zmq-broker with its sessions, the bare forwarder, libzmq's proxy."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import zmtp
+from connection import Connection
+from ends import MODEL, SOFTWARE, Ends, request
+from relays import Relay
+from rounds import BenchmarkError
+
+from tokenmq.protocol.codec import HEADER_BYTES, decode, encode, header
+from tokenmq.protocol.errors import ProtocolError
+from tokenmq.protocol.messages import (
+    ID_BYTES,
+    NO_ID,
+    Accepted,
+    Command,
+    Disconnect,
+    Error,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Load,
+    Message,
+    ModelInfo,
+    Ready,
+    Request,
+    Welcome,
+)
+
+#: How the return route stands in the envelope of a REQUEST: its key, and the head of 16 octets.
+_ROUTE = b"\xa5route\xc4\x10"
+_TOLD = (Command.HEARTBEAT, Command.DISCONNECT, Command.GOODBYE, Command.ERROR)
+_Kind = TypeVar("_Kind")
+
+
+class ZmtpEnds(Ends):
+    """What the ends of all ZeroMQ relays have in common: to a client goes one frame a message."""
+
+    def outgoing(self, client: int, body: bytes) -> bytes:
+        """Return one frame: its header names the client."""
+        return zmtp.frame(body)
+
+    def incoming(self, client: int, body: bytes) -> bytes:
+        """Return one frame."""
+        return zmtp.frame(body)
+
+    def units(self, data: bytes) -> tuple[list[bytes], int]:
+        """Return frames."""
+        found, end = zmtp.scan(data)
+        return [data[at:stop] for _, at, _, stop in found], end
+
+    def take(self, connection: Connection, unit: bytes) -> None:
+        """Take a message of one frame; libzmq's own commands have no meaning here."""
+        flags, _, begin, end = zmtp.scan(unit)[0][0]
+        if not flags & zmtp.COMMAND:
+            _check(_decoded([unit[begin:end]]), self.relay)
+
+    def asking(self, client: int) -> tuple[bytes, bytes]:
+        """Return the frames of a request, cut where the id stands."""
+        frames = request(NO_ID, self._own_route(client))
+        wire = zmtp.message(*frames)
+        at = zmtp.head_bytes(len(frames[0])) + 8
+        return wire[:at], wire[at + ID_BYTES :]
+
+    def _own_route(self, client: int) -> bytes | None:
+        """Return the route of a client where the relay does not put it into the request."""
+        return self.route(client)
+
+    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+        """Return ids and routes: a request is a frame with more behind it, and its payload."""
+        found, _ = zmtp.scan(data)
+        requests = []
+        end = 0
+        whole = True
+        for flags, at, begin, stop in found:
+            if flags & zmtp.MORE:
+                whole = False
+                route = data.index(_ROUTE, begin, stop) + len(_ROUTE)
+                requests.append((data[begin + 8 : begin + HEADER_BYTES], data[route : route + ID_BYTES]))
+                continue
+            if whole:
+                self.take(worker, data[at:stop])
+            whole = True
+            end = stop
+        return requests if whole else requests[:-1], end
+
+    def answer(self, way: bytes, body: bytes) -> bytes:
+        """Return one frame: its header names the client."""
+        return zmtp.frame(body)
+
+    def commands(self, client: Connection, data: bytes) -> tuple[list[int], int]:
+        """Return the command octets of all messages."""
+        found, end = zmtp.scan(data)
+        commands = []
+        for flags, at, begin, stop in found:
+            if flags & zmtp.COMMAND:
+                continue
+            command = data[begin + 4]
+            if command in _TOLD:
+                self.take(client, data[at:stop])
+            commands.append(command)
+        return commands, end
+
+    def _connect(self, port: int, number: int) -> Connection:
+        connection = Connection(port, number)
+        connection.send(zmtp.GREETING + zmtp.ready("DEALER"), 0)
+        size = len(zmtp.GREETING)
+        connection.until(lambda data: len(data) >= size)
+        greeting, connection.rest = connection.rest[:size], connection.rest[size:]
+        if greeting[:1] + greeting[9:11] != b"\xff\x7f\x03":
+            raise BenchmarkError(f"{self.relay} does not speak ZMTP 3")
+        connection.until(_has_frame)
+        flags, _, begin, end = zmtp.scan(connection.rest)[0][0]
+        if not (flags & zmtp.COMMAND and connection.rest[begin:end].startswith(b"\x05READY")):
+            raise BenchmarkError(f"{self.relay} refuses the handshake: {connection.rest[begin:end]!r:.80}")
+        connection.rest = connection.rest[end:]
+        return connection
+
+
+class BrokerEnds(ZmtpEnds):
+    """Sessions with zmq-broker: it chooses the worker, tells the worker each client's route, and counts messages."""
+
+    joined = True
+    chunks_by_route = True
+
+    def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
+        self._routes: dict[int, bytes] = {}
+        for number in range(workers):
+            worker = self._connect(relay.backend, number)
+            self.workers.append(worker)
+            models = (ModelInfo(MODEL),)
+            self._tell(worker, Ready(f"worker-{number}", 1, SOFTWARE, models, slots, "none", Load(), 1.0))
+            self._expect(worker, Accepted)
+        for number in range(clients):
+            client = self._connect(relay.frontend, number)
+            self.clients.append(client)
+            self._tell(client, Hello(f"client-{number}", SOFTWARE))
+            self._expect(client, Welcome)
+        owners = {id: number for number, ids in enumerate(self.ids) for id in ids}
+        for id, number in owners.items():
+            self.clients[number].send(zmtp.message(*request(id)))
+        for _ in owners:
+            begun = self._expect(self.workers[0], Request)
+            self._routes[owners[begun.id]] = begun.envelope.route or NO_ID
+
+    def route(self, client: int) -> bytes:
+        """Return what the broker has told the worker."""
+        return self._routes[client]
+
+    def _own_route(self, client: int) -> bytes | None:
+        return None
+
+    def _say(self) -> None:
+        running = sum(map(len, self.ids))
+        for connection in self.clients:
+            self._tell(connection, Heartbeat(connection.sent))
+        for connection in self.workers:
+            self._tell(connection, Heartbeat(connection.sent, Load(running=running, held=running)))
+
+    @staticmethod
+    def _tell(connection: Connection, message: Message) -> None:
+        connection.send(zmtp.message(*encode(message)))
+
+    def _expect(self, connection: Connection, kind: type[_Kind]) -> _Kind:
+        while True:
+            message = _decoded(_message(connection))
+            if isinstance(message, kind):
+                return message
+            _check(message, self.relay)
+
+
+class BareEnds(ZmtpEnds):
+    """With the bare forwarder: each client makes itself a name, which stands where TMQ/1 has the route."""
+
+    chunks_by_route = True
+    finish_by_route = True
+
+    def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
+        for number in range(workers):
+            self.workers.append(self._connect(relay.backend, number))
+            self.workers[-1].send(zmtp.frame(header(Command.READY, b"\xff" * ID_BYTES)))
+        for number in range(clients):
+            self.clients.append(self._connect(relay.frontend, number))
+            self.clients[-1].send(zmtp.frame(header(Command.HELLO, self.route(number))))
+            _message(self.clients[-1])
+
+
+class ProxyEnds(ZmtpEnds):
+    """With libzmq's proxy: what a worker sends begins with the client's routing id, as its request did."""
+
+    def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
+        self._peers: list[bytes] = []
+        for number in range(workers):
+            self.workers.append(self._connect(relay.backend, number))
+        for number in range(clients):
+            self.clients.append(self._connect(relay.frontend, number))
+            for id in self.ids[number][:1]:
+                self.clients[-1].send(zmtp.message(*request(id, self.route(number))))
+                self._peers.append(_message(self.workers[0])[0])
+
+    def outgoing(self, client: int, body: bytes) -> bytes:
+        """Return the client's routing id and one frame."""
+        return zmtp.message(self._peers[client], body)
+
+    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+        """Return ids and the clients' frames: a request is the client, a frame and its payload."""
+        found, _ = zmtp.scan(data)
+        whole = len(found) // 3 * 3
+        pairs = zip(found[:whole:3], found[1:whole:3], strict=True)
+        requests = [
+            (data[begin + 8 : begin + HEADER_BYTES], data[at:end]) for (_, at, _, end), (_, _, begin, _) in pairs
+        ]
+        return requests, found[whole - 1][3] if whole else 0
+
+    def answer(self, way: bytes, body: bytes) -> bytes:
+        """Return the client's frame and one of the message."""
+        return way + zmtp.frame(body)
+
+
+def _has_frame(data: bytes) -> bool:
+    return zmtp.scan(data)[1] > 0
+
+
+def _message(connection: Connection) -> list[bytes]:
+    """Wait for the next message; return its frames."""
+    frames: list[bytes] = []
+    while True:
+        connection.until(_has_frame)
+        flags, _, begin, end = zmtp.scan(connection.rest)[0][0]
+        frame, connection.rest = connection.rest[begin:end], connection.rest[end:]
+        if not flags & zmtp.COMMAND:
+            frames.append(frame)
+            if not flags & zmtp.MORE:
+                return frames
+
+
+def _decoded(frames: list[bytes]) -> Message:
+    try:
+        return decode(frames)
+    except ProtocolError as error:
+        raise BenchmarkError(f"the relay has sent what is no message: {error.message}") from error
+
+
+def _check(message: Message, relay: str) -> None:
+    """Refuse what ends a session or a request."""
+    if isinstance(message, (Disconnect, Error)):
+        code = message.code if isinstance(message.code, str) else message.code.value
+        raise BenchmarkError(f"{relay}: {code}: {message.message}")
+    if isinstance(message, Goodbye):
+        raise BenchmarkError(f"{relay} has ended the session")
