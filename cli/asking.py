@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..client import Client
 from ..protocol.errors import TokenmqError
 from ..transport.endpoints import EndpointError
-from .lifecycle import fail
+from .lifecycle import fail, interruptible
 from .options import option
+
+if TYPE_CHECKING:
+    from ..client import Client
 
 _EXIT_INTERRUPTED = 130
 
@@ -35,11 +37,13 @@ def json_option(command: Any) -> Any:
 @contextmanager
 def connected(broker: tuple[str, ...]) -> Iterator[Client]:
     """Give a client; end the command with one line on an error, after a cancel on Ctrl-C."""
+    from ..client import Client  # here, since --help and a mistake in the options need nothing of it
+
     chosen: dict[str, Any] = dict(click.get_current_context().obj)
     if broker:
         chosen["endpoints"] = list(broker)
     try:
-        with Client(**chosen) as client:
+        with interruptible(), Client(**chosen) as client:
             yield client
     except TokenmqError as error:
         request = f" [request {error.request_id}]" if error.request_id else ""

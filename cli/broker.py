@@ -6,7 +6,6 @@ import click
 
 from ..broker.dispatch import DEFAULT_POLICY, POLICIES
 from ..broker.ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
-from ..broker.server import BrokerServer
 from ..broker.settings import (
     DEFAULT_NAME,
     GRACE_S,
@@ -106,6 +105,9 @@ def main(
 
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     """
+    # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
+    from ..broker.server import BrokerServer
+
     logs.configure(log_format, log_level)
     allow_many_files()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..client.settings import (
+from ..client.defaults import (
     CONNECT_TIMEOUT_S,
     FIRST_TOKEN_TIMEOUT_S,
     INTER_TOKEN_TIMEOUT_S,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..client import Considered, Decision
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..client import Considered, Decision
 
 
 def decision_line(decision: Decision) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..broker.hops import name_there
-from ..client import Client
 from .lifecycle import fail
+
+if TYPE_CHECKING:
+    from ..client import Client
 
 #: How often the list of workers is looked at.
 _LOOK_S = 0.1

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -61,6 +61,19 @@ def end_with_supervisor() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=watch, name="tokenmq-lifeline", daemon=True).start()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Make SIGINT a KeyboardInterrupt within the block, where it would end the process (`start.py`)."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own end takes no KeyboardInterrupt, either
 
 
 def on_signals(drain: Callable[[], None], *, supervised: bool = False) -> None:

@@ -10,7 +10,6 @@ import click
 
 from ..broker.ordering import MODEL_ORDERS
 from .asking import broker_option, connected, json_option
-from .leaving import Leaver
 from .options import option
 from .tables import table
 
@@ -203,6 +202,8 @@ def drain(worker: str, grace: float | None, wait: float, stay: bool, as_json: bo
     No request fails by it while others serve its model. A worker leaves all its brokers, and exits. A broker below
     this one leaves only this one, and runs on; once it has left, it comes back when it is started anew.
     """
+    from .leaving import Leaver  # here: it knows messages, and the help of commands needs none
+
     with connected(broker) as client:
         leaver = Leaver(client, worker) if wait else None
         values = client.drain(worker, grace_s=grace, stay=stay)

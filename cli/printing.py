@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..client import Chunk, Stream, TokenLogprobs
 from .explain import decision_line
 from .tables import table
+
+if TYPE_CHECKING:
+    from ..client import Chunk, Stream, TokenLogprobs
 
 _LOGPROB_COLUMNS = ("position", "token_id", "text", "logprob", "top")
 

@@ -20,12 +20,21 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ..protocol.log import Log, write
+from ..transport.endpoints import check_destination
 from ..worker.events import EXIT_FAILED
-from ..worker.settings import default_name
+from ..worker.settings import WorkerSettings, default_name
 from ..worker.supervisor import Action, Ended, Kill, Seat, Signalled, Spawn, SupervisorCore, Terminate
-from .devices import device_environment, loopback_environment, teams, threads_environment
+from .devices import (
+    device_environment,
+    loopback_environment,
+    parallel_devices,
+    parse_devices,
+    teams,
+    threads_environment,
+)
 
 LOGGER = logging.getLogger("tokenmq.supervisor")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -124,6 +133,23 @@ class Supervisor:
             missing = [Seat(worker, rank) for rank in range(size) if Seat(worker, rank) not in self._processes]
             for seat in missing:
                 self._perform(self._core.handle(Ended(seat, EXIT_FAILED), time.monotonic()))
+
+
+def supervise(
+    worker_settings: WorkerSettings, devices: str | None, device: str, size: int, worker_name: str | None
+) -> NoReturn:
+    """Run processes of this command, `size` for each worker, and exit with their supervisor's code.
+
+    Raises:
+        ValueError: a setting is wrong: better told once, here, than by each process.
+    """
+    if devices and device != "auto":
+        raise ValueError("--device and --devices: give one of them")
+    for endpoint in worker_settings.brokers:
+        check_destination(endpoint)
+    found = parse_devices(devices) if devices else parallel_devices(device, size)
+    teams = make_teams(sys.argv[1:], devices=found, size=size, name=worker_name, numbered=devices is not None)
+    raise SystemExit(Supervisor(teams, worker_settings.grace_s).run())
 
 
 def make_teams(

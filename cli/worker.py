@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import sys
 from pathlib import PurePath
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from ..protocol.log import Log, write
-from ..transport.endpoints import DEFAULT_BACKEND, EndpointError, check_destination
-from ..worker.engines.base import EngineLoadError
+from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
 from ..worker.engines.openai.settings import API_KEY_VARIABLE, DIALECT_NAMES, SERVER_WAIT_S
-from ..worker.engines.registry import make_engine
 from ..worker.engines.transformers.task import AUTO, TASKS, engine_for
-from ..worker.events import EXIT_CANNOT_START, EXIT_FAILED
-from ..worker.server import LOGGER, WorkerServer
 from ..worker.settings import (
     GRACE_S,
     READER_TIMEOUT_S,
@@ -29,11 +21,9 @@ from ..worker.settings import (
     default_name,
 )
 from . import logs
-from .devices import parallel_devices, parse_devices
 from .engine_options import refuse_foreign
 from .lifecycle import end_with_supervisor, fail, leave, on_signals
 from .options import logging_options, option, settings
-from .supervise import Supervisor, make_teams
 
 # Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
 # machine then nearly stop each other (measured on 2 cores: 27 tokens/s alone, below 0.5 each together, 16 with this).
@@ -211,6 +201,12 @@ def main(
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     Exit codes: 0 after a drain, 1 when something broke, 2 when it could not start as it was told.
     """
+    # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
+    from ..worker.engines.base import EngineLoadError
+    from ..worker.engines.registry import make_engine
+    from ..worker.events import EXIT_CANNOT_START
+    from ..worker.server import WorkerServer
+
     rank = int(os.environ.get("RANK", "0")) if supervised and tensor_parallel > 1 else 0
     if supervised:
         end_with_supervisor()
@@ -263,6 +259,8 @@ def main(
         refuse_parallel(engine, tensor_parallel)
         refuse_foreign(click.get_current_context(), engine)
         if (devices or tensor_parallel > 1) and not supervised:
+            from .supervise import supervise  # another program, as good as
+
             supervise(worker_settings, devices, device, tensor_parallel, worker_name)
         if engine == "transformers":
             engine = engine_for(model, task)
@@ -275,6 +273,8 @@ def main(
             own[engine] = {"model": model, "dialect": dialect, "server_wait_s": server_wait, **server_options}
         options: dict[str, Any] = {"name": served, "slots": slots, **own.get(engine, {"model": model})}
         if rank:
+            from .follow import follow
+
             follow(make_engine(engine, **options))
         server = WorkerServer(make_engine(engine, **options), worker_settings)
     except (ValueError, EngineLoadError) as error:
@@ -293,37 +293,6 @@ def refuse_parallel(engine: str, size: int) -> None:
     """Raise ValueError where one worker is to be several processes, and its engine knows nothing of that."""
     if size > 1 and engine != "transformers":
         raise ValueError(f"--tensor-parallel: it is for the transformers engine, not for {engine}")
-
-
-def supervise(
-    worker_settings: WorkerSettings, devices: str | None, device: str, size: int, worker_name: str | None
-) -> NoReturn:
-    """Run processes of this command, `size` for each worker, and exit with their supervisor's code.
-
-    Raises:
-        ValueError: a setting is wrong: better told once, here, than by each process.
-    """
-    if devices and device != "auto":
-        raise ValueError("--device and --devices: give one of them")
-    for endpoint in worker_settings.brokers:
-        check_destination(endpoint)
-    found = parse_devices(devices) if devices else parallel_devices(device, size)
-    teams = make_teams(sys.argv[1:], devices=found, size=size, name=worker_name, numbered=devices is not None)
-    raise SystemExit(Supervisor(teams, worker_settings.grace_s).run())
-
-
-def follow(engine: Any) -> NoReturn:
-    """Compute this process's part of a worker's model until rank 0 ends, then exit."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # rank 0 drains, and needs this process until it has
-    try:
-        engine.follow()
-    except EngineLoadError as error:
-        fail(str(error), EXIT_CANNOT_START)
-    except Exception as error:  # noqa: BLE001 (of torch and its backends, of many kinds)
-        write(LOGGER, Log("follower_failed", {"error": str(error)}, level=logging.ERROR))
-        leave(EXIT_FAILED)
-    leave(0)
 
 
 def _server_options(base_url: str | None, api_key_env: str) -> dict[str, Any]:

@@ -33,13 +33,13 @@ from ..protocol.errors import (
     TokenmqError,
     WorkerLostError,
 )
-from ..protocol.messages import Chunk, Considered, Decision, Timings, TokenLogprob, TokenLogprobs, Usage
 from ..transport.endpoints import EndpointError
-from .embeddings import Embeddings
-from .events import Attempt
 
 if TYPE_CHECKING:
+    from ..protocol.messages import Chunk, Considered, Decision, Timings, TokenLogprob, TokenLogprobs, Usage
     from .aio import AsyncClient, AsyncStream
+    from .embeddings import Embeddings
+    from .events import Attempt
     from .sync import Client, Stream
 
 __all__ = [
@@ -83,13 +83,23 @@ __all__ = [
 # Without it Python prints warnings of a program that has set up no logging: errors are exceptions here.
 logging.getLogger("tokenmq").addHandler(logging.NullHandler())
 
-_HOMES = {"Client": "sync", "Stream": "sync", "AsyncClient": "aio", "AsyncStream": "aio"}
+# Loaded at first use: asyncio takes longer to import than all the rest, the core must not need zmq, and --help of a
+# command only wants the numbers in `defaults`.
+_HOMES = {
+    "..protocol.messages": (
+        "Chunk", "Considered", "Decision", "Timings", "TokenLogprob", "TokenLogprobs", "Usage",
+    ),
+    ".aio": ("AsyncClient", "AsyncStream"),
+    ".embeddings": ("Embeddings",),
+    ".events": ("Attempt",),
+    ".sync": ("Client", "Stream"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded at first use: asyncio takes longer to import than all the rest, and the core must not need zmq.
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(_HOME_OF[name], __name__), name)
     globals()[name] = value
     return value

@@ -11,20 +11,20 @@ from typing import Any, Generic
 from ..protocol.credit import WINDOW_TOKENS
 from ..protocol.limits import NORMAL_PRIORITY
 from .connection import Connection
-from .embedwork import EmbedWork
-from .events import Close
-from .images import ImageSource
-from .mailbox import Bell, Mailbox
-from .request import DEFAULTS, SAMPLING, SOURCE, build_ask, build_submit, seeds
-from .settings import (
+from .defaults import (
     CONNECT_TIMEOUT_S,
     FIRST_TOKEN_TIMEOUT_S,
     INTER_TOKEN_TIMEOUT_S,
     MAX_ATTEMPTS,
     QUERY_TIMEOUT_S,
     RECOVERY_TIMEOUT_S,
-    settings_from,
 )
+from .embedwork import EmbedWork
+from .events import Close
+from .images import ImageSource
+from .mailbox import Bell, Mailbox
+from .request import DEFAULTS, SAMPLING, SOURCE, build_ask, build_submit, seeds
+from .settings import settings_from
 from .stream import StreamT_co
 
 
