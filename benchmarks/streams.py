@@ -152,7 +152,7 @@ class Receivers:
         messages: how many messages with tokens have arrived.
     """
 
-    def __init__(self, ends: Ends, case: Case, group: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, ends: Ends, group: Sequence[tuple[int, int]]) -> None:
         """Expect messages like those for this group of streams."""
         self.messages = 0
         made = bodies(ends, group)
@@ -188,7 +188,7 @@ def flat_out(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, 
     """
     streams = all_streams(case)
     part = burst(ends, streams, max(1, _BURST_TOKENS // len(streams)))
-    receivers = Receivers(ends, case, streams)
+    receivers = Receivers(ends, streams)
     worker = ends.workers[0]
     sent = 0
     meter: Meter | None = None
@@ -227,7 +227,7 @@ def paced(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, flo
     streams = all_streams(case)
     groups = [streams[at :: case.groups] for at in range(case.groups)]
     bursts = [burst(ends, group) for group in groups]
-    receivers = Receivers(ends, case, groups[0])
+    receivers = Receivers(ends, groups[0])
     worker = ends.workers[0]
     poll = select.epoll()
     clients = {client.socket.fileno(): client for client in ends.clients}

@@ -247,7 +247,7 @@ def _decoded(frames: list[bytes]) -> Message:
 def _check(message: Message, relay: str) -> None:
     """Refuse what ends a session or a request."""
     if isinstance(message, (Disconnect, Error)):
-        code = message.code if isinstance(message.code, str) else message.code.value
+        code = message.code.value if isinstance(message, Disconnect) else message.code
         raise BenchmarkError(f"{relay}: {code}: {message.message}")
     if isinstance(message, Goodbye):
         raise BenchmarkError(f"{relay} has ended the session")
