@@ -180,7 +180,8 @@ class Clients:
             direct=hello.direct,
         )
         self.by_peer[peer] = client
-        self._outbox.to_client(client, Welcome(settings.name, self._software, heartbeat_s, expiry_s))
+        welcome = Welcome(settings.name, self._software, heartbeat_s, expiry_s, settings.group)
+        self._outbox.to_client(client, welcome)
         if self._exchange.draining:
             self._outbox.to_client(client, Draining())
         self._outbox.log("client_connected", level=logging.DEBUG, client=client.name)

@@ -46,6 +46,7 @@ class BrokerSettings:
         pending_bytes: bytes that are kept for a peer that does not take them; with more it is cut off.
         write_timeout_s: seconds after which a peer that takes nothing of what is kept for it is cut off.
         uplinks: backend endpoints of the brokers that this one registers at as a worker, by its name.
+        group: what it has in common with the brokers that share its work; "" for one that stands alone.
         model_order: how models are listed, one of ordering.MODEL_ORDERS.
         insecure: allow endpoints that other machines can reach, without encryption or keys.
         insecure_admin: let every client change things, also where other machines can reach the frontend.
@@ -63,6 +64,7 @@ class BrokerSettings:
     pending_bytes: int = PENDING_BYTES
     write_timeout_s: float = WRITE_TIMEOUT_S
     uplinks: tuple[str, ...] = ()
+    group: str = ""
     model_order: str = DEFAULT_MODEL_ORDER
     insecure: bool = False
     insecure_admin: bool = False
@@ -75,6 +77,8 @@ class BrokerSettings:
         """
         if not 0 < len(self.name) <= MAX_NAME_CHARS or not self.name.isprintable():
             raise ValueError(f"the name must have 1 to {MAX_NAME_CHARS} printable characters, got {self.name!r:.80}")
+        if len(self.group) > MAX_NAME_CHARS:
+            raise ValueError(f"the group must have at most {MAX_NAME_CHARS} characters, got {len(self.group)}")
         find_policy(self.policy)
         if self.model_order not in MODEL_ORDERS:
             raise ValueError(f"unknown model order {self.model_order!r}; known are {', '.join(sorted(MODEL_ORDERS))}")

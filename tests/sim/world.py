@@ -68,7 +68,7 @@ class World:
             settings = BrokerSettings(
                 name=name, heartbeat_s=heartbeat_s, expiry_s=expiry_s, max_waiting=max_waiting,
                 policy=random.choice(sorted(POLICIES)), uplinks=self.layout.uplinks[endpoint],
-                client_weights={"sim": random.choice([1.0, 3.0])},
+                client_weights={"sim": random.choice([1.0, 3.0])}, group=random.choice(["", "group"]),
             )  # fmt: skip
             self.brokers[endpoint] = SimBroker(self.net, self.brokers, endpoint, settings)
         self.workers: list[SimWorker] = []

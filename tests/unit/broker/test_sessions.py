@@ -32,6 +32,11 @@ def test_a_client_is_welcomed_with_the_brokers_intervals(stage: Stage) -> None:
     assert client.says(Hello("ann", "test/1")) == [("ann", Welcome("broker", "test/1", 1.0, 5.0))]
 
 
+def test_a_client_hears_which_group_the_broker_belongs_to(stages: Callable[..., Stage]) -> None:
+    client = stages(group="5f1c").stranger_client("ann")
+    assert client.says(Hello("ann", "test/1")) == [("ann", Welcome("broker", "test/1", 1.0, 5.0, "5f1c"))]
+
+
 def test_a_worker_is_accepted_and_may_wish_for_a_slower_heartbeat(stage: Stage) -> None:
     worker = stage.stranger_worker("w1")
     assert worker.says(ready_of("w1", heartbeat_s=4.0)) == [("w1", Accepted("broker", "test/1", 4.0, 20.0))]

@@ -40,6 +40,7 @@ def test_the_defaults_are_valid_and_local() -> None:
         ({"name": ""}, "1 to 256 printable characters"),
         ({"name": "n" * 257}, "1 to 256 printable characters"),
         ({"name": "\udcff"}, "1 to 256 printable characters"),
+        ({"group": "g" * 257}, "at most 256 characters, got 257"),
         ({"frontend": ("http://127.0.0.1:80",)}, "invalid endpoint 'http://127.0.0.1:80'"),
     ],
 )
