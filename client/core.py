@@ -98,6 +98,8 @@ class ClientCore:
                 self._orders.add(heartbeat)
             if session.start_due(now):
                 self._orders.add(session.start(now))
+        if self.sessions.gathered(now):
+            self._exchange.send_waiting(now)
         self._exchange.tick(now)
         self._queries.tick(now)
         return self._orders.take()
@@ -162,8 +164,8 @@ class ClientCore:
         if about_request:
             self._take(event.message, event.endpoint, now)
         elif session.open and not was_open:
-            self._orders.log("session_opened", endpoint=session.endpoint, broker=session.broker)
-            self._exchange.session_opened(now)
+            self.sessions.opened(session, now)
+            self._exchange.send_waiting(now)
             self._queries.session_opened(now)
 
     def _take(self, message: Message, endpoint: str, now: float) -> None:
@@ -189,4 +191,5 @@ class ClientCore:
     def _session_ended(self, session: Session, reason: str, now: float) -> None:
         message = f"the session with the broker at {session.endpoint} ended: {reason}"
         self._exchange.session_ended(session.endpoint, message, now)
+        self._exchange.send_waiting(now)  # what has waited for this one goes to another of its group
         self._queries.session_ended(session.endpoint, message)

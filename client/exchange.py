@@ -165,8 +165,10 @@ class Exchange:
             return None
         return stream, attempt
 
-    def session_opened(self, now: float) -> None:
-        """Send what has waited for it, in the order of submission."""
+    def send_waiting(self, now: float) -> None:
+        """Send what has waited for a broker, if one takes it now, in the order of submission."""
+        if self._sessions.best() is None:
+            return
         for stream in list(self._streams.values()):
             if stream.place is Place.WAITING:
                 self._send(stream, now)

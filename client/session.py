@@ -77,6 +77,8 @@ class Session:
         phase: where it stands.
         endpoint: the broker's.
         broker: the name the broker gave in WELCOME.
+        group: the group of brokers that it belongs to, as it said there; "" for one that stands alone.
+        tried: it has been open, or a try has failed.
         draining: the broker shuts down, and wants no new requests.
         failure: why the last try to get a session failed; "" while there is one.
         sent: messages sent in this session.
@@ -99,6 +101,8 @@ class Session:
         self.phase = Phase.PAUSED
         self.endpoint = endpoint
         self.broker = ""
+        self.group = ""
+        self.tried = False
         self.draining = False
         self.failure = ""
         self.sent = 0
@@ -108,6 +112,11 @@ class Session:
     def open(self) -> bool:
         """Whether requests may leave."""
         return self.phase is Phase.OPEN
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether the broker wants new requests."""
+        return self.phase is Phase.OPEN and not self.draining
 
     @property
     def has_socket(self) -> bool:
@@ -164,6 +173,8 @@ class Session:
     def _welcome(self, message: Welcome, now: float) -> None:
         self.phase = Phase.OPEN
         self.broker = message.broker
+        self.group = message.group
+        self.tried = True
         self.draining = False
         self.failure = ""
         self._opened_at = now
@@ -198,6 +209,7 @@ class Session:
         if self.open and now - self._opened_at >= BACKOFF_MAX_S:
             self._backoff_s = BACKOFF_S
         self.phase = Phase.PAUSED
+        self.tried = True
         self.failure = reason
         self.draining = False
         self._liveness = None

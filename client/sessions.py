@@ -1,4 +1,14 @@
-"""The sessions with all brokers, and which of them a request goes to."""
+"""The sessions with all brokers, and which of them a request goes to.
+
+Requests go to the first broker, in the client's order, that takes any. Where that one belongs to a group, they go to
+the one of the group that takes requests and comes first in an order that this client has drawn. So
+
+- many clients spread evenly over a group, also those of a broker that has died over the others;
+- all streams of one client are at one broker, whose worker sends the tokens of all in one message;
+- a broker that comes back gets its clients' next requests; what runs elsewhere ends there.
+
+Questions go to the first in the client's order: they are about a broker, and not work to be spread.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +22,10 @@ from .events import Action, CloseSocket
 from .session import Phase, Session
 from .settings import Settings
 
+#: All brokers are asked for a session at once. So long behind a group's first answer, requests wait for the one that
+#: was drawn, if it has not answered yet: else most clients would begin at the one that answers first.
+GATHER_S = 0.1
+
 
 class Sessions:
     """One session for each broker, in the order in which the settings prefer them.
@@ -24,6 +38,10 @@ class Sessions:
         self._settings = settings
         self._orders = orders
         self._by_endpoint = {endpoint: Session(endpoint, settings, random) for endpoint in settings.endpoints}
+        self._drawn = sorted(self, key=lambda _session: random())
+        #: Until when requests wait for a broker that has not been tried; None before a group's first answer.
+        self._gather_until: float | None = None
+        self._gathered = False
         self.closed = False
 
     def __iter__(self) -> Iterator[Session]:
@@ -35,12 +53,36 @@ class Sessions:
         return self._by_endpoint[endpoint]
 
     def best(self) -> Session | None:
-        """Return the session that requests go to now; None where no broker takes any."""
-        return next((session for session in self if session.open and not session.draining), None)
+        """Return the session that requests go to now; None where no broker takes any, or the drawn one may yet."""
+        first = self._first()
+        if first is None or not first.group:
+            return first
+        for session in self._drawn:
+            if session.takes_requests and session.group == first.group:
+                return session
+            if not (session.tried or self._gathered):
+                return None
+        raise AssertionError(first)  # it is one of them
 
     def any_open(self) -> Session | None:
         """Return the session that questions go to: a broker that drains still answers them."""
-        return self.best() or next((session for session in self if session.open), None)
+        return self._first() or next((session for session in self if session.open), None)
+
+    def _first(self) -> Session | None:
+        return next((session for session in self if session.takes_requests), None)
+
+    def opened(self, session: Session, now: float) -> None:
+        """Note a session that is open now."""
+        self._orders.log("session_opened", endpoint=session.endpoint, broker=session.broker)
+        if session.group and self._gather_until is None:
+            self._gather_until = now + GATHER_S
+
+    def gathered(self, now: float) -> bool:
+        """Tell, once, that requests wait no longer for a broker that has not been tried."""
+        if self._gathered or self._gather_until is None or now < self._gather_until:
+            return False
+        self._gathered = True
+        return True
 
     def send(self, endpoint: str, message: Message, now: float) -> None:
         """Send in an open session."""
@@ -72,7 +114,7 @@ class Sessions:
         """Return the error for what has waited for a session in vain."""
         seconds = f"{waited_s:g} s"
         for session in self:
-            if session.open:
+            if session.draining:
                 message = (
                     f"the broker at {session.endpoint} is shutting down, and no other took over within {seconds}"
                 )
@@ -87,6 +129,8 @@ class Sessions:
     def next_deadline(self) -> float | None:
         """Return when the first of them needs a `tick`, None for never."""
         times = [time for session in self if (time := session.next_deadline()) is not None]
+        if self._gather_until is not None and not self._gathered and not self.closed:
+            times.append(self._gather_until)
         return min(times, default=None)
 
     def validate(self) -> None:

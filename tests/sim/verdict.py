@@ -89,7 +89,7 @@ def _justified(world: World, client: SimClient, reading: Reading) -> bool:
     pause = pause_s(_barren(reading), outcome.retry_after_s, lambda: 1.0)
     lost_s = reading.ended_at - reading.held_at
     lost = len(reading.attempts) > 1 and lost_s + pause >= settings.recovery_timeout_s - _MS
-    alone = reading.lonely_s > 0.0 and (lost or reading.lonely_s >= settings.connect_timeout_s - _MS)
+    alone = reading.lonely_s >= 0.0 and (lost or reading.lonely_s >= settings.connect_timeout_s - _MS)
     if alone and code in ("no_broker", "draining"):
         return True  # there is no broker, or one that takes nothing more
     if code == "queue_timeout":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tokenmq.client.core import ClientCore
@@ -55,14 +56,17 @@ def key(number: int) -> bytes:
 class Story:
     """Drives a core; every step validates it and returns its actions without log lines.
 
-    `jitter` is what the core's random numbers are: 1.0 makes every pause the longest that it may be.
+    `jitter` is what the core's random numbers are: 1.0 makes every pause the longest that it may be. `random` is
+    another source of them.
     """
 
-    def __init__(self, *endpoints: str, jitter: float = 1.0, **settings: Any) -> None:
+    def __init__(
+        self, *endpoints: str, jitter: float = 1.0, random: Callable[[], float] | None = None, **settings: Any
+    ) -> None:
         self.now = 100.0
         self.jitter = jitter
         self.core = ClientCore(
-            Settings(endpoints=endpoints or (ONE,), name="test", **settings), random=lambda: self.jitter
+            Settings(endpoints=endpoints or (ONE,), name="test", **settings), random=random or (lambda: self.jitter)
         )
         self.windows: dict[bytes, ReceiveWindow] = {}
         self.logs: list[Log] = []
@@ -94,13 +98,13 @@ class Story:
     def greet(self, at: str = ONE) -> list[Action]:
         return self.handle(Connected(at))
 
-    def welcome(self, at: str = ONE) -> list[Action]:
-        return self.receive(Welcome(f"broker at {at}", "stub/1", heartbeat_s=1.0, expiry_s=5.0), at)
+    def welcome(self, at: str = ONE, group: str = "") -> list[Action]:
+        return self.receive(Welcome(f"broker at {at}", "stub/1", heartbeat_s=1.0, expiry_s=5.0, group=group), at)
 
-    def open(self, at: str = ONE) -> list[Action]:
+    def open(self, at: str = ONE, group: str = "") -> list[Action]:
         """Get a session with a broker that is being connected to."""
         self.greet(at)
-        return self.welcome(at)
+        return self.welcome(at, group)
 
     def open_sessions(self) -> list[Action]:
         """Get a session with every broker; return what the last one caused."""
@@ -113,11 +117,11 @@ class Story:
     def lose(self, at: str = ONE) -> list[Action]:
         return self.handle(Lost(at, "connection disconnected"))
 
-    def reopen(self, at: str = ONE) -> list[Action]:
+    def reopen(self, at: str = ONE, group: str = "") -> list[Action]:
         """Get a session with a broker again, as soon as the pause is over."""
         while not self.core.sessions[at].has_socket:
             self.sleep()
-        return self.open(at)
+        return self.open(at, group)
 
     # What the application does
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from tokenmq.client.events import (
 )
 from tokenmq.client.exchange import DEADLINE_SLACK_S
 from tokenmq.client.recovery import MAX_PAUSE_S
+from tokenmq.client.sessions import GATHER_S
 from tokenmq.client.settings import Settings
 from tokenmq.protocol import limits
 from tokenmq.protocol.credit import ReceiveWindow
@@ -87,6 +89,7 @@ workers = st.sampled_from(["v", "w"])
 
 
 WELCOME = Welcome("b", "s", 1.0, EXPIRY_S)
+GROUPS = ["", "g", "h"]
 FAREWELLS = [
     Goodbye(),
     Disconnect(DisconnectCode.UNKNOWN_PEER, ""),
@@ -141,15 +144,20 @@ class Machine(RuleBasedStateMachine):
         self.made = 0
         self.ends: Counter[bytes] = Counter()
         self.sockets: dict[str, Socket] = {}
+        self.groups = {ONE: "", TWO: ""}
+        #: Which broker of a group requests have gone to while both took some; and when the first group answered.
+        self.home = ""
+        self.gathers_from = math.inf
         self.readers: dict[bytes, Reader] = {}
         self.over: list[Reader] = []
         self.questions: dict[bytes, str] = {}
         #: The broker whose message is being dealt with.
         self.speaker = ""
 
-    @initialize(there=st.lists(brokers, unique=True))
-    def begin(self, there: list[str]) -> None:
+    @initialize(there=st.lists(brokers, unique=True), first=st.sampled_from(GROUPS), second=st.sampled_from(GROUPS))
+    def begin(self, there: list[str], first: str, second: str) -> None:
         """Most stories begin with a broker that is there."""
+        self.groups = {ONE: first, TWO: second}
         for at in there:
             self.up(at)
 
@@ -205,7 +213,11 @@ class Machine(RuleBasedStateMachine):
             assert len(reader.open) == 1
         else:
             takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
-            assert endpoint == takers[0]
+            if len({self.groups[name] for name in takers}) == 1 < len(takers) and self.groups[ONE]:
+                assert endpoint == (self.home or endpoint), "one client, two homes"
+                self.home = endpoint
+            else:
+                assert endpoint == takers[0]
             assert not reader.at, "two attempts at once"
             assert reader.resume or envelope.attempt == 1
         assert envelope.attempt == reader.last + 1
@@ -271,6 +283,9 @@ class Machine(RuleBasedStateMachine):
         if socket is None or not socket.from_client:
             return
         if isinstance(message, Welcome):
+            message = replace(message, group=self.groups[endpoint])
+            if not socket.welcomed and message.group:
+                self.gathers_from = min(self.gathers_from, self.now)
             socket.welcomed = True
         elif isinstance(message, Draining):
             socket.draining = True
@@ -288,6 +303,8 @@ class Machine(RuleBasedStateMachine):
         if not any(reader.at for reader in self.readers.values()):
             self.up(ONE)
             self.submit(None, True, 0.5)
+            if self.core.sessions.best() is None:
+                self.tick(GATHER_S)  # it waits for the other one of its group
         known = sorted(request_id for request_id, reader in self.readers.items() if reader.at)
         request_id = known[number % len(known)]
         return request_id, self.readers[request_id]
@@ -486,6 +503,11 @@ class Machine(RuleBasedStateMachine):
         for request_id in (number.to_bytes(16, "big") for number in range(1, self.made + 1)):
             is_open = request_id in self.readers or request_id in self.questions
             assert self.ends[request_id] == (0 if is_open else 1)
+
+    @invariant()
+    def requests_wait_for_no_broker_while_one_takes_them(self) -> None:
+        if any(self.takes_requests(at) for at in (ONE, TWO)) and self.core.sessions.best() is None:
+            assert self.now < self.gathers_from + GATHER_S
 
     @invariant()
     def tokens_come_in_order(self) -> None:
