@@ -8,9 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tokenmq.protocol.log import Log
-from tokenmq.worker.events import EXIT_CANNOT_START, EXIT_FAILED
-from tokenmq.worker.supervisor import (
+from tokenmq.cli.supervisor import (
     HEALTHY_S,
     KILL_AFTER_S,
     MOST_RESTART_S,
@@ -25,6 +23,8 @@ from tokenmq.worker.supervisor import (
     SupervisorCore,
     Terminate,
 )
+from tokenmq.protocol.log import Log
+from tokenmq.worker.events import EXIT_CANNOT_START, EXIT_FAILED
 
 GRACE_S = 5.0
 ENDS = st.sampled_from([0, EXIT_FAILED, EXIT_CANNOT_START, -9, -15])
@@ -54,7 +54,7 @@ class Processes(RuleBasedStateMachine):
         for action in actions:
             assert self.finished is None, "nothing follows Finish"
             if isinstance(action, Spawn):
-                self._spawned(action.worker)
+                self._spawned(action.team)
             elif isinstance(action, Terminate):
                 assert action.seat in self.alive
                 assert action.seat not in self.asked, "a second SIGTERM would end its drain"
@@ -86,7 +86,7 @@ class Processes(RuleBasedStateMachine):
     @precondition(lambda self: self.finished is None and self.alive)
     @rule(data=st.data(), code=ENDS)
     def a_process_ends(self, data: st.DataObject, code: int) -> None:
-        seat = data.draw(st.sampled_from(sorted(self.alive, key=lambda seat: (seat.worker, seat.rank))))
+        seat = data.draw(st.sampled_from(sorted(self.alive, key=lambda seat: (seat.team, seat.rank))))
         if seat.rank and code == 0 and seat not in self.killed:
             return  # a follower ends well only when its leader does
         self._end(seat, -9 if seat in self.killed else code)
@@ -95,16 +95,16 @@ class Processes(RuleBasedStateMachine):
         self.alive.discard(seat)
         self.killed.discard(seat)
         self.asked.discard(seat)
-        others = any(other.worker == seat.worker for other in self.alive)
+        others = any(other.team == seat.team for other in self.alive)
         if not others:
-            self.down_at[seat.worker] = self.now
-        if seat.rank == 0 and code == 0 and seat.worker not in self.failed():
-            self.drained.add(seat.worker)
+            self.down_at[seat.team] = self.now
+        if seat.rank == 0 and code == 0 and seat.team not in self.failed():
+            self.drained.add(seat.team)
         self._perform(self.core.handle(Ended(seat, code), self.now))
 
     def failed(self) -> set[int]:
         """Workers of which a member is being killed: their life has ended otherwise."""
-        return {seat.worker for seat in self.killed}
+        return {seat.team for seat in self.killed}
 
     @precondition(lambda self: self.finished is None)
     @rule(number=st.sampled_from([2, 15]))
@@ -146,7 +146,7 @@ class Processes(RuleBasedStateMachine):
         self.time_passes(GRACE_S + KILL_AFTER_S)
         while self.alive:
             assert self.killed == self.alive
-            self._end(min(self.alive, key=lambda seat: (seat.worker, seat.rank)), -9)
+            self._end(min(self.alive, key=lambda seat: (seat.team, seat.rank)), -9)
         assert self.finished is not None
         assert self.core.next_deadline() == math.inf
 

@@ -14,7 +14,7 @@ PURE = (
     "tokenmq.protocol.credit",
     "tokenmq.broker.core",
     "tokenmq.worker.core",
-    "tokenmq.worker.supervisor",
+    "tokenmq.cli.supervisor",
     "tokenmq.client.core",
 )
 

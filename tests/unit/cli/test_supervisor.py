@@ -7,9 +7,7 @@ from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 
-from tokenmq.protocol.log import Log
-from tokenmq.worker.events import EXIT_CANNOT_START, EXIT_FAILED
-from tokenmq.worker.supervisor import (
+from tokenmq.cli.supervisor import (
     HEALTHY_S,
     KILL_AFTER_S,
     MOST_RESTART_S,
@@ -24,6 +22,8 @@ from tokenmq.worker.supervisor import (
     SupervisorCore,
     Terminate,
 )
+from tokenmq.protocol.log import Log
+from tokenmq.worker.events import EXIT_CANNOT_START, EXIT_FAILED
 
 GRACE_S = 5.0
 

@@ -1,16 +1,16 @@
-"""SupervisorCore: which worker processes are to run, without I/O: events in, actions out.
+"""SupervisorCore: which processes are to run, without I/O: events in, actions out.
 
-It knows no process, no signal handler and no clock; who runs it (`cli/supervise.py`) does. The rules:
+It knows no process, no signal handler and no clock; who runs it (`cli/processes.py`) does. The rules:
 
-- A worker is a team of one process, or of several that compute one model together (tensor parallel). Rank 0 of a team
-  is the worker that brokers know; the others follow it. They live and die together: when one fails, the others are
-  killed, and when the last has ended the whole team is started again.
-- A worker that ends with 0 has drained or was removed: it is not started again. Any other end is followed by a
+- A team is a worker: one process, or several that compute one model together (tensor parallel), of which rank 0 is
+  what brokers know and the others follow it. They live and die together: when one fails, the others are killed, and
+  when the last has ended the whole team is started again.
+- A team that ends with 0 has drained or was removed: it is not started again. Any other end is followed by a
   restart, at first after RESTART_S, then after twice the last pause up to MOST_RESTART_S; behind a life of HEALTHY_S
   or more the pauses begin anew.
-- Where every worker has said that it cannot start, and none has ever come further, the command is wrong, and nothing
+- Where every team has said that it cannot start, and none has ever come further, the command is wrong, and nothing
   is tried again.
-- The first signal asks every worker to drain; what is not over some time behind the grace time is killed. The second
+- The first signal asks every team to drain; what is not over some time behind the grace time is killed. The second
   one kills at once.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 from ..protocol.log import Log
 from ..protocol.orders import Orders
-from .events import EXIT_CANNOT_START, EXIT_FAILED
+from ..worker.events import EXIT_CANNOT_START, EXIT_FAILED
 
 #: The first pause: a worker that was killed comes back nearly at once, and one that cannot run costs little.
 RESTART_S = 1.0
@@ -39,9 +39,9 @@ KILL_AFTER_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A place for one process: the worker's number, and its rank in the worker's team."""
+    """A place for one process: the team's number, and its rank in the team."""
 
-    worker: int
+    team: int
     rank: int = 0
 
 
@@ -62,9 +62,9 @@ class Signalled:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Action: start all processes of a worker's team; none of it is alive."""
+    """Action: start all processes of a team; none of it is alive."""
 
-    worker: int
+    team: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ Action: TypeAlias = Spawn | Terminate | Kill | Finish | Log
 
 @dataclass(slots=True)
 class _Team:
-    """One worker.
+    """One team.
 
     Attributes:
         alive: ranks whose process runs.
@@ -121,9 +121,9 @@ class SupervisorCore:
         """Make a supervisor that has started nothing yet.
 
         Args:
-            names: the workers' names.
-            grace_s: seconds that a worker takes to drain at most.
-            size: processes of each worker.
+            names: the teams' names.
+            grace_s: seconds that a team takes to drain at most.
+            size: processes of each team.
         """
         self._teams = [_Team(name, size) for name in names]
         self._grace_s = grace_s
@@ -131,12 +131,12 @@ class SupervisorCore:
         #: When what is left is killed; None while nothing is to end.
         self._kill_at: float | None = None
         self._exit_code = 0
-        #: One worker at least has come further than to find that it cannot start.
+        #: One team at least has come further than to find that it cannot start.
         self._proven = False
         self._finished = False
 
     def start(self, now: float) -> list[Action]:
-        """Start every worker. Call it once."""
+        """Start every team. Call it once."""
         names = ",".join(team.name for team in self._teams)
         self._orders.log("supervisor_started", workers=names)
         for number in range(len(self._teams)):
@@ -184,17 +184,17 @@ class SupervisorCore:
             assert RESTART_S <= team.pause_s <= MOST_RESTART_S, team
             assert not (self._finished and team.alive), team
 
-    # --- the workers' ends ------------------------------------------------------------------------------------------
+    # --- the teams' ends --------------------------------------------------------------------------------------------
 
     def _on_ended(self, seat: Seat, exit_code: int, now: float) -> None:
-        team = self._teams[seat.worker]
+        team = self._teams[seat.team]
         team.alive.discard(seat.rank)
         # A follower ends with 0 when its leader has told it to, and the leader then has an end of its own.
         if team.exit_code is None and (seat.rank == 0 or exit_code != 0):
             team.exit_code = exit_code
             if team.alive and exit_code != 0:
                 self._log_end("worker_rank_ended", team, exit_code, rank=seat.rank)
-            self._kill(seat.worker)
+            self._kill(seat.team)
         if not team.alive:
             self._on_life_over(team, now)
 
@@ -243,7 +243,7 @@ class SupervisorCore:
             self._kill_all()
 
     def _end_all(self, now: float) -> None:
-        """Ask each worker to drain, and start none any more."""
+        """Ask each team to drain, and start none any more."""
         self._kill_at = now + self._grace_s + KILL_AFTER_S
         for number, team in enumerate(self._teams):
             team.restart_at = None
