@@ -1,8 +1,13 @@
-"""Requests of one token through a relay, so many at a time: each one that ends makes its client ask again."""
+"""Requests of one token through a relay, so many at a time: each one that ends makes its client ask again.
+
+A fast relay takes a few microseconds for a request, so the ends must not look at each octet in Python: messages are
+counted and found by their headers, in all that a socket has brought.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import select
 import time
 
@@ -12,38 +17,66 @@ from relays import Relay
 from rounds import BenchmarkError
 from streams import Meter, percentiles_ms, warm_s
 
-from tokenmq.protocol.codec import encode
+from tokenmq.protocol.codec import PREFIX, encode
 from tokenmq.protocol.messages import ID_BYTES, Chunk, Chunks, Command, Finish, FinishReason, Timings, Usage
 
 _PATIENCE_S = 10.0
-#: They stand where an answer gets those of its request.
-_ID, _ROUTE = b"I" * ID_BYTES, b"R" * ID_BYTES
+#: It stands where an answer gets the id of its request.
+_ID = b"\xf1" * ID_BYTES
 _NUMBER_BYTES = 8
+_CHUNKS, _FINISH, _REQUEST = (PREFIX[command] for command in (Command.CHUNKS, Command.FINISH, Command.REQUEST))
+_PREFIX_BYTES = len(_REQUEST)
+#: What must not come: DISCONNECT, GOODBYE, ERROR, an error of NATS.
+_ENDS = re.compile(
+    b"|".join(re.escape(PREFIX[command]) for command in (Command.DISCONNECT, Command.GOODBYE, Command.ERROR))
+    + b"|-ERR"
+)
+#: A request that is cut is kept from so far before its header: there the client's routing id or subject stands.
+_BEFORE_HEADER = 64
 
 
-class Answers:
-    """What a worker writes for a request: CHUNKS with one token, and FINISH where it is wanted."""
+def answer_form(ends: Ends, *, finish: bool) -> bytes:
+    """Return the form of what a worker writes for a request: fill in `id` and `way` by the % operator.
 
-    def __init__(self, ends: Ends, *, finish: bool) -> None:
-        """Encode both once; only ids and routes differ."""
-        chunks = encode(Chunks(_ROUTE, (Chunk(_ID, 1, 0, 0, (12345,), " Paris"),)))[0]
-        self._head, behind = chunks.split(_ROUTE)
-        self._middle, self._tail = behind.split(_ID)
+    Args:
+        ends: knows what stands around the messages, and whether their headers have the id or the route.
+        finish: it is CHUNKS and FINISH, in two messages; else CHUNKS alone.
+    """
+    route = ends.way if ends.chunks_by_route else _ID
+    wire = ends.answer(ends.way, encode(Chunks(route, (Chunk(_ID, 1, 0, 0, (12345,), " Paris"),)))[0])
+    if finish:
+        id = ends.way if ends.finish_by_route else _ID
         timings = Timings(worker_queue_s=0.001, prefill_s=0.02)
-        end = encode(Finish(_ID, 1, FinishReason.LENGTH, Usage(8, 1), timings, ""))[0]
-        self._end_head, self._end_tail = end.split(_ID)
-        self._ends = ends
-        self._finish = finish
+        wire += ends.answer(ends.way, encode(Finish(id, 1, FinishReason.LENGTH, Usage(8, 1), timings, ""))[0])
+    return wire.replace(b"%", b"%%").replace(_ID, b"%(id)b").replace(ends.way, b"%(way)b")
 
-    def to(self, id: bytes, way: bytes) -> bytes:
-        """Return the answer to a request, by the way back that it came with."""
-        ends = self._ends
-        name = way if ends.chunks_by_route else id
-        wire = ends.answer(way, self._head + name + self._middle + id + self._tail)
-        if self._finish:
-            name = way if ends.finish_by_route else id
-            wire += ends.answer(way, self._end_head + name + self._end_tail)
-        return wire
+
+def count(rest: bytes, data: bytes, prefix: bytes) -> tuple[int, bytes]:
+    """Return how many messages with this prefix have begun in new data, and what to keep for the next ones.
+
+    Args:
+        rest: what was kept the last time.
+        data: what has arrived since.
+        prefix: what such a message's header begins with.
+
+    Raises:
+        BenchmarkError: the relay has ended a session or a request.
+    """
+    data = rest + data
+    if _ENDS.search(data):
+        raise BenchmarkError(f"the relay has sent {data[-100:]!r}")
+    return data.count(prefix), data[1 - len(prefix) :]
+
+
+def find(pattern: re.Pattern[bytes], data: bytes) -> tuple[list[dict[bytes, bytes]], bytes]:
+    """Return `id` and `way` of each request in what a worker has got, and what to keep for the next ones."""
+    found = [{b"id": match["id"], b"way": match["way"]} for match in pattern.finditer(data)]
+    last = data.rfind(_REQUEST)
+    if last < 0:
+        return found, data[-_BEFORE_HEADER:]
+    if data.count(_REQUEST) == len(found):
+        return found, data[last + _PREFIX_BYTES :]
+    return found, data[max(0, last - _BEFORE_HEADER) :]
 
 
 class ClosedLoop:
@@ -51,8 +84,7 @@ class ClosedLoop:
 
     Attributes:
         requests: how many have been answered.
-        waits: nanoseconds from the request to its first token, of each one since `waits` was cleared; kept only where
-            one is in flight at a time.
+        waits: nanoseconds from a request to its first token; kept only where one is in flight at a time.
     """
 
     def __init__(self, ends: Ends, in_flight: int, *, finish: bool) -> None:
@@ -66,14 +98,16 @@ class ClosedLoop:
         self.requests = 0
         self.waits: list[int] = []
         self._ends = ends
-        self._answers = Answers(ends, finish=finish)
+        self._form = answer_form(ends, finish=finish)
         self._messages = 2 if finish else 1
-        self._last = Command.FINISH if finish else Command.CHUNKS
-        self._asking = [ends.asking(client.number) for client in ends.clients]
+        self._last = _FINISH if finish else _CHUNKS
+        prefix = os.urandom(ID_BYTES - _NUMBER_BYTES)
+        self._asking = [
+            (head + prefix, tail) for head, tail in (ends.asking(client.number) for client in ends.clients)
+        ]
         self._each = in_flight // len(ends.clients)
         self._single = in_flight == 1
         self._asked_at = 0
-        self._prefix = os.urandom(ID_BYTES - _NUMBER_BYTES)
         self._made = 0
         self._poll = select.epoll()
         self._clients = {client.socket.fileno(): client for client in ends.clients}
@@ -110,44 +144,38 @@ class ClosedLoop:
         while time.perf_counter() < end:
             ready = self._poll.poll(_PATIENCE_S)
             if not ready:
-                raise BenchmarkError(f"{self._ends.relay}: nothing arrived for {_PATIENCE_S:g} s")
+                raise BenchmarkError(f"nothing arrived for {_PATIENCE_S:g} s")
             for number, _ in ready:
                 worker = self._workers.get(number)
                 if worker is None:
-                    self._from_relay(self._clients[number])
+                    self._listen(self._clients[number])
                 else:
                     self._serve(worker)
             self._ends.beat()
 
-    def _ask(self, client: Connection, count: int) -> None:
+    def _ask(self, client: Connection, number: int) -> None:
         head, tail = self._asking[client.number]
-        made = []
-        for _ in range(count):
-            self._made += 1
-            made.append(head + self._prefix + self._made.to_bytes(_NUMBER_BYTES, "big") + tail)
+        first = self._made
+        self._made += number
+        ids = range(first, self._made)
+        wire = b"".join([head + id.to_bytes(_NUMBER_BYTES, "big") + tail for id in ids])
         if self._single:
             self._asked_at = time.perf_counter_ns()
-        client.send(b"".join(made), count)
+        client.send(wire, number)
 
-    def _from_relay(self, client: Connection) -> None:
-        data = client.rest + client.receive()
-        if self._single:
-            arrived = time.perf_counter_ns()
+    def _listen(self, client: Connection) -> None:
+        data = client.receive()
+        if self._single and _CHUNKS in client.rest + data:
+            self.waits.append(time.perf_counter_ns() - self._asked_at)
         client.flush()
-        commands, end = self._ends.commands(client, data)
-        client.rest = data[end:]
-        if self._single and Command.CHUNKS in commands:
-            self.waits.append(arrived - self._asked_at)
-        done = commands.count(self._last)
+        done, client.rest = count(client.rest, data, self._last)
         if done:
             self.requests += done
             self._ask(client, done)
 
     def _serve(self, worker: Connection) -> None:
-        data = worker.rest + worker.receive()
+        requests, worker.rest = find(self._ends.requests, worker.rest + worker.receive())
         worker.flush()
-        requests, end = self._ends.asked(worker, data)
-        worker.rest = data[end:]
         if requests:
-            answer = self._answers.to
-            worker.send(b"".join([answer(id, way) for id, way in requests]), len(requests) * self._messages)
+            form = self._form
+            worker.send(b"".join([form % request for request in requests]), len(requests) * self._messages)

@@ -8,6 +8,7 @@ sent when is the business of `streams.py` and `closed_loop.py`.
 from __future__ import annotations
 
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 
@@ -132,17 +133,19 @@ class Ends(ABC):
     def asking(self, client: int) -> tuple[bytes, bytes]:
         """Return what a client writes to make a request: what stands before the request's id, and what behind it."""
 
+    @property
     @abstractmethod
-    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
-        """Return the id and the way back of each request that a worker has got, and their length together."""
+    def requests(self) -> re.Pattern[bytes]:
+        """What finds requests in all that a worker has got: `id` is a request's id, `way` the way back."""
+
+    @property
+    @abstractmethod
+    def way(self) -> bytes:
+        """A way back to nobody, as long as the real ones."""
 
     @abstractmethod
     def answer(self, way: bytes, body: bytes) -> bytes:
         """Return what a worker writes to send a message back by this way."""
-
-    @abstractmethod
-    def commands(self, client: Connection, data: bytes) -> tuple[list[int], int]:
-        """Return the TMQ/1 commands that a client has got, and their length together."""
 
 
 def request(id: bytes, route: bytes | None = None) -> list[bytes]:

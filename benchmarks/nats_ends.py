@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import nats_text
 from connection import Connection
 from ends import Ends, request
 from relays import Relay
 from rounds import BenchmarkError
 
-from tokenmq.protocol.codec import HEADER_BYTES, PREFIX
+from tokenmq.protocol.codec import PREFIX
 from tokenmq.protocol.messages import ID_BYTES, NO_ID, Command
 
 _WORK, _GROUP = b"work", b"workers"
+_REQUESTS = re.compile(
+    rb"MSG work 1 (?P<way>\S+) \d+\r\n" + re.escape(PREFIX[Command.REQUEST]) + rb"(?P<id>.{16})", re.DOTALL
+)
 
 
 class NatsEnds(Ends):
@@ -51,7 +56,7 @@ class NatsEnds(Ends):
         if unit == nats_text.PING:
             connection.send(nats_text.PONG)
         elif unit.startswith(b"-ERR"):
-            raise BenchmarkError(f"nats-server: {unit.decode().strip()}")
+            raise BenchmarkError(f"the relay says {unit.decode().strip()}")
 
     def asking(self, client: int) -> tuple[bytes, bytes]:
         """Return a message to the workers with the client's subject as the way back, cut where the id stands."""
@@ -60,31 +65,19 @@ class NatsEnds(Ends):
         at = wire.index(PREFIX[Command.REQUEST]) + 8
         return wire[:at], wire[at + ID_BYTES :]
 
-    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
-        """Return ids and subjects to answer to."""
-        found, end = nats_text.scan(data)
-        requests = []
-        for line, at, begin, stop in found:
-            if begin < stop:
-                requests.append((data[begin + 8 : begin + HEADER_BYTES], line.split(b" ")[3]))
-            else:
-                self.take(worker, data[at:begin])
-        return requests, end
+    @property
+    def requests(self) -> re.Pattern[bytes]:
+        """The way back is the subject to answer to."""
+        return _REQUESTS
+
+    @property
+    def way(self) -> bytes:
+        """A subject."""
+        return b"\xf0" * len(_subject(0))
 
     def answer(self, way: bytes, body: bytes) -> bytes:
         """Return a message to that subject."""
         return nats_text.publish(way, body)
-
-    def commands(self, client: Connection, data: bytes) -> tuple[list[int], int]:
-        """Return the command octets of all messages."""
-        found, end = nats_text.scan(data)
-        commands = []
-        for _, at, begin, stop in found:
-            if begin < stop:
-                commands.append(data[begin + 4])
-            else:
-                self.take(client, data[at:begin])
-        return commands, end
 
 
 def _subject(client: int) -> bytes:

@@ -56,7 +56,7 @@ class Relay:
         try:
             return time.clock_gettime((~self.pid << 3) | _CPU_CLOCK)
         except OSError as error:
-            raise BenchmarkError(f"{self.name} has ended") from error
+            raise BenchmarkError("the relay has ended") from error
 
 
 def cores() -> tuple[int, int]:
@@ -120,7 +120,7 @@ def _await(process: LocalProcess, *ports: int) -> None:
     for port in ports:
         while not _listens(port):
             if process.exit_code is not None or time.monotonic() > end:
-                raise BenchmarkError(f"{process.name} does not start: {_last(process.log_tail().splitlines())}")
+                raise BenchmarkError(f"the relay does not start: {_last(process.log_tail().splitlines())}")
             time.sleep(0.01)
 
 

@@ -71,6 +71,9 @@ def interleave(
         rounds: how many rounds.
         measure: takes a case and a relay, returns the figures; NotHereError skips this relay from then on.
         tell: takes a line after each measurement.
+
+    Raises:
+        BenchmarkError: a measurement failed; the message says which one.
     """
     rows = []
     missing: set[str] = set()
@@ -85,6 +88,8 @@ def interleave(
                     missing.add(relay)
                     tell(f"{relay}: skipped: {error}")
                     continue
+                except BenchmarkError as error:
+                    raise BenchmarkError(f"round {number}: {case}: {relay}: {error}") from error
                 rows.append(Row(relay, case, number, dict(figures)))
                 shown = ", ".join(f"{name} {brief(value)}" for name, value in figures.items())
                 tell(f"round {number}: {case}: {relay}: {shown}")

@@ -125,7 +125,7 @@ class Meter:
         cpu_s = self._relay.cpu_s() - self._cpu_s
         tokens, messages = tokens - self._before[0], messages - self._before[1]
         if not tokens:
-            raise BenchmarkError(f"{self._relay.name}: nothing arrived in {seconds:.1f} s")
+            raise BenchmarkError(f"nothing arrived in {seconds:.1f} s")
         return {
             "tokens_per_s": tokens / seconds,
             "messages_per_s": messages / seconds,
@@ -202,7 +202,7 @@ def flat_out(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, 
         if got != last:
             last, moved_at = got, now
         elif now > moved_at + _PATIENCE_S:
-            raise BenchmarkError(f"{relay.name}: nothing arrived for {_PATIENCE_S:g} s")
+            raise BenchmarkError(f"nothing arrived for {_PATIENCE_S:g} s")
         if meter is None and now >= warm_until:
             meter = Meter(relay, got, receivers.messages)
             end = now + seconds
@@ -245,7 +245,7 @@ def paced(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, flo
             due = began + int(tick * gap)
             if now >= due:
                 if not worker.flush():
-                    raise BenchmarkError(f"{relay.name} does not take {case.clients * case.streams} paced streams")
+                    raise BenchmarkError(f"the relay does not keep up with {len(streams)} paced streams")
                 part = bursts[tick % case.groups]
                 tick += 1
                 part.stamp(time.perf_counter_ns())
@@ -266,7 +266,7 @@ def paced(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, flo
     finally:
         poll.close()
     if meter is None or not waits:
-        raise BenchmarkError(f"{relay.name}: nothing arrived in {seconds:g} s")
+        raise BenchmarkError(f"nothing arrived in {seconds:g} s")
     return meter.figures(receivers.tokens, receivers.messages) | percentiles_ms(waits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import zmtp
@@ -10,7 +11,7 @@ from ends import MODEL, SOFTWARE, Ends, request
 from relays import Relay
 from rounds import BenchmarkError
 
-from tokenmq.protocol.codec import HEADER_BYTES, decode, encode, header
+from tokenmq.protocol.codec import PREFIX, decode, encode, header
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import (
     ID_BYTES,
@@ -30,9 +31,13 @@ from tokenmq.protocol.messages import (
     Welcome,
 )
 
-#: How the return route stands in the envelope of a REQUEST: its key, and the head of 16 octets.
-_ROUTE = b"\xa5route\xc4\x10"
-_TOLD = (Command.HEARTBEAT, Command.DISCONNECT, Command.GOODBYE, Command.ERROR)
+#: The routing ids that libzmq makes.
+_PEER_BYTES = 5
+#: The header of a REQUEST up to its id.
+_REQUEST = re.escape(PREFIX[Command.REQUEST])
+#: The return route stands in the envelope behind its key and the head of 16 octets.
+_ROUTED = re.compile(_REQUEST + rb"(?P<id>.{16}).*?\xa5route\xc4\x10(?P<way>.{16})", re.DOTALL)
+_FRAMED = re.compile(rb"(?P<way>\x01\x05.{5})(?:\x01.|\x03.{8})" + _REQUEST + rb"(?P<id>.{16})", re.DOTALL)
 _Kind = TypeVar("_Kind")
 
 
@@ -56,7 +61,7 @@ class ZmtpEnds(Ends):
         """Take a message of one frame; libzmq's own commands have no meaning here."""
         flags, _, begin, end = zmtp.scan(unit)[0][0]
         if not flags & zmtp.COMMAND:
-            _check(_decoded([unit[begin:end]]), self.relay)
+            _check(_decoded([unit[begin:end]]))
 
     def asking(self, client: int) -> tuple[bytes, bytes]:
         """Return the frames of a request, cut where the id stands."""
@@ -69,40 +74,19 @@ class ZmtpEnds(Ends):
         """Return the route of a client where the relay does not put it into the request."""
         return self.route(client)
 
-    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
-        """Return ids and routes: a request is a frame with more behind it, and its payload."""
-        found, _ = zmtp.scan(data)
-        requests = []
-        end = 0
-        whole = True
-        for flags, at, begin, stop in found:
-            if flags & zmtp.MORE:
-                whole = False
-                route = data.index(_ROUTE, begin, stop) + len(_ROUTE)
-                requests.append((data[begin + 8 : begin + HEADER_BYTES], data[route : route + ID_BYTES]))
-                continue
-            if whole:
-                self.take(worker, data[at:stop])
-            whole = True
-            end = stop
-        return requests if whole else requests[:-1], end
+    @property
+    def requests(self) -> re.Pattern[bytes]:
+        """The way back is the route."""
+        return _ROUTED
+
+    @property
+    def way(self) -> bytes:
+        """A route."""
+        return b"\xf0" * ID_BYTES
 
     def answer(self, way: bytes, body: bytes) -> bytes:
         """Return one frame: its header names the client."""
         return zmtp.frame(body)
-
-    def commands(self, client: Connection, data: bytes) -> tuple[list[int], int]:
-        """Return the command octets of all messages."""
-        found, end = zmtp.scan(data)
-        commands = []
-        for flags, at, begin, stop in found:
-            if flags & zmtp.COMMAND:
-                continue
-            command = data[begin + 4]
-            if command in _TOLD:
-                self.take(client, data[at:stop])
-            commands.append(command)
-        return commands, end
 
     def _connect(self, port: int, number: int) -> Connection:
         connection = Connection(port, number)
@@ -111,11 +95,11 @@ class ZmtpEnds(Ends):
         connection.until(lambda data: len(data) >= size)
         greeting, connection.rest = connection.rest[:size], connection.rest[size:]
         if greeting[:1] + greeting[9:11] != b"\xff\x7f\x03":
-            raise BenchmarkError(f"{self.relay} does not speak ZMTP 3")
+            raise BenchmarkError("the relay does not speak ZMTP 3")
         connection.until(_has_frame)
         flags, _, begin, end = zmtp.scan(connection.rest)[0][0]
         if not (flags & zmtp.COMMAND and connection.rest[begin:end].startswith(b"\x05READY")):
-            raise BenchmarkError(f"{self.relay} refuses the handshake: {connection.rest[begin:end]!r:.80}")
+            raise BenchmarkError(f"the relay refuses the handshake: {connection.rest[begin:end]!r:.80}")
         connection.rest = connection.rest[end:]
         return connection
 
@@ -169,7 +153,7 @@ class BrokerEnds(ZmtpEnds):
             message = _decoded(_message(connection))
             if isinstance(message, kind):
                 return message
-            _check(message, self.relay)
+            _check(message)
 
 
 class BareEnds(ZmtpEnds):
@@ -205,15 +189,15 @@ class ProxyEnds(ZmtpEnds):
         """Return the client's routing id and one frame."""
         return zmtp.message(self._peers[client], body)
 
-    def asked(self, worker: Connection, data: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
-        """Return ids and the clients' frames: a request is the client, a frame and its payload."""
-        found, _ = zmtp.scan(data)
-        whole = len(found) // 3 * 3
-        pairs = zip(found[:whole:3], found[1:whole:3], strict=True)
-        requests = [
-            (data[begin + 8 : begin + HEADER_BYTES], data[at:end]) for (_, at, _, end), (_, _, begin, _) in pairs
-        ]
-        return requests, found[whole - 1][3] if whole else 0
+    @property
+    def requests(self) -> re.Pattern[bytes]:
+        """The way back is the frame with the client's routing id, which comes first."""
+        return _FRAMED
+
+    @property
+    def way(self) -> bytes:
+        """A frame with a routing id."""
+        return zmtp.frame(b"\xf0" * _PEER_BYTES, more=True)
 
     def answer(self, way: bytes, body: bytes) -> bytes:
         """Return the client's frame and one of the message."""
@@ -244,10 +228,10 @@ def _decoded(frames: list[bytes]) -> Message:
         raise BenchmarkError(f"the relay has sent what is no message: {error.message}") from error
 
 
-def _check(message: Message, relay: str) -> None:
+def _check(message: Message) -> None:
     """Refuse what ends a session or a request."""
     if isinstance(message, (Disconnect, Error)):
         code = message.code.value if isinstance(message, Disconnect) else message.code
-        raise BenchmarkError(f"{relay}: {code}: {message.message}")
+        raise BenchmarkError(f"the relay says {code}: {message.message}")
     if isinstance(message, Goodbye):
-        raise BenchmarkError(f"{relay} has ended the session")
+        raise BenchmarkError("the relay has ended the session")

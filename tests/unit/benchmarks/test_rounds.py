@@ -52,7 +52,7 @@ def test_a_failed_measurement_ends_the_run(rounds: Any) -> None:
     def measure(_case: str, _relay: str) -> Mapping[str, float]:
         raise rounds.BenchmarkError("cut off")
 
-    with pytest.raises(rounds.BenchmarkError, match="cut off"):
+    with pytest.raises(rounds.BenchmarkError, match="round 1: x: a: cut off"):
         rounds.interleave(["x"], ["a"], 1, measure, lambda _line: None)
 
 
