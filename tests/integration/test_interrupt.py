@@ -19,19 +19,17 @@ COMMANDS = ("broker", "worker", "client")
 DELAYS_S = (0.0, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.18, 0.25, 0.4)
 #: Killed by the signal, ended by the command as Ctrl-C, drained.
 ENDS = (-signal.SIGINT, 128 + signal.SIGINT, 0)
-#: As the installed script, but tells when the entry module is there: only from then on can a signal be caught.
-SCRIPT = "import sys; from tokenmq.cli.start import {command}; print('here', flush=True); sys.exit({command}())"
-#: The same, and gets SIGINT when `module` is about to be imported.
-AT_IMPORT = """
+#: As the installed script, but tells when `module` is about to be imported, and does something then.
+SCRIPT = """
 import os, signal, sys
 from tokenmq.cli.start import {command}
 
-def interrupt(event, arguments):
+def look(event, arguments):
     if event == "import" and arguments[0] == "{module}":
         print("here", flush=True)
-        os.kill(os.getpid(), signal.SIGINT)
+        {do}
 
-sys.addaudithook(interrupt)
+sys.addaudithook(look)
 sys.exit({command}())
 """
 
@@ -46,7 +44,9 @@ def arguments(command: str) -> list[str]:
     }[command]
 
 
-def start(script: str, command: str) -> subprocess.Popen[str]:
+def start(command: str, module: str = "", do: str = "pass", before: str = "") -> subprocess.Popen[str]:
+    """Start it, and wait until it imports the module; without one, what the entry module imports first."""
+    script = before + SCRIPT.format(command=command, module=module or f"tokenmq.cli.{command}", do=do)
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments(command)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -68,7 +68,7 @@ def end(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_whenever_it_comes(command: str) -> None:
     for delay_s in DELAYS_S:
-        process = start(SCRIPT.format(command=command), command)
+        process = start(command)
         time.sleep(delay_s)
         process.send_signal(signal.SIGINT)
         said = end(process)
@@ -79,15 +79,14 @@ def test_whenever_it_comes(command: str) -> None:
 @pytest.mark.parametrize("module", ["click", "logging", "msgpack", "zmq", "zmq.backend.cython._zmq"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_while_a_module_is_imported(command: str, module: str) -> None:
-    process = start(AT_IMPORT.format(command=command, module=module), command)
+    process = start(command, module, "os.kill(os.getpid(), signal.SIGINT)")
     assert end(process) == ""
     assert process.returncode == -signal.SIGINT
 
 
 def test_where_it_is_ignored_it_stays_so() -> None:
     """Background jobs of scripts are started so."""
-    script = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {SCRIPT.format(command='client')}"
-    process = start(script, "client")
+    process = start("client", before="import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)")
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
     assert end(process) == ""
