@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import rounds
 from closed_loop import ClosedLoop
 from kinds import ends_of
-from relays import BARE, BROKER, RELAYS, relay
+from relays import BARE, BROKER, RELAYS, notes, relay
 from streams import Case, stream
 
 STEP_S = 0.02
@@ -43,7 +43,7 @@ def main() -> None:
                 return ClosedLoop(ends, 1, finish=name == BROKER).run(running, options.seconds)
             return stream(ends, running, shape, options.seconds)
 
-    rounds.run("latency", options, measure, COLUMNS, BARE)
+    rounds.run("latency", options, measure, COLUMNS, BARE, notes)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 import rounds
 from kinds import ends_of
-from relays import BARE, RELAYS, relay
+from relays import BARE, RELAYS, notes, relay
 from streams import Case, stream
 
 STEP_S = 0.02
@@ -57,7 +57,7 @@ def main() -> None:
         ):
             return stream(ends, running, shape, options.seconds)
 
-    rounds.run("relay", options, measure, COLUMNS, BARE)
+    rounds.run("relay", options, measure, COLUMNS, BARE, notes)
 
 
 if __name__ == "__main__":

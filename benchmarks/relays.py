@@ -60,9 +60,23 @@ class Relay:
 
 
 def cores() -> tuple[int, int]:
-    """Return the core of the ends and the core of the relay; the same one where there is only one."""
+    """Return the core of the ends and the core of the relay; the same one where there is only one.
+
+    Raises:
+        BenchmarkError: this system cannot hold a process to a core.
+    """
+    if not sys.platform.startswith("linux"):
+        raise BenchmarkError(
+            "this needs Linux: processes are held to cores, and their CPU time is read by its clocks"
+        )
     here = sorted(os.sched_getaffinity(0))
     return here[0], here[min(1, len(here) - 1)]
+
+
+def notes() -> list[str]:
+    """Return what a reader of the figures must know of this machine."""
+    ends_core, relay_core = cores()
+    return [] if ends_core != relay_core else ["one core only: relays and ends took it from each other"]
 
 
 @contextmanager

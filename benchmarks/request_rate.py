@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import rounds
 from closed_loop import ClosedLoop
 from kinds import ends_of
-from relays import BARE, BROKER, RELAYS, relay
+from relays import BARE, BROKER, RELAYS, notes, relay
 
 CASES = {"one-reply": False, "with-finish": True}
 COLUMNS = {
@@ -41,7 +41,7 @@ def main() -> None:
         with relay(name) as running, ends_of(running, workers=WORKERS, clients=CLIENTS, slots=SLOTS) as ends:
             return ClosedLoop(ends, IN_FLIGHT, finish=CASES[case] or name == BROKER).run(running, options.seconds)
 
-    rounds.run("request_rate", options, measure, COLUMNS, BARE)
+    rounds.run("request_rate", options, measure, COLUMNS, BARE, notes)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def run(
     measure: Callable[[str, str], Mapping[str, float]],
     columns: Mapping[str, str],
     base: str,
-    notes: Sequence[str] = (),
+    notes: Callable[[], Sequence[str]] = tuple,
 ) -> None:
     """Measure what the options ask for, print the medians and ratios, write the file.
 
@@ -295,7 +295,7 @@ def run(
         measure: takes a case and a relay, returns the figures.
         columns: the figures of the table with their headings.
         base: the relay that the others are divided by.
-        notes: lines that stand below the table.
+        notes: returns lines that stand below the table.
 
     Raises:
         SystemExit: a measurement failed; its message is one line.
@@ -307,6 +307,6 @@ def run(
     except BenchmarkError as error:
         raise SystemExit(f"error: {error}") from error
     print()
-    print("\n".join([*table(rows, columns, base), *notes]))
+    print("\n".join([*table(rows, columns, base), *notes()]))
     if options.json is not None:
         write(options.json, benchmark, vars(options), rows)

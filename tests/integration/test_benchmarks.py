@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are held to cores")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PATIENCE_S = 120.0
 HAS_NATS = shutil.which("nats-server", path="/usr/bin:/usr/local/bin:/usr/sbin:/usr/local/sbin") is not None
