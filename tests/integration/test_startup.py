@@ -25,7 +25,7 @@ HEAVY = {
 }  # fmt: skip
 #: Needed to work, and not to tell how.
 WORKING = {
-    "zmq", "tokenmq.protocol.messages", "tokenmq.broker.server", "tokenmq.worker.server", "tokenmq.worker.supervisor",
+    "zmq", "tokenmq.protocol.messages", "tokenmq.broker.server", "tokenmq.worker.server", "tokenmq.cli.supervisor",
     "tokenmq.client.core",
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_who_works_imports_nothing_heavy(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for modules, own in zip(found, ("broker.core", "worker.core", "client.core", "client.core"), strict=True):
         assert f"tokenmq.{own}" in modules
         assert not modules & HEAVY
-    assert "tokenmq.worker.supervisor" not in found[1]
+    assert "tokenmq.cli.supervisor" not in found[1]
 
 
 def test_the_benchmark_measures_every_command(tmp_path: Path) -> None:
