@@ -18,7 +18,7 @@ from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
 from . import logs
-from .lifecycle import allow_many_files, fail, on_signals
+from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals
 from .options import logging_options, option, settings
 
 
@@ -35,6 +35,17 @@ from .options import logging_options, option, settings
     "--name", default=DEFAULT_NAME,
     help="The broker's name in answers and logs; with --uplink also what the brokers above know it by.",
 )  # fmt: skip
+@option(
+    "--shards", type=click.IntRange(min=1), default=1, metavar="N",
+    help="Run N brokers that share the work, a process each: for more than one core can do. The k-th, from 0, is 2*k "
+    "ports above the given ones, or at the ipc path with .k behind it. Workers and clients need all addresses.",
+)  # fmt: skip
+@option(
+    "--group", default="", metavar="NAME", show_default="one made up with --shards, else none",
+    help="Clients that know several brokers of one group spread over them; without a group all use the first that is "
+    "there.",
+)  # fmt: skip
+@option("--supervised", is_flag=True, hidden=True)
 @option(
     "--policy", default=DEFAULT_POLICY, metavar="NAME",
     help=f"How a worker is chosen among those with a free slot: {', '.join(POLICIES)}, or one that an installed "
@@ -86,6 +97,9 @@ def main(
     frontend: tuple[str, ...],
     backend: tuple[str, ...],
     name: str,
+    shards: int,
+    group: str,
+    supervised: bool,
     policy: str,
     heartbeat_interval: float,
     expiry: float,
@@ -108,32 +122,39 @@ def main(
     # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
     from ..broker.server import BrokerServer
 
-    logs.configure(log_format, log_level)
+    if supervised:
+        end_with_supervisor()
+        logs.configure(log_format, log_level, shard=name)
+    else:
+        logs.configure(log_format, log_level)
     allow_many_files()
     try:
-        server = BrokerServer(
-            BrokerSettings(
-                frontend=frontend,
-                backend=backend,
-                name=name,
-                policy=policy,
-                heartbeat_s=heartbeat_interval,
-                expiry_s=expiry,
-                max_waiting=max_waiting,
-                client_weights=_weights(client_weights),
-                grace_s=grace,
-                pending_bytes=pending_bytes,
-                write_timeout_s=write_timeout,
-                model_order=model_order,
-                uplinks=uplink,
-                insecure=insecure,
-                insecure_admin=insecure_admin,
-            ),
-            software=SOFTWARE,
+        broker_settings = BrokerSettings(
+            frontend=frontend,
+            backend=backend,
+            name=name,
+            policy=policy,
+            heartbeat_s=heartbeat_interval,
+            expiry_s=expiry,
+            max_waiting=max_waiting,
+            client_weights=_weights(client_weights),
+            grace_s=grace,
+            pending_bytes=pending_bytes,
+            write_timeout_s=write_timeout,
+            model_order=model_order,
+            uplinks=uplink,
+            group=group,
+            insecure=insecure,
+            insecure_admin=insecure_admin,
         )
+        if shards > 1:
+            from .shards import supervise  # another program, as good as
+
+            supervise(click.get_current_context(), broker_settings, shards)
+        server = BrokerServer(broker_settings, software=SOFTWARE)
     except ValueError as error:
         fail(str(error))
-    on_signals(server.drain)
+    on_signals(server.drain, supervised=supervised)
     server.run()
 
 

@@ -32,34 +32,35 @@ _LONGEST_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes of one worker.
+    """The processes of one broker or worker.
 
     Attributes:
-        name: the worker's.
+        name: the broker's or worker's.
         command: what each of them is started with.
         environments: for each of them, by rank, what its environment has beyond this process's.
-        device: where it computes, for people.
+        shown: what the log tells of it, beside its name and the processes' ids.
     """
 
     name: str
     command: Sequence[str]
     environments: Sequence[Mapping[str, str]]
-    device: str
+    shown: Mapping[str, str]
 
 
 class Supervisor:
     """Runs teams until all have ended; to be used once, in the main thread, where signals are handled."""
 
-    def __init__(self, teams: Sequence[Team], grace_s: float) -> None:
-        """Take the teams, all of one size; `run` starts them."""
+    def __init__(self, teams: Sequence[Team], grace_s: float, *, kind: str = "worker") -> None:
+        """Take the teams, all of one size and of the kind that the log calls them; `run` starts them."""
         self._teams = teams
-        self._core = SupervisorCore([team.name for team in teams], grace_s, len(teams[0].environments))
+        self._kind = kind
+        self._core = SupervisorCore([team.name for team in teams], grace_s, len(teams[0].environments), kind=kind)
         self._processes: dict[Seat, subprocess.Popen[bytes]] = {}
         self._exit_code: int | None = None
         self._alive, self._lifeline = os.pipe()
 
     def run(self) -> int:
-        """Start the workers, and keep them running until a signal comes or there is none to run any more.
+        """Start the teams, and keep them running until a signal comes or there is none to run any more.
 
         Returns:
             The exit code: 0 when all have drained, 128 and the signal's number after a second signal.
@@ -113,11 +114,11 @@ class Supervisor:
                     team.command, env={**os.environ, **own, **shared}, stdin=self._alive, start_new_session=True
                 )
                 self._processes[Seat(number, rank)] = process
-                fields = {"worker": team.name, "device": team.device, "pid": process.pid}
-                write(LOGGER, Log("worker_started", fields if size == 1 else {**fields, "rank": rank}))
+                fields = {self._kind: team.name, **team.shown, "pid": process.pid}
+                write(LOGGER, Log(f"{self._kind}_started", fields if size == 1 else {**fields, "rank": rank}))
         except OSError as error:  # such as no memory for another process
-            fields = {"worker": team.name, "error": error.strerror}
-            write(LOGGER, Log("worker_not_started", fields, level=logging.ERROR))
+            fields = {self._kind: team.name, "error": error.strerror}
+            write(LOGGER, Log(f"{self._kind}_not_started", fields, level=logging.ERROR))
             missing = [Seat(number, rank) for rank in range(size) if Seat(number, rank) not in self._processes]
             for seat in missing:
                 self._perform(self._core.handle(Ended(seat, EXIT_FAILED), time.monotonic()))

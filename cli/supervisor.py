@@ -2,9 +2,9 @@
 
 It knows no process, no signal handler and no clock; who runs it (`cli/processes.py`) does. The rules:
 
-- A team is a worker: one process, or several that compute one model together (tensor parallel), of which rank 0 is
-  what brokers know and the others follow it. They live and die together: when one fails, the others are killed, and
-  when the last has ended the whole team is started again.
+- A team is a broker, or a worker: one process, or several that compute one model together (tensor parallel), of which
+  rank 0 is what brokers know and the others follow it. They live and die together: when one fails, the others are
+  killed, and when the last has ended the whole team is started again.
 - A team that ends with 0 has drained or was removed: it is not started again. Any other end is followed by a
   restart, at first after RESTART_S, then after twice the last pause up to MOST_RESTART_S; behind a life of HEALTHY_S
   or more the pauses begin anew.
@@ -117,14 +117,16 @@ class _Team:
 class SupervisorCore:
     """The supervisor's state machine; one call of `start`, `handle` or `tick` at a time."""
 
-    def __init__(self, names: Sequence[str], grace_s: float, size: int = 1) -> None:
+    def __init__(self, names: Sequence[str], grace_s: float, size: int = 1, *, kind: str = "worker") -> None:
         """Make a supervisor that has started nothing yet.
 
         Args:
             names: the teams' names.
             grace_s: seconds that a team takes to drain at most.
             size: processes of each team.
+            kind: what a team is called in the log.
         """
+        self._kind = kind
         self._teams = [_Team(name, size) for name in names]
         self._grace_s = grace_s
         self._orders: Orders[Spawn | Terminate | Kill | Finish] = Orders()
@@ -137,8 +139,8 @@ class SupervisorCore:
 
     def start(self, now: float) -> list[Action]:
         """Start every team. Call it once."""
-        names = ",".join(team.name for team in self._teams)
-        self._orders.log("supervisor_started", workers=names)
+        names = [team.name for team in self._teams]
+        self._log("supervisor_started", names)
         for number in range(len(self._teams)):
             self._spawn(number, now)
         return self._orders.take()
@@ -159,8 +161,8 @@ class SupervisorCore:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = math.inf
             self._exit_code = self._exit_code or EXIT_FAILED
-            left = ",".join(team.name for team in self._teams if team.alive)
-            self._orders.log("workers_killed", level=logging.ERROR, workers=left, reason="they do not end")
+            left = [team.name for team in self._teams if team.alive]
+            self._log(f"{self._kind}s_killed", left, level=logging.ERROR, reason="they do not end")
             self._kill_all()
         return self._done()
 
@@ -193,7 +195,7 @@ class SupervisorCore:
         if team.exit_code is None and (seat.rank == 0 or exit_code != 0):
             team.exit_code = exit_code
             if team.alive and exit_code != 0:
-                self._log_end("worker_rank_ended", team, exit_code, rank=seat.rank)
+                self._log_end("rank_ended", team, exit_code, rank=seat.rank)
             self._kill(seat.team)
         if not team.alive:
             self._on_life_over(team, now)
@@ -205,11 +207,11 @@ class SupervisorCore:
         if self._kill_at is not None:
             # -SIGTERM: it was asked to drain before it could do so.
             self._exit_code = self._exit_code or (0 if code in (0, -SIGTERM) else EXIT_FAILED)
-            self._log_end("worker_ended", team, code, lived_s=lived_s)
+            self._log_end("ended", team, code, lived_s=lived_s)
         elif code == 0:
-            self._log_end("worker_ended", team, code, lived_s=lived_s)
+            self._log_end("ended", team, code, lived_s=lived_s)
         elif not self._proven and all(other.lives for other in self._teams):
-            self._log_end("worker_ended", team, code, lived_s=lived_s)
+            self._log_end("ended", team, code, lived_s=lived_s)
             self._exit_code = code
             self._end_all(now)
         else:
@@ -219,11 +221,16 @@ class SupervisorCore:
         pause_s = RESTART_S if lived_s >= HEALTHY_S else team.pause_s
         team.restart_at = now + pause_s
         team.pause_s = min(2 * pause_s, MOST_RESTART_S)
-        self._log_end("worker_ended", team, code, lived_s=lived_s, restart_in_s=pause_s)
+        self._log_end("ended", team, code, lived_s=lived_s, restart_in_s=pause_s)
+
+    def _log(self, event: str, names: Sequence[str], *, level: int = logging.INFO, **fields: Any) -> None:
+        told: dict[str, Any] = {f"{self._kind}s": ",".join(names), **fields}
+        self._orders.log(event, level=level, **told)
 
     def _log_end(self, event: str, team: _Team, code: int, **fields: Any) -> None:
         level = logging.INFO if code in (0, -SIGTERM) else logging.ERROR
-        self._orders.log(event, level=level, worker=team.name, exit_code=code, **fields)
+        told: dict[str, Any] = {self._kind: team.name, "exit_code": code, **fields}
+        self._orders.log(f"{self._kind}_{event}", level=level, **told)
 
     def _spawn(self, number: int, now: float) -> None:
         team = self._teams[number]
@@ -235,8 +242,8 @@ class SupervisorCore:
 
     def _on_signalled(self, number: int, now: float) -> None:
         if self._kill_at is None:
-            running = ",".join(team.name for team in self._teams if team.alive)
-            self._orders.log("supervisor_draining", workers=running, grace_s=self._grace_s)
+            running = [team.name for team in self._teams if team.alive]
+            self._log("supervisor_draining", running, grace_s=self._grace_s)
             self._end_all(now)
         else:
             self._exit_code = 128 + number
