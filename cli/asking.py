@@ -35,13 +35,20 @@ def json_option(command: Any) -> Any:
 
 
 @contextmanager
-def connected(broker: tuple[str, ...]) -> Iterator[Client]:
-    """Give a client; end the command with one line on an error, after a cancel on Ctrl-C."""
+def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator[Client]:
+    """Give a client; end the command with one line on an error, after a cancel on Ctrl-C.
+
+    Args:
+        broker: endpoints in the place of those that the group of commands was given; none for these.
+        direct: networks in which workers are dialled for their tokens.
+    """
     from ..client import Client  # here, since --help and a mistake in the options need nothing of it
 
     chosen: dict[str, Any] = dict(click.get_current_context().obj)
     if broker:
         chosen["endpoints"] = list(broker)
+    if direct:
+        chosen["direct"] = list(direct)
     try:
         with interruptible(), Client(**chosen) as client:
             yield client

@@ -29,7 +29,7 @@ def embed(model: str, text: tuple[str, ...], as_json: bool, broker: tuple[str, .
 
     The table shows how the vectors begin; --json has them whole.
     """
-    with connected(broker) as client:
+    with connected(broker, values["direct"]) as client:
         texts = list(text) or [line for line in sys.stdin.read().splitlines() if line.strip()]
         found = client.embed(model, texts, **request_arguments(values))
         vectors = [[_short(number) for number in vector] for vector in found]

@@ -105,6 +105,11 @@ _REQUEST: list[Callable[[Any], Any]] = [
         "--hedge-after", type=click.FloatRange(min=0, min_open=True), show_default="never", metavar="S",
         help="Seconds without an answer until a second worker is asked, too; the first to answer goes on.",
     ),
+    option(
+        "--direct", multiple=True, show_default="none", metavar="NETWORK", envvar="TOKENMQ_CLIENT_DIRECT",
+        help="Take the answer past the broker from workers that offer it in this network: 10.0.0.0/8, an address, a "
+        "host's name, or ipc. Others are not dialled. Repeatable. See docs/direct.md.",
+    ),
 ]  # fmt: skip
 
 
@@ -151,7 +156,7 @@ def _arguments(values: dict[str, Any]) -> dict[str, Any]:
 @broker_option
 def generate(model: str, prompt: str, n: int, as_json: bool, broker: tuple[str, ...], **values: Any) -> None:
     """Continue PROMPT with MODEL; the text appears as it is generated. PROMPT - reads standard input."""
-    with connected(broker) as client:
+    with connected(broker, values["direct"]) as client:
         text = sys.stdin.read() if prompt == "-" else prompt
         arguments = {"prompt": text, "images": values["image"], **_arguments(values)}
         if n == 1:
@@ -195,7 +200,7 @@ def chat(
     history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     images = [{"type": "image", "image": file} for file in values["image"]]
     arguments = {**_arguments(values), "tools": tools or (), "template": template}
-    with connected(broker) as client:
+    with connected(broker, values["direct"]) as client:
         for line in [message] if message is not None else _lines():
             content = [*images, {"type": "text", "text": line}] if images else line
             history.append({"role": "user", "content": content})

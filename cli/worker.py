@@ -53,6 +53,15 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     "--broker", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
     help="A broker's backend. Repeatable: the worker registers with all of them.",
 )  # fmt: skip
+@option(
+    "--direct", default="", metavar="ENDPOINT", show_default="none",
+    help="An endpoint of this worker's own, such as tcp://10.0.0.7:6000 (port *: a free one), where clients that ask "
+    "for it take their tokens past the broker. See docs/direct.md.",
+)  # fmt: skip
+@option(
+    "--insecure", is_flag=True,
+    help="Allow a --direct that other machines can reach, unencrypted and open to all.",
+)  # fmt: skip
 @option("--worker-name", show_default="HOST-PID", metavar="NAME", help="This worker's own name.")
 @option("--slots", type=int, default=SLOTS, metavar="N", help="Requests to run at a time.")
 @option(
@@ -165,6 +174,8 @@ def main(
     engine: str,
     task: str,
     broker: tuple[str, ...],
+    direct: str,
+    insecure: bool,
     worker_name: str | None,
     slots: int,
     speed: float | None,
@@ -255,6 +266,8 @@ def main(
             stall_after_s=stall_after,
             restart_after_s=restart_after,
             reader_timeout_s=reader_timeout,
+            direct=direct,
+            insecure=insecure,
         )
         refuse_parallel(engine, tensor_parallel)
         refuse_foreign(click.get_current_context(), engine)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..protocol.messages import Finish
+
 
 @dataclass(slots=True, eq=False)
 class OpenAttempt:
@@ -21,6 +23,10 @@ class OpenAttempt:
         granted: the credit that the worker knows of.
         heard_at: when the worker was last heard of this stream, or last had reason to be silent; None before STARTED.
         tails: chunks without tokens that it has brought.
+        direct: the endpoint where its worker offers the chunks; "" where it does not.
+        link: the endpoint that its chunks came from, past the broker; "" where none has yet, or all come through it.
+        chunks: how many have come so.
+        finish: its FINISH, which was faster than the last of these.
     """
 
     number: int
@@ -30,6 +36,10 @@ class OpenAttempt:
     granted: int = 0
     heard_at: float | None = None
     tails: int = 0
+    direct: str = ""
+    link: str = ""
+    chunks: int = 0
+    finish: Finish | None = None
 
     @property
     def served(self) -> bool:
@@ -50,4 +60,6 @@ class OpenAttempt:
 
     def owes_since(self, received: int) -> float | None:
         """Return since when the worker could have brought the next token; None where it is not its turn."""
+        if self.finish is not None:
+            return self.heard_at  # what is missing was sent, whatever the credit
         return None if received >= self.granted else self.heard_at

@@ -47,6 +47,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
         first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S,
         inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S,
         hedge_after_s: float | None = None,
+        direct: str | Sequence[str] | None = None,
     ) -> None:
         """Begin to connect, and do not wait for it.
 
@@ -72,6 +73,9 @@ class BaseClient(ABC, Generic[StreamT_co]):
             hedge_after_s: how long a worker that has the request may take for the first token before a second
                 worker is asked, too, if one is free; the first to answer goes on, the other one is cancelled. It
                 costs what the slower one has computed, and cuts off the longest waits. None for no hedging.
+            direct: take tokens from workers themselves, past the broker, where they offer it (`zmq-worker --direct`)
+                and are in these networks: `"10.0.0.0/8"`, an address, a host's name, `"ipc"`, or several of them. No
+                other worker is dialled, and what cannot be reached comes through the broker. None for never.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -91,6 +95,7 @@ class BaseClient(ABC, Generic[StreamT_co]):
             first_token_timeout_s=first_token_timeout_s,
             inter_token_timeout_s=inter_token_timeout_s,
             hedge_after_s=hedge_after_s,
+            direct=direct,
         )
         self._connection = Connection(self._settings)
         # The thread holds the connection, not the client: a client that is forgotten without close() ends it, too.

@@ -1,5 +1,7 @@
 """The I/O thread: it owns a DEALER and its monitor for each broker, feeds the core, and does what the core says.
 
+The same for each worker whose chunks come past the broker, if there are any.
+
 Applications talk to it through `submit`, `ask` and `post`, from any thread and without a lock, so that even a
 finalizer may call them. It answers through mailboxes and futures, and rings each bell once for everything that one
 turn of the loop brought.
@@ -13,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import zmq
@@ -20,6 +23,7 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ClientClosedError, ProtocolError, TokenmqError
 from ..protocol.log import Log, write
+from ..protocol.messages import Message
 from ..transport.endpoints import EndpointError
 from ..transport.link import Link
 from ..transport.monitor import ConnectionEvent
@@ -36,14 +40,20 @@ from .events import (
     CloseSocket,
     Connected,
     Deliver,
+    Dial,
     Ended,
     Event,
+    HangUp,
+    Heard,
     Lost,
     Malformed,
     Open,
+    Parted,
+    Reached,
     Received,
     Send,
     Submit,
+    Tell,
 )
 from .mailbox import Bell, Mailbox
 from .settings import Settings
@@ -60,6 +70,21 @@ CLOSE_TIMEOUT_S = 2.0
 _Answer: TypeAlias = "Future[Any]"
 #: Where the outcome of a command goes.
 _Receiver: TypeAlias = "Mailbox | _Answer | None"
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """The links of one kind, to brokers or to workers, and how the core is told what happens at them."""
+
+    connected: Callable[[str], Event]
+    lost: Callable[[str, str], Event]
+    received: Callable[[str, Message], Event]
+    malformed: Callable[[str, ProtocolError], Event]
+    links: dict[str, Link] = field(default_factory=dict)
+
+
+def _nonsense(endpoint: str, error: ProtocolError) -> Parted:
+    return Parted(endpoint, f"the worker sent what is no message: {error.message}")
 
 
 class Connection:
@@ -79,7 +104,8 @@ class Connection:
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
         self._failure = "the client is closed"
-        self._links: dict[str, Link] = {}
+        self._brokers = _Side(Connected, Lost, Received, Malformed)
+        self._workers = _Side(Reached, Parted, Heard, _nonsense)
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
         #: Mailboxes that got something in this turn, in the order of arrival.
@@ -88,6 +114,9 @@ class Connection:
             Open: self._open,
             CloseSocket: self._close_socket,
             Send: self._send,
+            Dial: self._dial,
+            HangUp: self._hang_up,
+            Tell: self._tell_worker,
             Deliver: self._deliver,
             Attempted: self._attempted,
             Ended: self._ended,
@@ -157,9 +186,10 @@ class Connection:
         if self._rounds.late_s:
             self._core.forgive(self._rounds.late_s)
         self._take_commands()
-        for endpoint, link in list(self._links.items()):
-            if ready and link.among(ready):
-                self._serve(endpoint, link, ready)
+        for side in (self._brokers, self._workers) if ready else ():
+            for endpoint, link in list(side.links.items()):
+                if link.among(ready):
+                    self._serve(side, endpoint, link, ready)
         self._perform(self._core.tick(self._rounds.now))
         self._ring()
 
@@ -173,32 +203,32 @@ class Connection:
                 self._answers[event.id] = receiver
             self._tell(event)
 
-    def _serve(self, endpoint: str, link: Link, ready: Mapping[Any, int]) -> None:
+    def _serve(self, side: _Side, endpoint: str, link: Link, ready: Mapping[Any, int]) -> None:
         changed = link.events()
         if ConnectionEvent.CONNECTED in changed:
-            self._tell(Connected(endpoint))
+            self._tell(side.connected(endpoint))
         flags = ready.get(link.socket, 0)
         lost = next((change for change in changed if change is not ConnectionEvent.CONNECTED), None)
         if flags & zmq.POLLIN or lost is not None:
             # What came before the connection broke is still there, and may hold the end of a stream.
-            while self._receive(endpoint, link) == _BATCH_MESSAGES and lost is not None:
+            while self._receive(side, endpoint, link) == _BATCH_MESSAGES and lost is not None:
                 continue
-        if self._links.get(endpoint) is not link:
+        if side.links.get(endpoint) is not link:
             return  # the session has ended
         if lost is not None:
-            self._tell(Lost(endpoint, f"connection {lost.value}"))
+            self._tell(side.lost(endpoint, f"connection {lost.value}"))
         elif flags & zmq.POLLOUT:
             link.flush()
 
-    def _receive(self, endpoint: str, link: Link) -> int:
+    def _receive(self, side: _Side, endpoint: str, link: Link) -> int:
         messages = link.receive(_BATCH_MESSAGES)
         for frames in messages:
-            if self._links.get(endpoint) is not link:
+            if side.links.get(endpoint) is not link:
                 break  # an earlier message has ended the session
             try:
-                event: Event = Received(endpoint, decode(frames))
+                event = side.received(endpoint, decode(frames))
             except ProtocolError as error:
-                event = Malformed(endpoint, error)
+                event = side.malformed(endpoint, error)
             self._tell(event)
         return len(messages)
 
@@ -228,19 +258,38 @@ class Connection:
 
     def _open(self, action: Open) -> None:
         try:
-            self._links[action.endpoint] = Link(self._context, action.endpoint, self._pump)
+            self._brokers.links[action.endpoint] = Link(self._context, action.endpoint, self._pump)
         except (EndpointError, zmq.ZMQError) as error:  # out of file descriptors is what may pass, too
             self._tell(Lost(action.endpoint, str(error)))
 
     def _close_socket(self, action: CloseSocket) -> None:
-        link = self._links.pop(action.endpoint, None)
+        link = self._brokers.links.pop(action.endpoint, None)
         if link is not None:
             link.close()
 
     def _send(self, action: Send) -> None:
-        link = self._links.get(action.endpoint)
+        link = self._brokers.links.get(action.endpoint)
         if link is not None and not link.send(encode(action.message)):
             self._commands.append((Lost(action.endpoint, "the broker has stopped reading"), None))
+            self._pump.waker.wake()
+
+    def _dial(self, action: Dial) -> None:
+        try:
+            link = Link(self._context, action.endpoint, self._pump, heartbeats=True)
+        except (EndpointError, zmq.ZMQError) as error:
+            self._tell(Parted(action.endpoint, str(error)))
+        else:
+            self._workers.links[action.endpoint] = link
+
+    def _hang_up(self, action: HangUp) -> None:
+        link = self._workers.links.pop(action.endpoint, None)
+        if link is not None:
+            link.close()
+
+    def _tell_worker(self, action: Tell) -> None:
+        link = self._workers.links.get(action.endpoint)
+        if link is not None and not link.send(encode(action.message)):
+            self._commands.append((Parted(action.endpoint, "the worker has stopped reading"), None))
             self._pump.waker.wake()
 
     def _deliver(self, action: Deliver) -> None:
@@ -272,7 +321,7 @@ class Connection:
             _resolve(answer, None, ClientClosedError(self._failure))
         self._ring()
         try:
-            for link in self._links.values():
+            for link in (*self._brokers.links.values(), *self._workers.links.values()):
                 link.close()
             self._pump.close()
             # Bounded by the sockets' linger.

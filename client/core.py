@@ -7,6 +7,7 @@ core knows no zmq, no thread and no clock: each call brings the time, in seconds
 - A request or query waits until a session is open, at most the connect timeout, and leaves then.
 - Each one ends exactly once: with Ended or Answered, whatever the brokers do.
 - The core holds a stream's request and tokens until it has ended, and repairs what fails (`exchange.py`).
+- Chunks may come from workers themselves, where the user wants that (`direct.py`); all else is the broker's.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ..protocol.messages import Chunks, Error, Finish, Message, Reply, Started
+from ..protocol.messages import Chunks, Disconnect, Error, Finish, Message, Reply, Started
 from ..protocol.orders import Orders
+from ..transport.networks import Networks
+from .direct import Direct
 from .events import (
     Action,
     Ask,
@@ -26,8 +29,11 @@ from .events import (
     Connected,
     Event,
     Grant,
+    Heard,
     Lost,
     Malformed,
+    Parted,
+    Reached,
     Received,
     Submit,
 )
@@ -55,7 +61,8 @@ class ClientCore:
         """
         self._orders: Orders[Action] = Orders()
         self.sessions = Sessions(settings, self._orders, random)
-        self._exchange = Exchange(settings, self.sessions, self._orders, random)
+        self._direct = Direct(Networks.of(settings.direct), self._orders)
+        self._exchange = Exchange(settings, self.sessions, self._direct, self._orders, random)
         self._queries = Queries(settings, self.sessions, self._orders)
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
             Submit: self._exchange.submit,
@@ -66,6 +73,9 @@ class ClientCore:
             Lost: self._lost,
             Received: self._received,
             Malformed: self._malformed,
+            Reached: self._reached,
+            Parted: self._parted,
+            Heard: self._heard,
             Close: self._close,
         }
 
@@ -100,6 +110,10 @@ class ClientCore:
                 self._orders.add(session.start(now))
         if self.sessions.gathered(now):
             self._exchange.send_waiting(now)
+        for endpoint in self._direct.unreached(now):
+            self._direct.part(endpoint, "not connected in time")
+        for endpoint in self._direct.idle(now):
+            self._direct.looked_at(endpoint, self._exchange.uses(endpoint), now)
         self._exchange.tick(now)
         self._queries.tick(now)
         return self._orders.take()
@@ -112,7 +126,7 @@ class ClientCore:
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is next needed, None while only events matter."""
-        parts = (self.sessions, self._exchange, self._queries)
+        parts = (self.sessions, self._direct, self._exchange, self._queries)
         times = [time for part in parts if (time := part.next_deadline()) is not None]
         return min(times, default=None)
 
@@ -123,6 +137,7 @@ class ClientCore:
             AssertionError: one is broken.
         """
         self.sessions.validate()
+        self._direct.validate()
         self._exchange.validate()
         self._queries.validate()
 
@@ -133,6 +148,7 @@ class ClientCore:
             self.sessions.close(now)
             self._exchange.close()
             self._queries.close()
+            self._direct.close()
 
     def _connected(self, event: Connected, now: float) -> None:
         session = self.sessions[event.endpoint]
@@ -168,6 +184,33 @@ class ClientCore:
             self._exchange.send_waiting(now)
             self._queries.session_opened(now)
 
+    def _reached(self, event: Reached, now: float) -> None:
+        self._direct.connected(event.endpoint, now)
+
+    def _parted(self, event: Parted, now: float) -> None:
+        if self._direct.has(event.endpoint):
+            self._part(event.endpoint, event.reason, now)
+
+    def _heard(self, event: Heard, now: float) -> None:
+        endpoint, message = event.endpoint, event.message
+        if not self._direct.is_open(endpoint):
+            return  # it came by a link that is closed already
+        if isinstance(message, Chunks):
+            broker = self._direct.giver(endpoint, message.route)
+            if broker is None:
+                self._exchange.dropped["unknown"] += len(message.chunks)
+                return
+            for chunk in message.chunks:
+                self._exchange.chunk(chunk, broker, now, endpoint)
+        else:
+            told = f": {message.message}" if isinstance(message, Disconnect) else ""
+            self._part(endpoint, f"the worker sent {message.command.name}{told}", now)
+
+    def _part(self, endpoint: str, reason: str, now: float) -> None:
+        if self._direct.part(endpoint, reason):
+            why = f"the connection to the worker at {endpoint} was lost: {reason}"
+            self._exchange.link_lost(endpoint, why, now)
+
     def _take(self, message: Message, endpoint: str, now: float) -> None:
         if isinstance(message, Chunks):
             for chunk in message.chunks:
@@ -175,7 +218,9 @@ class ClientCore:
         elif isinstance(message, Finish):
             self._exchange.finish(message, endpoint, now)
         elif isinstance(message, Started):
-            self._exchange.started(message, endpoint, now)
+            taken = self._exchange.started(message, endpoint, now)
+            if taken and message.direct and message.key is not None:
+                self._direct.offered(message.direct, message.key, endpoint, now)
         elif isinstance(message, Error):
             if message.id in self._queries:
                 self._queries.answer(message.id, error=error_from(message))
@@ -190,6 +235,7 @@ class ClientCore:
 
     def _session_ended(self, session: Session, reason: str, now: float) -> None:
         message = f"the session with the broker at {session.endpoint} ended: {reason}"
+        self._direct.session_ended(session.endpoint)
         self._exchange.session_ended(session.endpoint, message, now)
         self._exchange.send_waiting(now)  # what has waited for this one goes to another of its group
         self._queries.session_ended(session.endpoint, message)

@@ -109,11 +109,36 @@ class Malformed:
 
 
 @value
+class Reached:
+    """The link to this worker is connected."""
+
+    endpoint: str
+
+
+@value
+class Parted:
+    """The link to this worker is broken, of no more use, or cannot be made."""
+
+    endpoint: str
+    reason: str
+
+
+@value
+class Heard:
+    """A message came by the link to this worker."""
+
+    endpoint: str
+    message: Message
+
+
+@value
 class Close:
     """The application is done with the client."""
 
 
-Event: TypeAlias = Submit | CancelStream | Grant | Ask | Connected | Lost | Received | Malformed | Close
+Event: TypeAlias = (
+    Submit | CancelStream | Grant | Ask | Connected | Lost | Received | Malformed | Reached | Parted | Heard | Close
+)
 
 
 # Actions
@@ -146,6 +171,7 @@ class Attempt:
         hedge: it was made beside an attempt that was late, and not because one had failed.
         cancelled: it has not failed, but another attempt went on in its place: the slower one of a hedged pair, or a
             hedge that no other worker was free for.
+        direct: its chunks came from the worker itself, past the broker.
     """
 
     number: int
@@ -155,6 +181,7 @@ class Attempt:
     error: TokenmqError | None = None
     hedge: bool = False
     cancelled: bool = False
+    direct: bool = False
 
 
 @value
@@ -174,6 +201,28 @@ class CloseSocket:
 @value
 class Send:
     """Send a message through the present socket to this broker."""
+
+    endpoint: str
+    message: Message
+
+
+@value
+class Dial:
+    """Connect to a worker; tell Reached or Parted."""
+
+    endpoint: str
+
+
+@value
+class HangUp:
+    """Close the link to this worker; what was sent before may still leave."""
+
+    endpoint: str
+
+
+@value
+class Tell:
+    """Send a message by the link to this worker."""
 
     endpoint: str
     message: Message
@@ -213,4 +262,4 @@ class Answered:
     error: TokenmqError | None = None
 
 
-Action: TypeAlias = Open | CloseSocket | Send | Deliver | Attempted | Ended | Answered | Log
+Action: TypeAlias = Open | CloseSocket | Send | Dial | HangUp | Tell | Deliver | Attempted | Ended | Answered | Log

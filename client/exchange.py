@@ -22,12 +22,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from ..protocol.errors import BadRequestError, BrokerLostError, ClientClosedError, TokenmqError
+from ..protocol.errors import BadRequestError, BrokerLostError, ClientClosedError, ErrorCode, TokenmqError
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
 from ..protocol.orders import Orders
 from ..protocol.timers import Timers
 from .attempt import OpenAttempt
-from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit
+from .direct import Direct
+from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit, Tell
 from .recovery import cannot_resume, final_error, pause_s, too_late, unserved
 from .sessions import Sessions
 from .settings import Settings
@@ -47,12 +48,18 @@ class Exchange:
     """
 
     def __init__(
-        self, settings: Settings, sessions: Sessions, orders: Orders[Action], random: Callable[[], float]
+        self,
+        settings: Settings,
+        sessions: Sessions,
+        direct: Direct,
+        orders: Orders[Action],
+        random: Callable[[], float],
     ) -> None:
         """Have none."""
         self.dropped: Counter[str] = Counter()
         self._settings = settings
         self._sessions = sessions
+        self._direct = direct
         self._orders = orders
         self._random = random
         self._streams: dict[bytes, OpenStream] = {}
@@ -85,7 +92,11 @@ class Exchange:
         unwatched = stream.due_at(self._settings) is None
         for attempt in stream.open:
             if event.limit > attempt.granted:
-                self._sessions.send(stream.endpoint, stream.grant(attempt, event.limit, now), now)
+                credit = stream.grant(attempt, event.limit, now)
+                if attempt.link:
+                    self._orders.add(Tell(attempt.link, credit))
+                else:
+                    self._sessions.send(stream.endpoint, credit, now)
         if unwatched:
             self._watch(stream)  # from now on silence counts again
 
@@ -97,21 +108,36 @@ class Exchange:
 
     # What comes from brokers
 
-    def started(self, message: Started, endpoint: str, now: float) -> None:
-        """Note which worker has a request."""
-        if found := self._find(message.id, message.attempt, endpoint):
-            stream, attempt = found
-            stream.started(attempt, message.worker, now)
-            self._orders.add(Attempted(stream.id, stream.attempts()))
-            self._watch(stream)
+    def started(self, message: Started, endpoint: str, now: float) -> bool:
+        """Note which worker has a request; tell whether somebody waits for it."""
+        found = self._find(message.id, message.attempt, endpoint)
+        if found is None:
+            return False
+        stream, attempt = found
+        stream.started(attempt, message.worker, now)
+        attempt.direct = message.direct
+        self._orders.add(Attempted(stream.id, stream.attempts()))
+        self._watch(stream)
+        return True
 
-    def chunk(self, chunk: Chunk, endpoint: str, now: float) -> None:
-        """Deliver a chunk that fits behind what has come."""
+    def chunk(self, chunk: Chunk, endpoint: str, now: float, link: str = "") -> None:
+        """Deliver a chunk that fits behind what has come.
+
+        Args:
+            chunk: it.
+            endpoint: the broker that has the request.
+            now: the time.
+            link: the worker's endpoint that it came from; "" where it came through the broker.
+        """
         found = self._find(chunk.request_id, chunk.attempt, endpoint)
         if found is None:
             return
         stream, attempt = found
-        first = not stream.has_news
+        if link:
+            attempt.link = link
+            attempt.chunks += 1
+        # The first token of all has another timeout than the next; and STARTED, which begins the watch, may be late.
+        first = not stream.has_news or attempt.heard_at is None
         try:
             new = stream.accept(attempt, chunk, now)
         except StreamFaultError as fault:
@@ -121,17 +147,30 @@ class Exchange:
             if len(stream.open) > 1:
                 self._prefer(stream, attempt, now)
             self._orders.add(Deliver(chunk.request_id, chunk))
-            if first:
-                self._watch(stream)  # the next token has another timeout than the first
         else:
             self.dropped["repeat"] += 1
+        if first:
+            self._watch(stream)
+        if link and attempt.finish is not None and attempt.chunks >= attempt.finish.chunks:
+            self._finish(stream, attempt, attempt.finish, now)
 
     def finish(self, message: Finish, endpoint: str, now: float) -> None:
-        """End a stream, if all that the FINISH counts has come."""
+        """End a stream, if all that the FINISH counts has come; what comes past the broker may be under way."""
         found = self._find(message.id, message.attempt, endpoint)
         if found is None:
             return
         stream, attempt = found
+        if message.chunks <= attempt.chunks:
+            self._finish(stream, attempt, message, now)
+        elif self._direct.is_open(attempt.link or attempt.direct):
+            attempt.finish, attempt.heard_at = message, now
+            self._watch(stream)
+        else:
+            missing = f"{message.chunks - attempt.chunks} of {message.chunks} chunks"
+            what = f"worker {message.worker} has sent {missing} by a connection that is gone"
+            self._fault(stream, attempt, stream.error(ErrorCode.WORKER_LOST, what, retryable=True), now)
+
+    def _finish(self, stream: OpenStream, attempt: OpenAttempt, message: Finish, now: float) -> None:
         try:
             ending = stream.finish(message)
         except StreamFaultError as fault:
@@ -180,6 +219,18 @@ class Exchange:
                 for attempt in list(stream.open):
                     error = BrokerLostError(why, retryable=True, request_id=stream.id.hex())
                     self._fault(stream, attempt, error, now)
+
+    # What happens at the links to workers
+
+    def link_lost(self, link: str, why: str, now: float) -> None:
+        """Take the failure of all attempts whose chunks came by a link, or might have been sent by it."""
+        for stream in list(self._streams.values()):
+            for attempt in [each for each in stream.open if stream.may_come_by(each, link)]:
+                self._give_up(stream, attempt, stream.error(ErrorCode.WORKER_LOST, why, retryable=True), now)
+
+    def uses(self, link: str) -> bool:
+        """Tell whether chunks come by a link, or may still begin to."""
+        return any(stream.may_come_by(attempt, link) for stream in self._streams.values() for attempt in stream.open)
 
     # What time brings
 
@@ -354,6 +405,9 @@ class Exchange:
                 assert self._sessions[stream.endpoint].open, "sent without a session"
             if stream.place is Place.WAITING:
                 assert self._sessions.best() is None, "something waits although a session is open"
+            for attempt in stream.open:
+                assert not attempt.link or self._direct.is_open(attempt.link), "chunks by a link that is no more"
+                assert attempt.finish is None or attempt.chunks < attempt.finish.chunks, "an end that is held back"
             bounded = not sent or stream.deadline is not None or stream.due_at(self._settings) is not None
             assert key in self._timers or not bounded, "a wait without a bound"
             timed += key in self._timers

@@ -15,6 +15,7 @@ from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import Hello
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_FRONTEND, check_destination
+from ..transport.networks import NetworkError, Networks
 from .defaults import (
     CONNECT_TIMEOUT_S,
     FIRST_TOKEN_TIMEOUT_S,
@@ -67,6 +68,8 @@ class Settings:
         inter_token_timeout_s: how long it may be silent after that while the reader wants more; None for ever.
         hedge_after_s: how long a worker may take for its first token before a second one is asked, too; the one that
             answers first goes on. None for no such hedging.
+        direct: where workers may be whose chunks come from them, past the broker: ranges of addresses, hosts, `ipc`.
+            No worker elsewhere is dialled; without any, none is.
     """
 
     endpoints: tuple[str, ...] = (DEFAULT_FRONTEND,)
@@ -82,6 +85,7 @@ class Settings:
     first_token_timeout_s: float | None = FIRST_TOKEN_TIMEOUT_S
     inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S
     hedge_after_s: float | None = None
+    direct: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -108,6 +112,12 @@ class Settings:
             raise BadRequestError(f"resume: expected true or false, got {self.resume!r}")
         _integer("window_tokens", self.window_tokens, limits.MAX_NEW_TOKENS)
         _integer("max_attempts", self.max_attempts, _MOST_ATTEMPTS)
+        if not all(isinstance(network, str) for network in self.direct):
+            raise BadRequestError(f"direct: expected strings, got {list(self.direct)!r:.80}")
+        try:
+            Networks.of(self.direct)
+        except NetworkError as error:
+            raise BadRequestError(f"direct: {error}") from error
         if not isinstance(self.name, str) or len(self.name) > limits.MAX_NAME_CHARS:
             raise BadRequestError(f"name: expected a string of at most {limits.MAX_NAME_CHARS} characters")
         try:
@@ -118,11 +128,17 @@ class Settings:
     def hello(self) -> Hello:
         """Return the HELLO that opens a session."""
         heartbeat_s = None if self.heartbeat_s is None else max(0.001, float(self.heartbeat_s))
-        return Hello(client=self.name, software=SOFTWARE, heartbeat_s=heartbeat_s)
+        return Hello(client=self.name, software=SOFTWARE, heartbeat_s=heartbeat_s, direct=bool(self.direct))
 
 
-def settings_from(endpoints: str | Sequence[str] | None, *, name: str | None, **settings: Any) -> Settings:
-    """Return the settings that the arguments of a client stand for; None for endpoints and name means the default.
+def settings_from(
+    endpoints: str | Sequence[str] | None,
+    *,
+    name: str | None,
+    direct: str | Sequence[str] | None = None,
+    **settings: Any,
+) -> Settings:
+    """Return the settings that the arguments of a client stand for; None for one of these three means the default.
 
     Raises:
         BadRequestError: a value is not valid; the message names it.
@@ -132,8 +148,13 @@ def settings_from(endpoints: str | Sequence[str] | None, *, name: str | None, **
         endpoints = DEFAULT_FRONTEND
     if not isinstance(endpoints, Iterable):
         raise BadRequestError(f"endpoints: expected a string or several, got {endpoints!r:.80}")
+    if direct is None:
+        direct = ()
+    if not isinstance(direct, Iterable):
+        raise BadRequestError(f"direct: expected a string or several, got {direct!r:.80}")
     return Settings(
         endpoints=(endpoints,) if isinstance(endpoints, str) else tuple(endpoints),
         name=_default_name() if name is None else name,
+        direct=(direct,) if isinstance(direct, str) else tuple(direct),
         **settings,
     )

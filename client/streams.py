@@ -129,7 +129,14 @@ class OpenStream:
 
     def _record(self, attempt: OpenAttempt, error: TokenmqError | None, *, cancelled: bool = False) -> Attempt:
         return Attempt(
-            attempt.number, self.endpoint, attempt.worker, self.first_token, error, attempt.hedge, cancelled
+            attempt.number,
+            self.endpoint,
+            attempt.worker,
+            self.first_token,
+            error,
+            attempt.hedge,
+            cancelled,
+            bool(attempt.link),
         )
 
     # The way of an attempt
@@ -221,6 +228,10 @@ class OpenStream:
         """Return when the worker has been silent for too long; None where it is not its turn, or has all time."""
         since, seconds = attempt.owes_since(self.order.window.received), self._patience_s(settings)
         return None if since is None or seconds is None else since + seconds
+
+    def may_come_by(self, attempt: OpenAttempt, link: str) -> bool:
+        """Tell whether chunks of an open attempt come by a link to a worker, or may still begin to."""
+        return attempt.link == link or (attempt.direct == link and not attempt.link and not self.has_news)
 
     def hedge_at(self, settings: Settings) -> float | None:
         """Return when a second worker is to be asked as well; None where none is, or none any more."""

@@ -6,6 +6,7 @@ import ipaddress
 
 DEFAULT_FRONTEND = "tcp://127.0.0.1:5555"
 DEFAULT_BACKEND = "tcp://127.0.0.1:5556"
+MAX_PORT = 65535
 _EXPECTED = "expected tcp://HOST:PORT or ipc://PATH"
 
 
@@ -24,7 +25,7 @@ def check_endpoint(endpoint: str) -> str:
         raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}")
     if scheme == "tcp":
         host, _, port = rest.rpartition(":")
-        if not host or not (port == "*" or (port.isascii() and port.isdigit() and int(port) <= 65535)):
+        if not host or not (port == "*" or (port.isascii() and port.isdigit() and int(port) <= MAX_PORT)):
             raise EndpointError(f"invalid endpoint {endpoint!r}: {_EXPECTED}, PORT from 0 to 65535")
     return endpoint
 
@@ -40,6 +41,27 @@ def check_destination(endpoint: str) -> str:
     if scheme == "tcp" and (host == "*" or port == "*" or int(port) == 0):
         raise EndpointError(f"cannot connect to {endpoint}: name the host and the port that the broker listens on")
     return endpoint
+
+
+def check_offer(endpoint: str) -> str:
+    """Return the endpoint if it can be bound, and told to others as it is bound then.
+
+    Raises:
+        EndpointError: it names all interfaces, or has none of the forms that tokenmq uses.
+    """
+    scheme, _, rest = check_endpoint(endpoint).partition("://")
+    if scheme == "tcp" and _is_everywhere(rest.rpartition(":")[0].strip("[]")):
+        raise EndpointError(f"{endpoint} stands for all interfaces: name the one address that clients can reach")
+    return endpoint
+
+
+def _is_everywhere(host: str) -> bool:
+    if host == "*":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def is_ipv6(endpoint: str) -> bool:

@@ -20,8 +20,16 @@ OUTBOX_BYTES = 16 * 1024 * 1024
 class Link:
     """The socket of one session."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump, *, heartbeats: bool = False
+    ) -> None:
         """Begin to connect, and have the pump wait for it.
+
+        Args:
+            context: where the socket lives.
+            endpoint: what it is connected to.
+            pump: waits for it.
+            heartbeats: ZMTP finds out when the other side is gone, where no session does.
 
         Raises:
             EndpointError: libzmq refuses the endpoint. Nothing is left open.
@@ -30,7 +38,7 @@ class Link:
         self._outbox: deque[Sequence[bytes]] = deque()
         self._outbox_bytes = 0
         self._broken = False
-        self.socket = dealer(context, endpoint)
+        self.socket = dealer(context, endpoint, heartbeats=heartbeats)
         self._monitor = Monitor(self.socket)
         pump.watch(self.socket)
         pump.watch(self._monitor.socket)

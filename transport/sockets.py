@@ -23,6 +23,10 @@ _HANDSHAKE_MS = 5_000
 #: Reconnection starts quickly and backs off, so that a thousand peers do not storm a broker that is down.
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1_000
+#: Between a worker and its clients' own connections (SPEC.md, 14) nothing of TMQ/1 tells that the other side is gone
+#: where the network drops everything; ZMTP's PING does, in the time that a session takes to expire by default.
+_HEARTBEAT_MS = 1_000
+_HEARTBEAT_TIMEOUT_MS = 5_000
 #: What may still leave when a socket closes: a GOODBYE. The default (for ever) hangs the exit.
 _LINGER_MS = 200
 
@@ -35,8 +39,20 @@ def _common(socket: zmq.Socket[bytes], queue_messages: int) -> None:
     socket.setsockopt(zmq.RCVHWM, queue_messages)
 
 
-def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) -> tuple[zmq.Socket[bytes], list[str]]:
+def _heartbeats(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+
+
+def router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], *, heartbeats: bool = False
+) -> tuple[zmq.Socket[bytes], list[str]]:
     """Make a ROUTER bound to all endpoints.
+
+    Args:
+        context: where it lives.
+        endpoints: what it listens on.
+        heartbeats: ZMTP finds out when a peer is gone.
 
     Returns:
         The socket and the endpoints as bound, with the port that was chosen where `*` was asked for.
@@ -47,6 +63,8 @@ def router(context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str]) ->
     socket = context.socket(zmq.ROUTER)
     try:
         _common(socket, ROUTER_QUEUE_MESSAGES)
+        if heartbeats:
+            _heartbeats(socket)
         # A full or vanished peer is an error to handle; by default ROUTER drops the message and reports success.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
@@ -94,8 +112,13 @@ def _is_taken(endpoint: str) -> bool:
     return True
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, heartbeats: bool = False) -> zmq.Socket[bytes]:
     """Make a DEALER for the endpoint; `connect` connects it, now or as soon as somebody listens there.
+
+    Args:
+        context: where it lives.
+        endpoint: what it is to be connected to.
+        heartbeats: ZMTP finds out when the other side is gone.
 
     Raises:
         EndpointError: the endpoint is not valid.
@@ -104,6 +127,8 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket
     socket = context.socket(zmq.DEALER)
     try:
         _common(socket, PEER_QUEUE_MESSAGES)
+        if heartbeats:
+            _heartbeats(socket)
         _family(socket, endpoint)
         # ZMQ_IMMEDIATE stays off: with it libzmq drops a pipe in mid-message when its connection breaks, and the next
         # receive aborts the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). What it is for, that nothing

@@ -35,7 +35,9 @@ def finish(stream: Stream, reason: FinishReason, done: Done | None, worker: str)
             prefill_s=_seconds(done.prefill_s),
             decode_s=_seconds(done.decode_s),
         )
-    return Finish(stream.request_id, stream.attempt, reason, usage, timings, worker)
+    # What went through the broker is ahead of this; what went past it may come later.
+    chunks = 0 if stream.peer is None else stream.chunks
+    return Finish(stream.request_id, stream.attempt, reason, usage, timings, worker, chunks)
 
 
 def _seconds(value: float) -> float:

@@ -12,6 +12,8 @@ It knows neither zmq, nor a clock, nor a thread. The rules:
       any -> draining -> stopped        nothing new is taken; what is held ends, or is given back after the grace time
 
   A drain that a broker asked for can be taken back by a broker; one of the worker's own cannot.
+- Clients may take their chunks themselves, at a door of the worker's own (`direct.py`, SPEC.md 14). There are no
+  sessions there: what has a beginning and an end comes from the brokers.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..protocol.errors import ErrorCode
+from ..protocol.errors import ErrorCode, ProtocolError
+from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.links import Connected, Lost, Malformed, Received, Refused
 from ..protocol.membership import Membership
 from ..protocol.messages import (
+    Attach,
     Cancel,
     Credit,
+    Disconnect,
     DisconnectCode,
+    Goodbye,
     Load,
     Message,
     ModelInfo,
@@ -45,7 +51,9 @@ from .events import (
     EXIT_CANNOT_START,
     EXIT_FAILED,
     Action,
+    Came,
     Changed,
+    Deaf,
     Drain,
     EngineDied,
     EngineFailed,
@@ -53,6 +61,7 @@ from .events import (
     EngineOutputs,
     EngineProgress,
     Event,
+    Hand,
     Resize,
     Stop,
 )
@@ -99,6 +108,8 @@ class WorkerCore:
             EngineDied: self._on_died,
             Changed: self._on_changed,
             Drain: self._on_drain,
+            Came: self._on_came,
+            Deaf: self._on_deaf,
         }
         self._receivers: dict[type[Any], Callable[[str, Any, float], None]] = {
             Request: self._on_request,
@@ -168,6 +179,7 @@ class WorkerCore:
             AssertionError: one does not; its argument is what is at fault.
         """
         self._streams.validate()
+        self._desk.attachments.validate()
         self._membership.validate()
         for broker, session in self._membership.sessions.items():
             assert self._membership.active(broker) or not self._streams.held(broker), session
@@ -195,6 +207,7 @@ class WorkerCore:
             engine=self._engine,
             load=self.load(broker, now),
             heartbeat_s=settings.heartbeat_s,
+            direct=settings.direct,
         )
 
     def load(self, broker: str, now: float) -> Load:
@@ -263,6 +276,32 @@ class WorkerCore:
         else:
             self._drain_until = None
             self._orders.log("drain_undone", broker=broker, held=len(self._streams))
+
+    # --- clients, at the worker's own door --------------------------------------------------------------------------
+
+    def _on_came(self, event: Came, now: float) -> None:
+        peer, message = event.peer, event.message
+        if isinstance(message, Attach):
+            self._desk.attachments.attach(message.id, peer)
+        elif isinstance(message, Credit):
+            self._desk.credit_from(peer, message, now)
+        elif isinstance(message, Goodbye):
+            self._let_go(peer, "the client has closed the connection that its chunks went to", now)
+        else:
+            if isinstance(message, ProtocolError):
+                why = message.message[:MAX_TEXT_CHARS]
+            else:
+                why = f"{message.command.name} is not for workers"
+            self._orders.add(Hand(peer, Disconnect(DisconnectCode.PROTOCOL, why)))
+            self._let_go(peer, "the client broke the protocol where it takes its chunks", now)
+
+    def _on_deaf(self, event: Deaf, now: float) -> None:
+        self._let_go(event.peer, "the client takes no more chunks by its own connection", now)
+
+    def _let_go(self, peer: bytes, why: str, now: float) -> None:
+        requests = self._desk.let_go(peer, why, now)
+        if requests:
+            self._orders.log("direct_lost", level=logging.WARNING, why=why, requests=requests)
 
     # --- the engine -------------------------------------------------------------------------------------------------
 

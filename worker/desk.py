@@ -2,7 +2,8 @@
 
 The rules: a request held is answered with exactly one FINISH or ERROR, unless its session ends. FINISH waits until
 all tokens have left; ERROR, and FINISH after a CANCEL, drop what is unsent. What one engine step brought for the
-streams of one client leaves as one CHUNKS message. A stream that has only its reader to wait for is PARKED: its slot
+streams of one client leaves as one CHUNKS message: through the broker, or by the client's own connection, if it has
+one when the first chunk leaves. A stream that has only its reader to wait for is PARKED: its slot
 is free. A reader that grants nothing for too long is given up.
 """
 
@@ -30,14 +31,20 @@ from ..protocol.messages import (
 from ..protocol.orders import Orders
 from ..protocol.payload import Generation, unpack_generation
 from .answers import error, finish
+from .direct import Attachments
 from .engines.base import Done, Failed, Job, Output, Tokens
-from .events import Action, CancelJob, Submit
+from .events import Action, CancelJob, Hand, Submit
 from .settings import MOST_PARKED, MOST_PARKED_TOKENS, WorkerSettings
-from .streams import Stream, Streams, batches
+from .streams import Stream, Streams, Way, batches
 
 
 class Desk:
-    """Takes requests, and answers them."""
+    """Takes requests, and answers them.
+
+    Attributes:
+        streams: those that are held.
+        attachments: whose chunks go past the broker.
+    """
 
     def __init__(
         self, settings: WorkerSettings, orders: Orders[Action], send: Callable[[str, Message], None]
@@ -50,6 +57,7 @@ class Desk:
             send: orders a message to a broker.
         """
         self.streams = Streams()
+        self.attachments = Attachments()
         self._settings = settings
         self._orders = orders
         self._send = send
@@ -122,12 +130,15 @@ class Desk:
             broker,
             message.id,
             envelope.attempt,
-            route,
+            (broker, route, None),
             envelope.credit,
             envelope.prior_tokens,
             now,
+            envelope.key if self._settings.direct else None,
         )
         self.streams.add(stream)
+        if stream.key is not None:
+            self.attachments.hold(stream.key, broker)
         job = Job(stream.ticket, envelope.model, generation, message.attachments, envelope.priority)
         self._orders.add(Submit(job))
         self._orders.log(
@@ -164,9 +175,33 @@ class Desk:
         """Forget all that this broker has here, since its session ended; return how many that were."""
         streams = self.streams.of_broker(broker)
         for stream in streams:
-            self.streams.remove(stream)
+            self._remove(stream)
             self._drop_job(stream)
+        self.attachments.end(broker)
         return len(streams)
+
+    # --- from clients, at the worker's own door ---------------------------------------------------------------------
+
+    def credit_from(self, peer: bytes, message: Credit, now: float) -> None:
+        """Raise the credit of a stream whose chunks leave by this connection; others have just ended."""
+        for broker in self._settings.brokers:
+            stream = self.streams.by_key(broker, message.id, message.attempt)
+            if stream is not None and stream.peer == peer:
+                stream.grant(message.limit)
+                self._deliver([stream], now)
+                return
+
+    def let_go(self, peer: bytes, why: str, now: float) -> int:
+        """Give back what leaves by this connection, which takes nothing any more; return how many streams that were.
+
+        Their clients do not have all that was sent by it, and resume.
+        """
+        self.attachments.leave(peer)
+        lost = [stream for stream in self.streams if stream.peer == peer]
+        for stream in lost:
+            self._drop_job(stream)
+            self._answer(stream, error(stream, ErrorCode.WORKER_LOST, why, retryable=True), now)
+        return len(lost)
 
     # --- from the engine --------------------------------------------------------------------------------------------
 
@@ -200,20 +235,31 @@ class Desk:
         """Send what these streams may send, one message a client, and then their ends."""
         pending = streams
         while pending:
-            clients: dict[tuple[str, bytes], list[Chunk]] = {}
+            clients: dict[Way, list[Chunk]] = {}
             for stream in pending:
+                first = not stream.chunks
                 chunks = self.streams.take(stream)
                 if chunks:
-                    clients.setdefault((stream.broker, stream.route), []).extend(chunks)
-            for (broker, route), found in clients.items():
+                    if first and stream.key is not None:
+                        self._choose_way(stream, stream.key)
+                    clients.setdefault(stream.way, []).extend(chunks)
+            for (broker, subject, peer), found in clients.items():
                 for batch in batches(found):
-                    self._send(broker, Chunks(route, batch))
+                    if peer is None:
+                        self._send(broker, Chunks(subject, batch))
+                    else:
+                        self._orders.add(Hand(peer, Chunks(subject, batch)))
             pending = [stream for stream in pending if stream.ready]  # more than the largest chunk: another round
         for stream in streams:
             if stream.kept:
                 self.streams.wait(stream, now)
             if stream.end is not None:
                 self._settle(stream, now)
+
+    def _choose_way(self, stream: Stream, key: bytes) -> None:
+        peer = self.attachments.peer(key)
+        if peer is not None:
+            stream.way = ("", key, peer)
 
     def _settle(self, stream: Stream, now: float) -> None:
         """Answer a stream that has ended in the engine, unless tokens wait for credit."""
@@ -265,8 +311,13 @@ class Desk:
         if stream.end is None:
             self._orders.add(CancelJob(stream.ticket))
 
-    def _answer(self, stream: Stream, answer: Error | Finish, now: float) -> None:
+    def _remove(self, stream: Stream) -> None:
         self.streams.remove(stream)
+        if stream.key is not None:
+            self.attachments.release(stream.key)
+
+    def _answer(self, stream: Stream, answer: Error | Finish, now: float) -> None:
+        self._remove(stream)
         self._send(stream.broker, answer)
         outcome = answer.code if isinstance(answer, Error) else answer.reason.value
         seconds = now - stream.accepted_at

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import TypeAlias
 
+from ..protocol.errors import ProtocolError
 from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
-from ..protocol.messages import ModelInfo
+from ..protocol.messages import Message, ModelInfo
 from ..protocol.values import value
 from .engines.base import EngineStats, Job, Output
 from .rates import Rates
@@ -85,13 +86,37 @@ class Drain:
     grace_s: float | None = None
 
 
+@value
+class Came:
+    """A message, or what is none, came through the worker's own door by this connection."""
+
+    peer: bytes
+    message: Message | ProtocolError
+
+
+@value
+class Deaf:
+    """This connection at the worker's own door takes nothing any more: it is gone, or its client does not read."""
+
+    peer: bytes
+
+
 #: How a worker's process ends when something broke while it ran. Starting it again helps as a rule.
 EXIT_FAILED = 1
 #: How it ends when it could not begin: wrong options (click's code is the same), or a model that does not load.
 EXIT_CANNOT_START = 2
 
 Event: TypeAlias = (
-    LinkEvent | EngineLoaded | EngineOutputs | EngineProgress | EngineFailed | EngineDied | Changed | Drain
+    LinkEvent
+    | EngineLoaded
+    | EngineOutputs
+    | EngineProgress
+    | EngineFailed
+    | EngineDied
+    | Changed
+    | Drain
+    | Came
+    | Deaf
 )
 
 # --- actions --------------------------------------------------------------------------------------------------------
@@ -119,6 +144,14 @@ class Resize:
 
 
 @value
+class Hand:
+    """Send this message by this connection at the worker's own door; tell `Deaf` where it is not taken at once."""
+
+    peer: bytes
+    message: Message
+
+
+@value
 class Stop:
     """The worker is done: exit with this code."""
 
@@ -127,4 +160,4 @@ class Stop:
 
 
 EngineAction: TypeAlias = Submit | CancelJob | Resize
-Action: TypeAlias = LinkAction | EngineAction | Stop | Log
+Action: TypeAlias = LinkAction | EngineAction | Hand | Stop | Log

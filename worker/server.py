@@ -14,6 +14,7 @@ import zmq
 from ..protocol.links import Open, Send, Shut
 from ..protocol.log import Log, write
 from ..protocol.messages import ModelInfo
+from ..transport.door import Door
 from ..transport.endpoints import check_destination
 from ..transport.links import Links
 from ..transport.pump import Pump
@@ -21,7 +22,20 @@ from ..transport.rounds import Rounds
 from .core import WorkerCore
 from .engine_thread import EngineThread
 from .engines.base import Engine
-from .events import Action, CancelJob, Changed, Drain, EngineOutputs, Event, Resize, Stop, Submit
+from .events import (
+    Action,
+    Came,
+    CancelJob,
+    Changed,
+    Deaf,
+    Drain,
+    EngineOutputs,
+    Event,
+    Hand,
+    Resize,
+    Stop,
+    Submit,
+)
 from .settings import WorkerSettings
 
 LOGGER = logging.getLogger("tokenmq.worker")
@@ -47,18 +61,21 @@ class WorkerServer:
             clock: seconds, monotonic.
 
         Raises:
-            EndpointError: a broker's endpoint is not valid.
+            EndpointError: a broker's endpoint is not valid, or the worker's own cannot be bound.
         """
         for broker in settings.brokers:
             check_destination(broker)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pump = Pump()
+        self._door = self._open_door(settings.direct) if settings.direct else None
+        if self._door is not None:
+            settings = replace(settings, direct=self._door.endpoint)
         self._clock = clock
         self._settings = settings
         self._core = WorkerCore(settings, engine.name, time.time_ns())
-        self._pump = Pump()
         #: Events from other threads and signal handlers; appending is atomic.
         self._inbox: deque[Event] = deque()
         self._engine = EngineThread(engine, self._post, clock)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = Links(self._context, self._pump)
         self._rounds = Rounds(self._pump, clock)
         self._stop: Stop | None = None
@@ -86,6 +103,10 @@ class WorkerServer:
         """
         try:
             self._engine.start()
+            if self._door is not None:
+                write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint}))
+                if self._settings.insecure:
+                    write(LOGGER, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
             self._rounds = Rounds(self._pump, self._clock)  # the time since it was made counts for nothing
             self._perform(self._core.start(self._rounds.now))
             while self._stop is None:
@@ -131,12 +152,23 @@ class WorkerServer:
         if self._closed:
             return
         self._closed = True
+        if self._door is not None:
+            self._door.close()
         self._links.close()
         self._context.term()
         if not self._engine.stop(_ENGINE_STOP_S):
             self.engine_abandoned = True
             write(LOGGER, Log("engine_abandoned", {"waited_s": _ENGINE_STOP_S}, level=logging.WARNING))
         self._pump.close()
+
+    def _open_door(self, endpoint: str) -> Door:
+        """Listen for clients; where that fails, nothing is left open."""
+        try:
+            return Door(self._context, endpoint, self._pump)
+        except BaseException:
+            self._context.destroy(linger=0)
+            self._pump.close()
+            raise
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -148,6 +180,9 @@ class WorkerServer:
         self._take_inbox()
         for event in self._links.events(ready):
             self._tell(event)
+        if self._door is not None and self._door.among(ready):
+            for peer, message in self._door.receive():
+                self._tell(Came(peer, message))
         self._tell(self._engine.progress())
         self._perform(self._core.tick(self._rounds.now))
 
@@ -182,6 +217,9 @@ class WorkerServer:
                 lost = self._links.perform(action)
                 if lost is not None:
                     self._post(lost)
+            elif isinstance(action, Hand):
+                if self._door is None or not self._door.send(action.peer, action.message):
+                    self._post(Deaf(action.peer))
             elif isinstance(action, (Submit, CancelJob, Resize)):
                 self._engine.post(action)
             elif isinstance(action, Log):

@@ -15,6 +15,7 @@ from ..protocol.limits import (
     MAX_SLOTS,
     SLOWEST_TOKENS_PER_S,
 )
+from ..transport.endpoints import EndpointError, check_offer, is_local
 
 #: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
 SLOTS = 16
@@ -64,6 +65,9 @@ class WorkerSettings:
         restart_after_s: seconds after which it makes the worker end with an exit code that a supervisor restarts; 0
             for never.
         reader_timeout_s: seconds that a stream's tokens wait for its reader's credit before it is given up.
+        direct: an endpoint of the worker's own, where clients that can reach it take their chunks past the broker;
+            "" for none. A port `*` is a free one.
+        insecure: that endpoint may be one that other machines can reach.
 
     Raises:
         ValueError: a value cannot be used; the message says which and why.
@@ -79,6 +83,8 @@ class WorkerSettings:
     stall_after_s: float = STALL_AFTER_S
     restart_after_s: float = RESTART_AFTER_S
     reader_timeout_s: float = READER_TIMEOUT_S
+    direct: str = ""
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what a broker would refuse, before anything is dialled."""
@@ -103,6 +109,15 @@ class WorkerSettings:
             raise ValueError(f"restart_after_s: expected 0 or more, got {self.restart_after_s}")
         if not self.reader_timeout_s > 0:
             raise ValueError(f"reader_timeout_s: expected more than 0, got {self.reader_timeout_s}")
+        if self.direct:
+            check_offer(self.direct)
+            if not is_local(self.direct) and not self.insecure:
+                raise EndpointError(
+                    f"{self.direct} can be reached from other machines by anyone: bind 127.0.0.1 or ipc://, "
+                    "or allow it with --insecure"
+                )
+            if len(self.direct) > MAX_NAME_CHARS:
+                raise ValueError(f"direct: expected at most {MAX_NAME_CHARS} characters, got {len(self.direct)}")
 
     @property
     def most_held(self) -> int:

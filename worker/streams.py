@@ -27,6 +27,8 @@ _DETAIL_CHARS = 1200
 
 #: (token ids, text, details)
 Piece: TypeAlias = tuple[tuple[int, ...], str, Details | None]
+#: How chunks leave: (broker, its route to the client, None), or ("", key, connection) where the client fetches them.
+Way: TypeAlias = tuple[str, bytes, "bytes | None"]
 
 
 @dataclass(slots=True)
@@ -107,10 +109,12 @@ class Stream:
         broker: who sent it; (broker, request_id, attempt) is its key.
         request_id: its id on the wire.
         attempt: which submission.
-        route: names its client in CHUNKS.
+        way: how its chunks leave: all of them the same way, lest one overtake another.
         limit: credit: tokens with a position below it may be sent.
         prior: tokens that earlier attempts have brought; offsets go on behind them.
         accepted_at: when it came.
+        key: who shows it takes the chunks; None where they go through the broker.
+        chunks: how many have left.
         lanes: its completions by index.
         tokens: tokens of the completion so far: those of `prior`, and those that the engine has brought.
         kept: those of them that wait for credit.
@@ -123,10 +127,12 @@ class Stream:
     broker: str
     request_id: bytes
     attempt: int
-    route: bytes
+    way: Way
     limit: int
     prior: int
     accepted_at: float
+    key: bytes | None = None
+    chunks: int = 0
     lanes: dict[int, Lane] = field(default_factory=dict)
     tokens: int = field(init=False)
     kept: int = 0
@@ -166,6 +172,7 @@ class Stream:
             if taken is not None:
                 chunks.append(Chunk(self.request_id, self.attempt, index, *taken))
                 self.kept -= len(taken[1])
+        self.chunks += len(chunks)
         return chunks
 
     def cancel(self) -> None:
@@ -173,6 +180,11 @@ class Stream:
         self.cancelled = True
         self.lanes.clear()
         self.kept = 0
+
+    @property
+    def peer(self) -> bytes | None:
+        """The client's own connection that the chunks leave by; None for the broker's."""
+        return self.way[2]
 
     @property
     def ready(self) -> bool:

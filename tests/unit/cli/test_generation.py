@@ -24,9 +24,11 @@ class FakeClient:
     """Takes what the real one takes, and says what it was called with."""
 
     calls: list[tuple[str, dict[str, Any]]]
+    direct: tuple[str, ...]
 
     def __init__(self) -> None:
         self.calls = []
+        self.direct = ()
 
     def generate(self, model: str, **arguments: Any) -> None:
         self._called(Client.generate, model, arguments)
@@ -44,7 +46,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
 
     @contextmanager
-    def connected(_: Any) -> Iterator[FakeClient]:
+    def connected(_broker: Any, direct: tuple[str, ...]) -> Iterator[FakeClient]:
+        fake.direct = direct
         yield fake
 
     monkeypatch.setattr(generation, "connected", connected)
@@ -84,6 +87,14 @@ def test_every_option_comes_to_its_argument(client: FakeClient, tmp_path: Path) 
         "logit_bias": {7: -5.0, 3: 1.5}, "images": (str(image),), "deadline_s": 8.0, "resume": False,
         "hedge_after_s": 2.0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_networks_of_workers_are_the_clients(client: FakeClient, command: str) -> None:
+    assert run(command, "m", "x").exit_code == 0
+    assert client.direct == ()
+    assert run(command, "m", "x", "--direct", "10.0.0.0/8", "--direct", "ipc").exit_code == 0
+    assert client.direct == ("10.0.0.0/8", "ipc")
 
 
 def test_images_belong_to_the_first_message_of_a_conversation(client: FakeClient, tmp_path: Path) -> None:

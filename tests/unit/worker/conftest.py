@@ -36,6 +36,7 @@ def request(number: int = 1, *, attempt: int = 1, credit: int = 256, **values: A
         route=values.get("route", ROUTE),
         prior_tokens=values.get("prior_tokens", len(prior)),
         expected_tokens=values.get("expected_tokens", 0),
+        key=values.get("key"),
     )
     generation = Generation(
         prompt="hello",
