@@ -5,6 +5,7 @@ What happens at the sockets of parents, and what is ordered of them, is in `prot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from ..protocol.errors import ProtocolError
@@ -24,10 +25,11 @@ class FromClient:
 
 @value
 class FromWorker:
-    """A worker sent a message."""
+    """A worker sent a message; `frames` is the message as it came, where it is at hand."""
 
     peer: bytes
     message: Message
+    frames: Sequence[bytes] | None = None
 
 
 @value
@@ -69,10 +71,11 @@ Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone 
 
 @value
 class ToClient:
-    """Send this to a client."""
+    """Send this to a client; `frames` is the message encoded, where it is at hand."""
 
     peer: bytes
     message: Message
+    frames: Sequence[bytes] | None = None
 
 
 @value

@@ -11,8 +11,8 @@ former still runs at a worker that nobody believes in any more.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from random import Random
@@ -25,6 +25,7 @@ from ..protocol.messages import (
     ID_BYTES,
     Cancel,
     Credit,
+    Envelope,
     Error,
     Finish,
     FinishReason,
@@ -76,7 +77,10 @@ class Exchange:
         self._max_waiting = settings.max_waiting
         self._weights = dict(settings.client_weights)
         #: Requests that run, by share.
-        self._running: Counter[str] = Counter()
+        self._running: dict[str, int] = {}
+        #: Whose client is to hear STARTED, when, and of which worker; in the order of time.
+        self._notices: deque[tuple[float, RequestRecord, WorkerSession]] = deque()
+        self._notice_s = settings.notice_s
         #: Requests that run, and nobody waits for them.
         self._orphaned = 0
         self._rooms: dict[str, WaitingRoom] = {}
@@ -90,15 +94,16 @@ class Exchange:
         """Take a request: dispatch it, let it wait, or refuse it."""
         record = RequestRecord.of(request, client, now)
         # A broker above this one judges itself which attempts go on, and waits for the end of each.
-        former = [] if isinstance(client, Guest) else list(client.attempts.get(record.id, ()))
-        if any(other.attempt >= record.attempt for other in former):
-            self._counters.refused += 1  # a repeat, or too late: the client has gone on
-            return
-        record.avoid |= {other.holder for other in former if other.worker is not None}
-        if not record.hedge:
-            # Also where the new one is refused: the client waits for no other any more.
-            for other in former:
-                self._supersede(other)
+        former = client.attempts.get(record.id)
+        if former and not isinstance(client, Guest):
+            if any(other.attempt >= record.attempt for other in former):
+                self._counters.refused += 1  # a repeat, or too late: the client has gone on
+                return
+            record.avoid |= {other.holder for other in former if other.worker is not None}
+            if not record.hedge:
+                # Also where the new one is refused: the client waits for no other any more.
+                for other in list(former):
+                    self._supersede(other)
         refusal = self._refusal(record)
         if refusal is not None:
             self._refuse(record, refusal)
@@ -109,6 +114,11 @@ class Exchange:
 
     def _submit(self, record: RequestRecord, now: float) -> None:
         room = self._room(record.model)
+        if not room and (free := self.chooser.candidates(record)):
+            # Nobody waits, and somebody is free: nothing of what a waiting room knows would change.
+            self._accept(record)
+            self._assign(record, free, now)
+            return
         pushed_out = room.admit(record)
         if pushed_out is None:
             # The room is full, and what is there may be waiting for something else than this one.
@@ -143,7 +153,8 @@ class Exchange:
         self._counters.requests += 1
         self.records[record.key] = record
         record.client.add(record)
-        self._watch(record)
+        if record.deadline_at is not None or record.queue_until is not None:
+            self._watch(record)
 
     def _refuse(self, record: RequestRecord, refusal: Error) -> None:
         client = record.client
@@ -193,8 +204,17 @@ class Exchange:
 
     # What workers do.
 
-    def answered(self, worker: WorkerSession, answer: Finish | Error, now: float) -> None:
-        """Pass the end of a request on and free its slot."""
+    def answered(
+        self, worker: WorkerSession, answer: Finish | Error, now: float, frames: Sequence[bytes] | None = None
+    ) -> None:
+        """Pass the end of a request on and free its slot.
+
+        Args:
+            worker: who says it.
+            answer: what it says.
+            now: the time.
+            frames: the same as it came: the client gets these where there is nothing to add.
+        """
         record = worker.in_flight.get(key_of(answer.id, answer.attempt))
         if record is None:
             self._counters.late_answers += 1
@@ -203,11 +223,19 @@ class Exchange:
         self._forget(record)
         self.chooser.judge(worker, record, answer, now)
         if record.client is not None:
-            answer = answer_from(worker.name, answer) if worker.is_broker else replace(answer, worker=worker.name)
-            if isinstance(answer, Finish):
-                answer = replace(answer, timings=_timings(record, answer.timings))
-            self._answer(record, answer)
+            told = self._told(worker, record, answer)
+            self._answer(record, told, frames if told is answer else None)
         self._slot_freed(worker, now)
+
+    def _told(self, worker: WorkerSession, record: RequestRecord, answer: Finish | Error) -> Finish | Error:
+        """Return an answer with what this broker knows of it: the same one where there is nothing to add."""
+        if worker.is_broker:
+            answer = answer_from(worker.name, answer)
+        elif answer.worker != worker.name:
+            answer = replace(answer, worker=worker.name)
+        if isinstance(answer, Finish) and (record.decision is not None or record.dispatched_at > record.arrived_at):
+            answer = replace(answer, timings=_timings(record, answer.timings))
+        return answer
 
     def parked(self, worker: WorkerSession, message: Parked, now: float) -> None:
         """Free the slot of a request whose worker has only to wait for the reader."""
@@ -298,10 +326,11 @@ class Exchange:
             self._end(record, error(record, ErrorCode.DEADLINE, message, retryable=False))
         for worker in self.chooser.tried_again(now):
             self._slot_freed(worker, now)
+        self._tell_late(now)
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
-        times = (self._deadlines.next(), self.chooser.next_deadline())
+        times = (self._deadlines.next(), self.chooser.next_deadline(), self._next_notice())
         return min((time for time in times if time is not None), default=None)
 
     def give_up(self, why: str, clients: Collection[ClientSession] | None = None) -> None:
@@ -436,22 +465,27 @@ class Exchange:
         room = self._rooms.get(model)
         if room is None:
             room = self._rooms[model] = WaitingRoom(
-                self._max_waiting, lambda share: self._weights.get(share, 1.0), lambda share: self._running[share]
+                self._max_waiting,
+                lambda share: self._weights.get(share, 1.0),
+                lambda share: self._running.get(share, 0),
             )
         return room
 
     def _release(self, worker: WorkerSession, record: RequestRecord) -> None:
         worker.release(record)
         self._orphaned -= record.client is None
-        self._running[record.share] -= 1
-        if not self._running[record.share]:
+        left = self._running[record.share] - 1
+        if left:
+            self._running[record.share] = left
+        else:
             del self._running[record.share]
 
     def _slot_freed(self, worker: WorkerSession, now: float) -> None:
         self._registry.changed(worker, now)
         # One that was suspended just now may have been the last but those that were suspended before.
-        if worker.free or worker.breaker.state is State.OPEN:
-            self.dispatch((info.name for info in worker.ready.models), now)
+        models = worker.ready.models
+        if any(self._rooms.get(info.name) for info in models) and (worker.free or worker.breaker.state is State.OPEN):
+            self.dispatch((info.name for info in models), now)
 
     def _watch(self, record: RequestRecord) -> None:
         """See to it that the request ends when it is due, now that it waits or runs."""
@@ -462,37 +496,79 @@ class Exchange:
 
     def _assign(self, record: RequestRecord, free: Free | Spare, now: float) -> None:
         worker = self.chooser.choose(record, free)
-        message, record.message = record.message, None
+        client, message, record.message = record.client, record.message, None
+        assert client is not None
         assert message is not None
-        left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
-        assert record.client is not None
-        key = self._key(record.client, worker)
-        envelope = replace(message.envelope, route=record.route, deadline_s=left, avoid=(), queue_s=None, key=key)
-        if worker.is_broker:
-            envelope = replace(
-                envelope,
-                avoid=avoid_below(worker.name, record.avoid),
-                queue_s=None if record.queue_until is None else max(0.0, record.queue_until - now),
-                path=(*envelope.path, self._id),
-            )
         record.worker, record.holder, record.dispatched_at = worker, worker.name, now
         if record.queue_until is not None:
             self._watch(record)
         worker.charge(record)
-        self._running[record.share] += 1
+        self._running[record.share] = self._running.get(record.share, 0) + 1
         self._registry.pool.changed(worker)
-        self._outbox.to_worker(worker, replace(message, envelope=envelope))
+        # Clients of a broker above are never `direct`, and READY of a broker below offers nothing.
+        key = self._key(client, worker) if client.direct and worker.ready.direct else None
+        envelope = self._envelope(record, message.envelope, worker, key, now)
+        self._outbox.to_worker(worker, Request(record.id, envelope, message.payload, message.attachments))
+        self._tell_started(record, worker, key, now)
+        if self._outbox.log_level <= logging.DEBUG:
+            self._outbox.log(
+                "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
+                attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
+            )  # fmt: skip
+
+    def _envelope(
+        self, record: RequestRecord, of: Envelope, worker: WorkerSession, key: bytes | None, now: float
+    ) -> Envelope:
+        """Return what the worker is to know of the request."""
+        avoid: tuple[str, ...] = ()
+        queue_s, path = None, of.path
+        if worker.is_broker:
+            avoid = avoid_below(worker.name, record.avoid)
+            queue_s = None if record.queue_until is None else max(0.0, record.queue_until - now)
+            path = (*path, self._id)
+        left = None if record.deadline_at is None else max(0.0, record.deadline_at - now)
+        # By position: dataclasses.replace takes six times as long.
+        return Envelope(
+            of.model, of.attempt, of.credit, left, record.route, of.prior_tokens, avoid, queue_s, of.expected_tokens,
+            of.priority, of.affinity, of.hedge, of.explain, path, key,
+        )  # fmt: skip
+
+    def _tell_started(self, record: RequestRecord, worker: WorkerSession, key: bytes | None, now: float) -> None:
+        """Tell the client who has its request: at once where it is to fetch the chunks there, else a little later.
+
+        Most of what one-token requests cost is messages; one that has ended by then needs no STARTED any more.
+        """
+        # Who runs it behind a broker below is told as it is learnt, and that is to come after this.
+        if key is not None or worker.is_broker or not self._notice_s:
+            self._started(record, worker, key)
+        else:
+            self._notices.append((now + self._notice_s, record, worker))
+
+    def _started(self, record: RequestRecord, worker: WorkerSession, key: bytes | None) -> None:
+        assert record.client is not None
         direct = worker.ready.direct if key else ""
         self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name, direct, key))
-        self._outbox.log(
-            "request_dispatched", record.id, level=logging.DEBUG, model=record.model, worker=worker.name,
-            attempt=record.attempt, prior_tokens=record.prior_tokens, waited_s=now - record.arrived_at,
-        )  # fmt: skip
+
+    def _tell_late(self, now: float) -> None:
+        """Say STARTED for what has run for a while."""
+        while (due := self._next_notice()) is not None and due <= now:
+            _, record, worker = self._notices.popleft()
+            self._started(record, worker, None)
+
+    def _next_notice(self) -> float | None:
+        """Return when somebody is to hear STARTED; what has ended is passed over."""
+        notices = self._notices
+        while notices:
+            due, record, worker = notices[0]
+            # A record that was answered, or that nobody waits for, is in no client's list.
+            if record.client is not None and record.worker is worker and record.key in record.client.requests:
+                return due
+            notices.popleft()
+        return None
 
     def _key(self, client: ClientSession, worker: WorkerSession) -> bytes | None:
         """Return what the client shows the worker to take its chunks there; None where they go through the broker."""
-        # Clients of a broker above are never `direct`, and READY of a broker below offers nothing.
-        if not (client.direct and worker.ready.direct) or worker.is_broker:
+        if worker.is_broker:
             return None
         return blake2b(client.route + worker.peer, key=self._secret, digest_size=ID_BYTES).digest()
 
@@ -540,15 +616,17 @@ class Exchange:
         self._forget_waiting(record)
         self._answer(record, answer)
 
-    def _answer(self, record: RequestRecord, answer: Finish | Error) -> None:
+    def _answer(self, record: RequestRecord, answer: Finish | Error, frames: Sequence[bytes] | None = None) -> None:
         """Send the client its one answer."""
         client = record.client
         assert client is not None
         client.drop(record)
-        self._outbox.to_client(client, answer)
+        self._outbox.to_client(client, answer, frames)
         worker = record.worker.name if record.worker else ""
         if isinstance(answer, Finish):
             self._counters.finished += 1
+            if self._outbox.log_level > logging.INFO:
+                return
             self._outbox.log(
                 "request_finished", record.id, model=record.model, worker=worker, attempt=record.attempt,
                 reason=answer.reason.value, prior_tokens=record.prior_tokens, tokens=answer.usage.completion_tokens,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..protocol.limits import MAX_TEXT_CHARS
 from ..protocol.messages import Heartbeat, Message
 from ..protocol.orders import Orders
@@ -18,20 +20,20 @@ class Outbox(Orders[Action]):
         super().__init__()
         self.now = 0.0
 
-    def to_client(self, client: ClientSession, message: Message) -> None:
-        """Send to a client."""
-        if isinstance(client, Guest):
+    def to_client(self, client: ClientSession, message: Message, frames: Sequence[bytes] | None = None) -> None:
+        """Send to a client; `frames` is the message encoded, where it is at hand."""
+        if type(client) is Guest:
             client.tell(client, message)
             return
         client.sent += 1
-        client.liveness.spoke(self.now)
-        self.add(ToClient(client.peer, message))
+        client.liveness.spoke_at = self.now
+        self._actions.append(ToClient(client.peer, message, frames))
 
     def to_worker(self, worker: WorkerSession, message: Message) -> None:
         """Send to a worker."""
         worker.sent += 1
-        worker.liveness.spoke(self.now)
-        self.add(ToWorker(worker.peer, message))
+        worker.liveness.spoke_at = self.now
+        self._actions.append(ToWorker(worker.peer, message))
 
     def heartbeat_client(self, client: ClientSession) -> None:
         """Tell a client that the broker lives."""

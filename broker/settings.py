@@ -23,6 +23,9 @@ GRACE_S = 10.0
 PENDING_BYTES = 16 * 1024 * 1024
 #: A reader on a bad network pauses for less; one that is dead without a word is noticed by its silence in this time.
 WRITE_TIMEOUT_S = 5.0
+#: A request that ends within this time costs its client one message less. Whoever waits for a first token, or thinks
+#: of a second attempt, reckons in longer times.
+NOTICE_S = 0.02
 #: Shorter intervals would only keep the loop busy: a broken connection is noticed without heartbeats.
 MIN_HEARTBEAT_S = 0.01
 #: Longer silences than a day are a mistake, and peers with a longer interval of their own would refuse theirs.
@@ -46,6 +49,7 @@ class BrokerSettings:
         pending_bytes: bytes that are kept for a peer that does not take them; with more it is cut off.
         write_timeout_s: seconds after which a peer that takes nothing of what is kept for it is cut off.
         uplinks: backend endpoints of the brokers that this one registers at as a worker, by its name.
+        notice_s: seconds after which a client is told that its request runs, if it has not ended; 0 for at once.
         group: what it has in common with the brokers that share its work; "" for one that stands alone.
         model_order: how models are listed, one of ordering.MODEL_ORDERS.
         insecure: allow endpoints that other machines can reach, without encryption or keys.
@@ -64,6 +68,7 @@ class BrokerSettings:
     pending_bytes: int = PENDING_BYTES
     write_timeout_s: float = WRITE_TIMEOUT_S
     uplinks: tuple[str, ...] = ()
+    notice_s: float = NOTICE_S
     group: str = ""
     model_order: str = DEFAULT_MODEL_ORDER
     insecure: bool = False

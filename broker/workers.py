@@ -90,13 +90,16 @@ class Workers:
             self._from_new(event.peer, message, now)
             return
         worker.received += 1
-        worker.liveness.heard(now)
-        if isinstance(message, Heartbeat):
+        worker.liveness.heard_at = now
+        kind = type(message)
+        if kind is Finish:
+            self._exchange.answered(worker, message, now, event.frames)
+        elif kind is Heartbeat:
             self._heartbeat(worker, message, now)
         elif isinstance(message, (Reply, Error)) and self._management.answered(worker, message):
             pass
-        elif isinstance(message, (Finish, Error)):
-            self._exchange.answered(worker, message, now)
+        elif isinstance(message, Error):
+            self._exchange.answered(worker, message, now, event.frames)
         elif isinstance(message, Parked):
             self._exchange.parked(worker, message, now)
         elif isinstance(message, Started) and worker.is_broker:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from . import limits
 from .errors import ProtocolError
@@ -86,6 +86,7 @@ _MAGIC = b"TMQ" + bytes([VERSION])
 #: The first bytes of a header, by command: one comparison tells magic, version and command at once.
 PREFIX: dict[Command, bytes] = {command: _MAGIC + bytes([command, 0, 0, 0]) for command in Command}
 CHUNKS_PREFIX = PREFIX[Command.CHUNKS]
+_REQUEST_PREFIX = PREFIX[Command.REQUEST]
 _COMMANDS = {prefix: command for command, prefix in PREFIX.items()}
 
 _name = text(empty=False)
@@ -229,10 +230,8 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
     Disconnect: {"code": choice(DisconnectCode), "message": _prose},
     Drain: {"grace_s": optional(seconds), "undo": boolean},
 }
-_BODIES: dict[Command, tuple[type[Any], Check]] = {
-    kind.command: (kind, entries(kind, checks)) for kind, checks in _FIELDS.items()
-}
-_WITH_ID = {kind.command for kind in _FIELDS if any(item.name == "id" for item in fields(kind))}
+#: By class, since members of an enumeration are slow to hash.
+_PREFIX_OF: dict[type[Any], bytes] = {kind: PREFIX[kind.command] for kind in _FIELDS}
 
 
 def header(command: Command, subject: bytes = NO_ID) -> bytes:
@@ -261,7 +260,7 @@ def peek(frame: bytes) -> tuple[Command, bytes]:
 
 
 def _encode_request(message: Request) -> list[bytes]:
-    first = header(Command.REQUEST, message.id) + pack(dump(message.envelope))
+    first = _REQUEST_PREFIX + message.id + pack(dump(message.envelope))
     return [first, message.payload, *message.attachments]
 
 
@@ -274,7 +273,7 @@ def _encode_chunks(message: Chunks) -> list[bytes]:
             for c in message.chunks
         ]
     )
-    return [header(Command.CHUNKS, message.route) + body]
+    return [CHUNKS_PREFIX + message.route + body]
 
 
 def _dump_details(details: Details) -> dict[str, Any]:
@@ -304,11 +303,12 @@ def encode(message: Message) -> list[bytes]:
     Raises:
         ProtocolError: a value cannot be packed. Limits are checked where messages arrive, by `decode`.
     """
-    special = _SPECIAL_ENCODERS.get(type(message))
+    kind = type(message)
+    special = _SPECIAL_ENCODERS.get(kind)
     if special is not None:
         return special(message)
     body = dump(message)
-    return [PREFIX[message.command] + body.pop("id", NO_ID) + pack(body)]
+    return [_PREFIX_OF[kind] + body.pop("id", NO_ID) + pack(body)]
 
 
 def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:
@@ -321,7 +321,7 @@ def _decode_request(subject: bytes, frames: Sequence[bytes]) -> Request:
         raise ProtocolError(
             f"REQUEST: a payload of {len(frames[1])} bytes, at most {limits.MAX_PAYLOAD_BYTES} are allowed"
         )
-    total = sum(map(len, frames))
+    total = sum(map(len, frames)) if attachments else len(frames[0]) + len(frames[1])
     if total > limits.MAX_MESSAGE_BYTES:
         raise ProtocolError(f"REQUEST: {total} bytes, at most {limits.MAX_MESSAGE_BYTES} are allowed")
     envelope = _ENVELOPE(unpack(frames[0][HEADER_BYTES:], "envelope"), "envelope")
@@ -431,23 +431,49 @@ def decode(frames: Sequence[bytes]) -> Message:
     """
     if not frames:
         raise ProtocolError("empty message")
-    command, subject = peek(frames[0])
+    first = frames[0]
+    reader = _READERS.get(first[:8])
+    if reader is None or len(first) < HEADER_BYTES:
+        peek(first)  # tells what is wrong
+    assert reader is not None
     try:
-        return _decode_body(command, subject, frames)
+        return reader(first[8:HEADER_BYTES], frames)
     except ProtocolError as error:
-        if command in (Command.REQUEST, Command.QUERY):
-            error.subject = subject
+        if first[4] in _ANSWERABLE:
+            error.subject = first[8:HEADER_BYTES]
         raise
 
 
-def _decode_body(command: Command, subject: bytes, frames: Sequence[bytes]) -> Message:
-    if command is Command.REQUEST:
-        return _decode_request(subject, frames)
+def _body_of(frames: Sequence[bytes], name: str) -> Any:
     if len(frames) != 1:
-        raise ProtocolError(f"{command.name}: expected one frame, got {len(frames)}")
-    value = unpack(frames[0][HEADER_BYTES:], command.name)
-    if command is Command.CHUNKS:
-        return Chunks(subject, _decode_chunks(value))
-    kind, taken = _BODIES[command]
-    body = taken(value, command.name)
-    return kind(subject, **body) if command in _WITH_ID else kind(**body)  # type: ignore[no-any-return]
+        raise ProtocolError(f"{name}: expected one frame, got {len(frames)}")
+    return unpack(frames[0][HEADER_BYTES:], name)
+
+
+def _reader(kind: type[Any], checks: dict[str, Check]) -> _Reader:
+    """Make what reads messages of one command."""
+    name, taken = kind.command.name, entries(kind, checks)
+    has_id = any(item.name == "id" for item in fields(kind))
+
+    def read(subject: bytes, frames: Sequence[bytes]) -> Message:
+        found = taken(_body_of(frames, name), name)
+        if has_id:
+            found["id"] = subject
+        return kind(**found)  # type: ignore[no-any-return]
+
+    return read
+
+
+def _read_chunks(subject: bytes, frames: Sequence[bytes]) -> Chunks:
+    return Chunks(subject, _decode_chunks(_body_of(frames, "CHUNKS")))
+
+
+_Reader: TypeAlias = Callable[[bytes, Sequence[bytes]], Message]
+#: By the first bytes of the header: what is looked up for each message is found without a look at its command.
+_READERS: dict[bytes, _Reader] = {
+    PREFIX[Command.REQUEST]: _decode_request,
+    CHUNKS_PREFIX: _read_chunks,
+    **{PREFIX[kind.command]: _reader(kind, checks) for kind, checks in _FIELDS.items()},
+}
+#: Messages that are answered with ERROR where they are malformed.
+_ANSWERABLE = frozenset({int(Command.REQUEST), int(Command.QUERY)})

@@ -156,6 +156,7 @@ def brokers(tmp_path: Path) -> Iterator[Callable[..., Running]]:
             "backend": ("tcp://127.0.0.1:*", f"ipc://{path}.back"),
             "heartbeat_s": 1.0,
             "expiry_s": 30.0,
+            "notice_s": 0.0,
         }
         running.append(Running(BrokerSettings(**{**values, **fields})))
         return running[-1]

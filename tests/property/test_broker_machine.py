@@ -78,7 +78,9 @@ class BrokerMachine(BrokerStage, RuleBasedStateMachine):
         seed=st.integers(0, 1000), below=st.booleans(),
     )  # fmt: skip
     def begin(self, policy: str, max_waiting: int, seed: int, below: bool) -> None:
-        self.set_up(BrokerSettings(heartbeat_s=1.0, expiry_s=5.0, policy=policy, max_waiting=max_waiting), seed)
+        self.set_up(
+            BrokerSettings(heartbeat_s=1.0, expiry_s=5.0, policy=policy, max_waiting=max_waiting, notice_s=0.0), seed
+        )
         for name in ("w1", "w2"):
             self.client_comes()
             second = name == "w2"

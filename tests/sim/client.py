@@ -13,7 +13,7 @@ from tokenmq.client.settings import Settings
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError, TokenmqError
 from tokenmq.protocol.limits import NORMAL_PRIORITY
-from tokenmq.protocol.messages import Chunk, Chunks, Details, FinishReason, Message, Started
+from tokenmq.protocol.messages import Chunk, Details, FinishReason, Message, Started
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 
 from .broker import SimBroker
@@ -174,7 +174,6 @@ class SimClient(Peer):
         self.resumes = 0
         self.hedges: list[events.Attempt] = []
         self.was_paused = False
-        self._started: set[tuple[bytes, int]] = set()
         self.asked: dict[bytes, float] = {}
         self.answers: list[str] = []
         #: Since when there has been no broker that takes requests; infinity while there is one.
@@ -205,12 +204,8 @@ class SimClient(Peer):
         self._handle(events.Lost(endpoint, "the connection broke"))
 
     def took(self, endpoint: str, message: Message | ProtocolError) -> None:
-        if isinstance(message, Started):
-            self._started.add((message.id, message.attempt))
-            if message.id in self.open_readings:
-                self.open_readings[message.id].held_at = self.clock.now
-        elif isinstance(message, Chunks) and not self.net.lossy:
-            assert all((chunk.request_id, chunk.attempt) in self._started for chunk in message.chunks), "not STARTED"
+        if isinstance(message, Started) and message.id in self.open_readings:
+            self.open_readings[message.id].held_at = self.clock.now
         kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
         self._handle(kind(endpoint, message))
 

@@ -163,7 +163,7 @@ class Tree:
 
     def broker(self, name: str, *parents: str, **settings: Any) -> BrokerCore:
         """Start a broker below others, and let it register."""
-        values = {"name": name, "uplinks": tuple(endpoint(parent) for parent in parents), **settings}
+        values = {"name": name, "uplinks": tuple(endpoint(parent) for parent in parents), "notice_s": 0.0, **settings}
         incarnation = next(self._starts)
         core = BrokerCore(
             BrokerSettings(**values), software="test/1", now=self.now, random=Random(7),
