@@ -19,13 +19,13 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import rounds
 
-from tokenmq.client.local import LocalCluster, free_ports
+from tokenmq.client.local import LocalCluster, LocalClusterError, free_ports
 
 BASE = "import zmq"
 CASE = "start"
@@ -102,6 +102,21 @@ def measure(start: Start, cluster: LocalCluster) -> Mapping[str, float]:
     return {"wall_ms": wall_ms, "cpu_ms": cpu_ms, "peak_mib": peak_kib / 1024}
 
 
+def measured(names: Sequence[str], count: int) -> list[rounds.Row]:
+    """Start each in turn, in so many rounds after one that does not count.
+
+    Raises:
+        BenchmarkError: one did not start.
+        LocalClusterError: the broker that some of them need did not.
+    """
+    with tempfile.TemporaryDirectory(prefix="tokenmq-") as folder, LocalCluster(folder=Path(folder)) as cluster:
+        cluster.start_worker("--engine", "synthetic", "--model", _MODEL)
+        cluster.wait_ready(_MODEL)
+        for name in names:
+            measure(STARTS[name], cluster)
+        return rounds.interleave([CASE], names, count, lambda _case, name: measure(STARTS[name], cluster))
+
+
 def main() -> None:
     """Measure what the command line asks for."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,17 +132,10 @@ def main() -> None:
         made.error(f"--json: there is no folder {options.json.parent}")
     if options.quick:
         options.rounds = 1
-    with tempfile.TemporaryDirectory(prefix="tokenmq-") as folder, LocalCluster(folder=Path(folder)) as cluster:
-        cluster.start_worker("--engine", "synthetic", "--model", _MODEL)
-        cluster.wait_ready(_MODEL)
-        try:
-            for name in options.commands:
-                measure(STARTS[name], cluster)
-            rows = rounds.interleave(
-                [CASE], options.commands, options.rounds, lambda _case, name: measure(STARTS[name], cluster)
-            )
-        except rounds.BenchmarkError as error:
-            raise SystemExit(f"error: {error}") from error
+    try:
+        rows = measured(options.commands, options.rounds)
+    except (rounds.BenchmarkError, LocalClusterError) as error:
+        raise SystemExit(f"error: {error}") from error
     print()
     print("\n".join(rounds.table(rows, COLUMNS, BASE)))
     if options.json is not None:
