@@ -91,10 +91,9 @@ class Workers:
             return
         worker.received += 1
         worker.liveness.heard_at = now
-        kind = type(message)
-        if kind is Finish:
+        if isinstance(message, Finish):
             self._exchange.answered(worker, message, now, event.frames)
-        elif kind is Heartbeat:
+        elif isinstance(message, Heartbeat):
             self._heartbeat(worker, message, now)
         elif isinstance(message, (Reply, Error)) and self._management.answered(worker, message):
             pass

@@ -487,8 +487,8 @@ class Started:
 
     A broker with an uplink says so to the broker above it, too, which passes it on: then it comes once a hop, and
     the worker's name grows (`west`, then `west/gpu-3`). From now on silence is the worker's: the client's timeouts
-    for the first and for the next token count from here. The broker may wait a moment with it, and leaves it out where
-    the request has ended by then.
+    for the first and for the next token count from here. The broker may wait a moment with it, and leaves it out
+    where the request has ended by then.
 
     Attributes:
         id: the request's.

@@ -231,7 +231,7 @@ def entries(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = Fals
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
                 raise ProtocolError(f"{path}: unknown {found}{more}; known are {', '.join(sorted(checks))}")
         # Every request comes through here: the whole path is put together where it is told, and not for each field.
-        name, found = "", {}
+        found = {}
         try:
             for name, item in value.items():
                 inner = checks.get(name)

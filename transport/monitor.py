@@ -7,6 +7,8 @@ from enum import Enum
 
 import zmq
 
+from .pump import another
+
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_DISCONNECTED
@@ -41,14 +43,12 @@ class Monitor:
     def events(self) -> list[ConnectionEvent]:
         """Return what has happened since the last call, in order; never waits."""
         found: list[ConnectionEvent] = []
-        while True:
-            try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return found
+        while another(self.socket):
+            frames = self.socket.recv_multipart(zmq.DONTWAIT)
             # struct, not pyzmq's parser: that one makes an enum of the value, which may be an errno it lacks.
             number = struct.unpack_from("=H", frames[0])[0]
             found.append(_MEANING.get(number, ConnectionEvent.REFUSED))
+        return found
 
     def close(self) -> None:
         """Stop watching; call it before the watched socket closes."""
