@@ -198,12 +198,16 @@ class SimClient(Peer):
         self._perform(self.core.tick(self.clock.now))
 
     def connected(self, endpoint: str) -> None:
-        self._handle(events.Connected(endpoint))
+        self._handle((events.Connected if endpoint in self.brokers else events.Reached)(endpoint))
 
     def disconnected(self, endpoint: str) -> None:
-        self._handle(events.Lost(endpoint, "the connection broke"))
+        self._handle((events.Lost if endpoint in self.brokers else events.Parted)(endpoint, "the connection broke"))
 
     def took(self, endpoint: str, message: Message | ProtocolError) -> None:
+        if endpoint not in self.brokers:
+            heard = events.Parted(endpoint, "damaged") if isinstance(message, ProtocolError) else None
+            self._handle(heard or events.Heard(endpoint, message))
+            return
         if isinstance(message, Started) and message.id in self.open_readings:
             self.open_readings[message.id].held_at = self.clock.now
         kind = events.Malformed if isinstance(message, ProtocolError) else events.Received
@@ -261,16 +265,16 @@ class SimClient(Peer):
         for action in actions:
             if isinstance(action, events.Deliver):
                 self._deliver(action.id, action.chunk)
-            elif isinstance(action, events.Send):
+            elif isinstance(action, (events.Send, events.Tell)):
                 self.send(action.endpoint, action.message)
             elif isinstance(action, events.Ended):
                 self._ended(self.open_readings.pop(action.id), action)
             elif isinstance(action, events.Answered):
                 del self.asked[action.id]  # fails for a second answer
                 self.answers.append("" if action.error is None else action.error.code)
-            elif isinstance(action, events.Open):
+            elif isinstance(action, (events.Open, events.Dial)):
                 self.open(action.endpoint)
-            elif isinstance(action, events.CloseSocket):
+            elif isinstance(action, (events.CloseSocket, events.HangUp)):
                 self.shut(action.endpoint)
 
     def _ended(self, reading: Reading, end: events.Ended) -> None:

@@ -205,7 +205,7 @@ class Faults:
         """Break a connection; both sides are told."""
         link = self._link()
         if link is not None:
-            self.world.brokers[link.endpoint].cut(link)
+            self.world.host(link.endpoint).cut(link)
 
     def silence_link(self) -> None:
         """Lose all that is sent on a connection from now on; nobody is told."""
@@ -256,13 +256,12 @@ class Faults:
 
     @staticmethod
     def _links_of(node: Node) -> list[Link]:
-        return (
-            node.all_links()
-            if isinstance(node, SimBroker)
-            else list(node.links.values())
-            if isinstance(node, Peer)
-            else []
-        )
+        if isinstance(node, SimBroker):
+            return node.all_links()
+        links = list(node.links.values()) if isinstance(node, Peer) else []
+        if isinstance(node, SimWorker) and node.door is not None:
+            links += [link for link, _ in node.door.peers.values()]
+        return links
 
     def _lasts(self) -> float:
         return self._random.uniform(0.05, 1.0) ** 2 * self.world.kind.heal_s

@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable
 from itertools import count
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenmq.protocol.codec import decode, encode
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import Message
+
+if TYPE_CHECKING:
+    from .door import Door
 
 #: One message in this many passes through the codec; the others travel as objects, which takes a tenth of the time.
 _THROUGH_CODEC = 16
@@ -49,6 +52,7 @@ class Net:
         lossy: some may have been lost so.
         delays_s: mean delays of a message; each link draws one of them for itself, so that what leaves a node later
             by one link may arrive sooner than what it sent by another.
+        doors: the workers' own endpoints, of dead processes too.
     """
 
     def __init__(self, random: Random, loss: float, delays_s: tuple[float, ...]) -> None:
@@ -59,6 +63,7 @@ class Net:
         self.delays_s = delays_s
         #: A process that is started later has a greater one.
         self.incarnations = count(1)
+        self.doors: dict[str, Door] = {}
         self._carried = 0
 
     def through_wire(self, message: Message) -> Message:
@@ -81,7 +86,7 @@ class Link:
         corrupt: for each direction: the next message is damaged.
     """
 
-    def __init__(self, net: Net, endpoint: str, routing_id: bytes) -> None:
+    def __init__(self, net: Net, endpoint: str, routing_id: bytes, *, lossless: bool = False) -> None:
         self.endpoint = endpoint
         self.routing_id = routing_id
         self.broken = False
@@ -89,6 +94,7 @@ class Link:
         self.full = False
         self.corrupt = [False, False]
         self._net = net
+        self._lossless = lossless
         self._rate = 1 / net.random.choice(net.delays_s)
         #: When the last message under way arrives, upwards (to the broker) and downwards.
         self._last = [0.0, 0.0]
@@ -99,7 +105,7 @@ class Link:
         Where it was damaged, a ProtocolError comes in its place.
         """
         net = self._net
-        if self.silent[down] or (net.loss and net.random.random() < net.loss):
+        if self.silent[down] or (net.loss and not self._lossless and net.random.random() < net.loss):
             return
         self.later(down, self._deliver, down, deliver, args, net.through_wire(message))
 

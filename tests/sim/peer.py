@@ -1,4 +1,7 @@
-"""What workers, clients and brokers below others have in common on the fake network: a socket for each broker."""
+"""What workers, clients and brokers below others have in common on the fake network: a socket for each broker.
+
+Clients have sockets to workers besides, which are used alike.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from .net import Link, Net, Node
 
 if TYPE_CHECKING:
     from .broker import SimBroker
+    from .door import Door
 
 _UP, _DOWN = False, True
 
@@ -27,6 +31,10 @@ class Peer(Node):
         #: Grows with each socket that is opened, so that a late connect for an old one does nothing.
         self._sockets: dict[str, int] = {}
 
+    def host(self, endpoint: str) -> SimBroker | Door:
+        """Return who listens at an endpoint."""
+        return self.brokers.get(endpoint) or self.net.doors[endpoint]
+
     def open(self, endpoint: str) -> None:
         socket = self._sockets[endpoint] = self._sockets.get(endpoint, 0) + 1
         self._try_soon(endpoint, socket)
@@ -37,24 +45,24 @@ class Peer(Node):
     def _try(self, endpoint: str, socket: int) -> None:
         if not self.alive or self._sockets.get(endpoint) != socket:
             return
-        broker = self.brokers[endpoint]
-        if not broker.alive or self.clock.now < max(self.reached_at, broker.reached_at):
+        host = self.host(endpoint)
+        if not host.alive or self.clock.now < max(self.reached_at, host.reached_at):
             self._try_soon(endpoint, socket)
             return
-        link = self.links[endpoint] = broker.connect(self, client=self.is_client)
+        link = self.links[endpoint] = host.connect(self, client=self.is_client)
         self.do(self._connected, link)
 
     def shut(self, endpoint: str) -> None:
         self._sockets[endpoint] = self._sockets.get(endpoint, 0) + 1
         link = self.links.pop(endpoint, None)
         if link is not None:
-            link.later(_UP, self.brokers[endpoint].closed_by_peer, link)
+            link.later(_UP, self.host(endpoint).closed_by_peer, link)
 
     def send(self, endpoint: str, message: Message) -> None:
         link = self.links.get(endpoint)
         if link is not None:
-            broker = self.brokers[endpoint]
-            link.carry(_UP, message, broker.from_client if self.is_client else broker.from_worker, link)
+            deliver = self.host(endpoint).from_client if self.is_client else self.brokers[endpoint].from_worker
+            link.carry(_UP, message, deliver, link)
 
     def die(self) -> None:
         """SIGKILL: the connections break; the brokers' monitors see it."""
@@ -66,7 +74,7 @@ class Peer(Node):
         for endpoint in self._sockets:
             self._sockets[endpoint] += 1
         for endpoint, link in list(self.links.items()):
-            self.brokers[endpoint].cut(link)
+            self.host(endpoint).cut(link)
         self.links.clear()
 
     def received(self, link: Link, message: Message | ProtocolError) -> None:

@@ -37,6 +37,7 @@ def _check_worth(kind: Kind, runs: int, sums: Counter[str]) -> None:
     whole = sums["length"] + sums["stop"]
     faults = sum(number for name, number in sums.items() if name.startswith("fault "))
     assert whole > 5 * runs
+    assert sums["attempts direct"] > runs or kind.tree or runs < 5
     if kind.faults or kind.rolling:
         assert faults > 2 * runs
     if kind.faults:

@@ -14,6 +14,7 @@ from tokenmq.worker.engines.base import Done, EngineStats, Failed, Output
 from tokenmq.worker.settings import WorkerSettings
 
 from .broker import SimBroker
+from .door import Door
 from .engine import MODEL, Run, TextsRun, run_of
 from .net import Net
 from .peer import Peer
@@ -28,6 +29,7 @@ class SimWorker(Peer):
         runs: the engine's jobs by ticket, oldest first.
         exit_code: how it ended by itself; None while it runs, and when it was killed.
         exited: called when it has.
+        door: its own endpoint for clients; None where it offers none.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class SimWorker(Peer):
         self.runs: dict[int, Run | TextsRun] = {}
         self.exit_code: int | None = None
         self.exited: Callable[[SimWorker], None] = lambda worker: None
+        self.door: Door | None = None
+        if settings.direct:
+            self.door = net.doors[settings.direct] = Door(self, settings.direct)
         self.core = WorkerCore(settings, "sim", next(net.incarnations))
         self._step_s = step_s
         self._steps = 0
@@ -82,6 +87,15 @@ class SimWorker(Peer):
         if self.runs:
             ticket = self.random.choice(list(self.runs))
             self.do(self._fail_job, ticket)
+
+    def take(self, event: events.Came) -> None:
+        """Something comes in through its door."""
+        self.do(self._handle, event)
+
+    def die(self) -> None:
+        super().die()
+        if self.door is not None:
+            self.door.close(killed=True)
 
     def settle(self) -> None:
         super().settle()
@@ -172,6 +186,10 @@ class SimWorker(Peer):
         for action in actions:
             if isinstance(action, links.Send):
                 self.send(action.broker, action.message)
+            elif isinstance(action, events.Hand):
+                assert self.door is not None, "chunks by a door that there is not"
+                if not self.door.send(action.peer, action.message):
+                    self.clock.after(0.0, self.do, self._handle, events.Deaf(action.peer))
             elif isinstance(action, events.Submit):
                 assert self.resumes or action.job.generation.prior is None, "it cannot resume"
                 self.runs[action.job.ticket] = run_of(action.job, self.random)
@@ -188,4 +206,6 @@ class SimWorker(Peer):
             elif isinstance(action, events.Stop):
                 self.exit_code = action.exit_code
                 self.alive = False
+                if self.door is not None:
+                    self.door.close(killed=False)
                 self.exited(self)

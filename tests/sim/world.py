@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenmq.worker.settings import WorkerSettings
 
 from .broker import SimBroker
 from .client import Reading, SimClient, Wish
+from .door import Door
 from .engine import MODEL
 from .faults import Faults
 from .kinds import kind_of
@@ -29,6 +31,8 @@ _LOOK_S = 0.25
 #: Simulated seconds in which everything must be at rest then: what is broken is noticed by expiry or timeout, and
 #: what had to wait for it is read to its end. It takes 5 s as a rule, and half of this where work has piled up.
 _CALM_S = 75.0
+#: The part of the worlds in which chunks go past the broker, and of the workers and clients there that do so.
+_DIRECT, _TAKES_PART = 0.5, 0.75
 #: So much more where readers pause.
 _PAUSES_S = 65.0
 
@@ -47,6 +51,7 @@ class World:
         faults: what goes wrong.
         reader_timeout_s: how long workers wait for readers.
         rogue: a program that talks nonsense; None where there is none.
+        direct: workers and clients that may send and take chunks past the broker do; who may, is drawn.
     """
 
     def __init__(self, seed: int) -> None:
@@ -55,6 +60,9 @@ class World:
         delays_s = random.choice([(0.001,), (0.0005, 0.005), (0.0005, 0.002, 0.05, 0.15)])
         self.net = Net(random, random.choice(kind.loss), delays_s)
         self.clock = self.net.clock
+        # By numbers of their own, so that the rest of a schedule is the same with them and without.
+        self._direct_random = Random(f"{seed} direct")
+        self.direct = self._direct_random.random() < _DIRECT
         # A broker that is younger than its expiry says that workers may be back soon: where no stream may fail, that
         # must be longer than they need.
         heartbeat_s, expiry_s = random.choice([(0.5, 6.0), (1.0, 5.0)] if kind.sure else [(0.3, 0.9), (1.0, 5.0)])
@@ -113,6 +121,7 @@ class World:
         settings = WorkerSettings(
             brokers=home, models=(MODEL,), name=name, slots=slots, speed=self.random.choice([None, None, 1.0, 20.0]),
             stall_after_s=self.random.choice([2.0, 30.0]), reader_timeout_s=self.reader_timeout_s,
+            direct=f"tcp://10.0.0.1:{len(self.workers) + 1}" if self._takes_part() else "", insecure=True,
         )  # fmt: skip
         resumes = self.kind.sure or self.random.random() < 0.85
         load_s = self.random.uniform(0, 1)
@@ -148,7 +157,16 @@ class World:
                 first_token_timeout_s=self.random.choice([None, 3.0]),
                 inter_token_timeout_s=self.random.choice([None, 1.5]),
             )
+        if self._takes_part():
+            settings = replace(settings, direct=("10.0.0.0/8",))
         self.clients.append(SimClient(self.net, self.brokers, settings))
+
+    def _takes_part(self) -> bool:
+        return self.direct and self._direct_random.random() < _TAKES_PART
+
+    def host(self, endpoint: str) -> SimBroker | Door:
+        """Return who listens at an endpoint."""
+        return self.brokers.get(endpoint) or self.net.doors[endpoint]
 
     # Work.
 
@@ -287,6 +305,7 @@ class World:
                 sums["hedges " + ("cancelled" if hedge.cancelled else "failed" if hedge.error else "won")] += 1
             for reading in client.readings.values():
                 outcome = reading.outcome
+                sums["attempts direct"] += sum(attempt.direct for attempt in reading.attempts)
                 sums["attempts below"] += sum("/" in attempt.worker for attempt in reading.attempts)
                 sums["streams"] += 1
                 sums["unread" if outcome is None else getattr(outcome, "code", None) or outcome.reason.value] += 1
