@@ -231,15 +231,15 @@ def entries(kind: type[Any], checks: Mapping[str, Check], *, strict: bool = Fals
                 more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
                 raise ProtocolError(f"{path}: unknown {found}{more}; known are {', '.join(sorted(checks))}")
         # Every request comes through here: the whole path is put together where it is told, and not for each field.
-        found = {}
+        taken: dict[str, Any] = {}
         try:
             for name, item in value.items():
                 inner = checks.get(name)
                 if inner is not None:
-                    found[name] = inner(item, name)
+                    taken[name] = inner(item, name)
         except ProtocolError as error:
             raise ProtocolError(f"{path}.{error.message}") from None
-        return found
+        return taken
 
     return check
 
