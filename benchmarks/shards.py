@@ -12,8 +12,10 @@ flat-1      tokens flat out: 64 streams, one for each of 64 clients, for each sh
 flat-16     tokens flat out: 64 streams, 16 for each of 4 clients, for each shard
 requests    requests of one token, 64 at a time at each shard, each answered by CHUNKS and FINISH
 
-per_s is tokens or requests a second of all shards; cpu_us_each the CPU time of all shards, all threads, for each of
-them.
+per_s is tokens or requests a second of all shards together; it grows with them where the cores have nothing else to
+do. per_core_s is the same for each second of CPU time that shards and their ends got: it stays what it is where
+shards cost one another nothing, also on a machine that is busy with other work. cpu_us_each is the CPU time of the
+shards, all threads, for each token or request.
 Run: python benchmarks/shards.py.
 """
 
@@ -42,9 +44,10 @@ from tokenmq.client.local import LocalProcess, free_ports
 CASES = {"flat-1": Case(64, 1), "flat-16": Case(4, 16), "requests": None}
 COLUMNS = {
     "per_s": "a second, all",
+    "per_core_s": "a second of a core",
     "cpu_us_each": "CPU us for each",
-    "shard_cpu_share": "a shard's share of a core",
-    "ends_cpu_share": "its ends' share",
+    "shard_cpu_share": "a shard's core",
+    "ends_cpu_share": "its ends' core",
 }
 APART = "1-apart"
 CLIENTS, WORKERS, SLOTS, IN_FLIGHT = 8, 4, 32, 64
@@ -161,6 +164,7 @@ def measure(case: str, at: Sequence[tuple[int, int]], seconds: float) -> dict[st
     per_s = sum(one[0] for one in found)
     return {
         "per_s": per_s,
+        "per_core_s": per_s / sum(one[2] + one[3] for one in found),
         "cpu_us_each": sum(one[0] * one[1] for one in found) / per_s,
         "shard_cpu_share": sum(one[2] for one in found) / len(found),
         "ends_cpu_share": sum(one[3] for one in found) / len(found),

@@ -17,7 +17,7 @@ from .options import option
 if TYPE_CHECKING:
     from ..client import Client
 
-_EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 
 
 def broker_option(command: Any) -> Any:
@@ -66,4 +66,4 @@ def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator
         fail(f"cannot read or write: {error}")
     except KeyboardInterrupt:
         click.echo(err=True)  # what follows stands below the terminal's ^C; the output gets no line more
-        sys.exit(_EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)

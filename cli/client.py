@@ -21,7 +21,8 @@ from .options import option, settings, version_option
 @click.group(context_settings=settings("TOKENMQ_CLIENT"))
 @option(
     "--broker", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
-    help="The broker's frontend. Repeatable: requests go to the first that is there, and over to the next.",
+    help="The broker's frontend. Repeatable: requests go to the first that is there, and over to the next; of those "
+    "that share the work (zmq-broker --shards), to one taken at random.",
 )  # fmt: skip
 @option(
     "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=CONNECT_TIMEOUT_S, metavar="S",

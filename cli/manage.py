@@ -10,6 +10,7 @@ import click
 
 from ..broker.ordering import MODEL_ORDERS
 from .asking import broker_option, connected, json_option
+from .each import each_broker
 from .options import option
 from .tables import table
 
@@ -257,7 +258,10 @@ def set_speed(worker: str, speed: str, as_json: bool, broker: tuple[str, ...]) -
         _print_done(values, f"{worker} {done}", as_json=as_json)
 
 
-COMMANDS = (models, workers, status, route, refresh, remove, drain, undrain, set_policy, set_speed)
+COMMANDS = tuple(
+    each_broker(command)
+    for command in (models, workers, status, route, refresh, remove, drain, undrain, set_policy, set_speed)
+)
 
 
 def _text(value: Any) -> str:
