@@ -28,7 +28,7 @@ from tokenmq.protocol.messages import Chunk, Chunks
 WINDOW_TOKENS = 20_000
 _BURST_TOKENS = 512
 #: How often what has arrived is counted; in this time not even the fastest relay empties the window.
-_PAUSE_S = 0.002
+_PAUSE_S = 0.001
 _PATIENCE_S = 10.0
 #: Ordinary numbers, of ordinary length.
 _OFFSET, _TOKEN = 1000, 12345
