@@ -53,7 +53,7 @@ class Settings:
 
     Attributes:
         endpoints: the brokers' frontends. The client has a session with each of them; requests go to the first in
-            this order that is there.
+            this order that is there, or where that one shares its work with others of them, to one taken at random.
         connect_timeout_s: how long a new request waits for an open session before it fails with NoBrokerError.
         query_timeout_s: how long the broker may take for the answer to a query.
         window_tokens: tokens of one stream that may be under way or unread.

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.unit.openai_engine.server import FakeServer, Reply
 from tokenmq.client import Client
-from tokenmq.client.local import free_port
+from tokenmq.client.local import free_port, free_ports
 
 from .conftest import eventually, worker_names
 
@@ -39,6 +40,8 @@ ELSEWHERE = ("make test", "make demo", ". .venv/bin/activate")
 #: Where the README says that a server is, and which model it has.
 SERVER = "http://127.0.0.1:8000/v1"
 SERVED = "Qwen/Qwen3-8B"
+#: The first of the ports that it gives to two brokers of one command.
+SHARDS = 5565
 
 
 class Shell:
@@ -48,6 +51,7 @@ class Shell:
         self.frontend = frontend
         self.server = server
         self.log = log
+        self.shards = free_block(4)
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -57,9 +61,16 @@ class Shell:
             "TOKENMQ_CLIENT_BROKER": frontend,
         }
 
+    def here(self, line: str) -> str:
+        """Return the line with the places that are the tests' own."""
+        line = line.replace(SERVER, self.server)
+        for number in range(4):
+            line = line.replace(f"127.0.0.1:{SHARDS + number}", f"127.0.0.1:{self.shards + number}")
+        return line
+
     def run(self, line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-c", line],
+            ["bash", "-c", self.here(line)],
             cwd=ROOT,
             env=self.environment,
             capture_output=True,
@@ -71,7 +82,7 @@ class Shell:
     def start(self, line: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as sink:
             return subprocess.Popen(
-                ["bash", "-c", f"exec {line.replace(SERVER, self.server)}"],
+                ["bash", "-c", f"exec {self.here(line)}"],
                 cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
             )  # fmt: skip
 
@@ -81,6 +92,12 @@ class Shell:
             [sys.executable, "-W", "error", "-c", text],
             cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
+
+
+def free_block(size: int) -> int:
+    """Return the first of so many free ports that follow one another."""
+    free = set(free_ports(2_000))
+    return next(port for port in sorted(free) if all(port + number in free for number in range(size)))
 
 
 async def answer(reply: Reply) -> None:
@@ -106,12 +123,16 @@ def shell(server: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     made = Shell(f"tcp://127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}", server.url, log)
     servers = [line for line in COMMANDS if line.startswith(SERVERS)]
     processes = [made.start(line) for line in servers]
+    sharded = [f"tcp://127.0.0.1:{made.shards + number}" for number in (0, 2)]
+    workers = sum(line.startswith("zmq-worker") and "--broker" not in line for line in servers)
     try:
-        with Client(made.frontend, connect_timeout_s=60) as client:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(Client(at, connect_timeout_s=60)) for at in (made.frontend, *sharded)]
 
             def ready() -> bool:
                 assert all(process.poll() is None for process in processes), log.read_text()
-                return len(worker_names(client)) >= len(servers) - 1  # more where --devices finds several
+                found = [len(worker_names(client)) for client in clients]
+                return found[0] >= workers and found[1:] == [1, 1]  # more where --devices finds several
 
             eventually(ready, "the README's workers are ready", timeout_s=240)
         yield made
@@ -123,8 +144,9 @@ def shell(server: FakeServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_the_readme_has_what_these_tests_run() -> None:
-    assert sum(line.startswith("zmq-broker") for line in COMMANDS) == 1
-    assert sum(line.startswith("zmq-worker") for line in COMMANDS) == 8
+    assert sum(line.startswith("zmq-broker") for line in COMMANDS) == 2
+    assert sum(line.startswith("zmq-worker") for line in COMMANDS) == 9
+    assert sum(str(SHARDS) in line for line in COMMANDS) == 3
     assert sum(SERVER in line and SERVED in line for line in COMMANDS) == 1
     assert sum(line.startswith("zmq-client") for line in COMMANDS) >= 6
     assert len(PROGRAMS) >= 4
