@@ -156,6 +156,10 @@ class BrokerCore:
         self.uplink.touched(now)
         return self._outbox.take()
 
+    def log_level(self, level: int) -> None:
+        """Make no lines below this level of the logging module, since nobody would write them."""
+        self._outbox.log_level = level
+
     def route_chunks(self, peer: bytes, route: bytes, now: float) -> ClientSession | None:
         """Return the client that a CHUNKS message goes to: the hot path, one look-up.
 

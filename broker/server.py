@@ -119,6 +119,7 @@ class BrokerServer:
         if self._settings.insecure:
             write(logger, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
         try:
+            self._core.log_level(logger.getEffectiveLevel())
             while not self._core.stopped:
                 self._round()
         finally:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..protocol.log import shown
+from ..protocol.log import EventHandler, Log, shown
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
+_LEVEL_NAMES = {getattr(logging, level.upper()): level for level in LEVELS}
 
 
 def configure(log_format: str, level: str, **fields: Any) -> None:
@@ -23,8 +24,7 @@ def configure(log_format: str, level: str, **fields: Any) -> None:
         level: one of LEVELS.
         fields: what every line tells, such as whose it is where several processes write to one place.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter((_Json if log_format == "json" else _Text)(fields))
+    handler = _Lines(log_format == "json", fields)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("tokenmq").setLevel(level.upper())
     logging.captureWarnings(True)
@@ -33,6 +33,56 @@ def configure(log_format: str, level: str, **fields: Any) -> None:
 def _time(record: logging.LogRecord) -> str:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{stamp}.{int(record.msecs):03d}Z"
+
+
+class _Lines(EventHandler):
+    """Events, and records of other libraries, as lines on standard error."""
+
+    def __init__(self, as_json: bool, fields: Mapping[str, Any]) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter((_Json if as_json else _Text)(fields))
+        self._as_json = as_json
+        self._fields = fields
+        self._second = 0
+        self._stamp = ""
+
+    def event(self, name: str, log: Log) -> None:
+        """Write an event, in one call, so that lines of several threads do not mix."""
+        name, level = name.removeprefix("tokenmq."), _LEVEL_NAMES[log.level]
+        line = self._json(name, level, log) if self._as_json else self._text(name, level, log)
+        try:
+            self.stream.write(line)
+            self.stream.flush()
+        except OSError:
+            self.handleError(logging.LogRecord(name, log.level, "", 0, log.event, None, None))
+
+    def _text(self, name: str, level: str, log: Log) -> str:
+        line = f"{self._time()} {level} {name} {log.event}"
+        if log.request_id is not None:
+            line += f" request={log.request_id.hex()}"
+        for field, value in log.fields.items():
+            line += f" {field}={shown(value)}"
+        for field, value in self._fields.items():
+            if field not in log.fields:
+                line += f" {field}={shown(value)}"
+        return line + "\n"
+
+    def _json(self, name: str, level: str, log: Log) -> str:
+        values: dict[str, Any] = {"time": self._time(), "level": level, "logger": f"tokenmq.{name}"}
+        values["event"] = log.event
+        if log.request_id is not None:
+            values["request"] = log.request_id.hex()
+        values.update(log.fields)
+        values.update((field, value) for field, value in self._fields.items() if field not in log.fields)
+        return json.dumps(values, ensure_ascii=False, default=str) + "\n"
+
+    def _time(self) -> str:
+        """Return the time as in `_time`; its date is made once a second."""
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second, self._stamp = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._stamp}.{int((now - second) * 1000):03d}Z"
 
 
 class _WithFields(logging.Formatter):

@@ -1,0 +1,87 @@
+"""Lines of the log: events take a short way into them, and look as if they had taken the long one."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tokenmq.cli import logs
+from tokenmq.protocol.log import EventHandler, Log, write
+
+LOGGER = logging.getLogger("tokenmq.broker")
+EVENTS = [
+    Log("broker_stopped"),
+    Log("request_finished", {"model": "m", "tokens": 3, "s": 0.123456789, "done": True}, bytes(range(16))),
+    Log("worker_left", {"worker": 'w 1="x"', "why": "", "none": None, "text": "海\n\x07"}, level=logging.WARNING),
+    Log("policy_failed", {"why": "x" * 300, "shard": "own"}, level=logging.ERROR),
+]
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    handlers, level, own = logging.root.handlers[:], logging.root.level, logging.getLogger("tokenmq").level
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    yield stream
+    logging.captureWarnings(False)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    logging.getLogger("tokenmq").setLevel(own)
+
+
+def lines(stderr: io.StringIO, log_format: str, **fields: Any) -> tuple[list[str], list[str]]:
+    """Return what events look like by the short way, and by the long one."""
+    logs.configure(log_format, "debug", **fields)
+    for log in EVENTS:
+        write(LOGGER, log)
+    short = stderr.getvalue().splitlines()
+    stderr.seek(0)
+    stderr.truncate()
+    logging.root.addHandler(logging.NullHandler())  # somebody else listens, too: no short way
+    for log in EVENTS:
+        write(LOGGER, log)
+    return short, stderr.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("fields", [{}, {"worker": "w1", "shard": "b.1"}])
+def test_text_is_the_same_by_both_ways(stderr: io.StringIO, fields: dict[str, Any]) -> None:
+    short, long = lines(stderr, "text", **fields)
+    form = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
+    assert len(short) == len(EVENTS)
+    assert all(form.match(line) for line in [*short, *long])
+    assert [form.sub("", line) for line in short] == [form.sub("", line) for line in long]
+    assert f"request={bytes(range(16)).hex()} model=m tokens=3 s=0.123457 done=True" in short[1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"worker": "w1", "shard": "b.1"}])
+def test_json_is_the_same_by_both_ways(stderr: io.StringIO, fields: dict[str, Any]) -> None:
+    short, long = ([json.loads(line) for line in each] for each in lines(stderr, "json", **fields))
+    assert len(short) == len(EVENTS)
+    assert [{**line, "time": ""} for line in short] == [{**line, "time": ""} for line in long]
+    assert all(re.fullmatch(r"[\dT:.-]+Z", line["time"]) for line in short)
+
+
+def test_what_is_below_the_level_is_not_written(stderr: io.StringIO) -> None:
+    logs.configure("text", "warning")
+    for log in EVENTS:
+        write(LOGGER, log)
+    assert len(stderr.getvalue().splitlines()) == 2
+
+
+def test_a_closed_pipe_ends_nobody(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError
+
+    logs.configure("text", "info")
+    (handler,) = logging.root.handlers
+    assert isinstance(handler, EventHandler)
+    handler.setStream(Closed())
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    write(LOGGER, EVENTS[0])
