@@ -29,7 +29,10 @@ class Log:
 
 
 # At run time only Python 3.11 and later know the parameter.
-_StreamHandler = logging.StreamHandler[TextIO] if TYPE_CHECKING else logging.StreamHandler
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler
 
 
 class EventHandler(_StreamHandler):

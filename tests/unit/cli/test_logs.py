@@ -23,21 +23,29 @@ EVENTS = [
 ]
 
 
-@pytest.fixture
-def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
     handlers, level, own = logging.root.handlers[:], logging.root.level, logging.getLogger("tokenmq").level
-    stream = io.StringIO()
-    monkeypatch.setattr("sys.stderr", stream)
-    yield stream
+    yield
     logging.captureWarnings(False)
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
     logging.getLogger("tokenmq").setLevel(own)
 
 
-def lines(stderr: io.StringIO, log_format: str, **fields: Any) -> tuple[list[str], list[str]]:
+def configured(log_format: str, level: str, **fields: Any) -> io.StringIO:
+    """Configure the log, and return what it is written to."""
+    logs.configure(log_format, level, **fields)
+    (handler,) = logging.root.handlers
+    assert isinstance(handler, EventHandler)
+    stream = io.StringIO()
+    handler.setStream(stream)
+    return stream
+
+
+def lines(log_format: str, **fields: Any) -> tuple[list[str], list[str]]:
     """Return what events look like by the short way, and by the long one."""
-    logs.configure(log_format, "debug", **fields)
+    stderr = configured(log_format, "debug", **fields)
     for log in EVENTS:
         write(LOGGER, log)
     short = stderr.getvalue().splitlines()
@@ -50,8 +58,8 @@ def lines(stderr: io.StringIO, log_format: str, **fields: Any) -> tuple[list[str
 
 
 @pytest.mark.parametrize("fields", [{}, {"worker": "w1", "shard": "b.1"}])
-def test_text_is_the_same_by_both_ways(stderr: io.StringIO, fields: dict[str, Any]) -> None:
-    short, long = lines(stderr, "text", **fields)
+def test_text_is_the_same_by_both_ways(fields: dict[str, Any]) -> None:
+    short, long = lines("text", **fields)
     form = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
     assert len(short) == len(EVENTS)
     assert all(form.match(line) for line in [*short, *long])
@@ -60,21 +68,21 @@ def test_text_is_the_same_by_both_ways(stderr: io.StringIO, fields: dict[str, An
 
 
 @pytest.mark.parametrize("fields", [{}, {"worker": "w1", "shard": "b.1"}])
-def test_json_is_the_same_by_both_ways(stderr: io.StringIO, fields: dict[str, Any]) -> None:
-    short, long = ([json.loads(line) for line in each] for each in lines(stderr, "json", **fields))
+def test_json_is_the_same_by_both_ways(fields: dict[str, Any]) -> None:
+    short, long = ([json.loads(line) for line in each] for each in lines("json", **fields))
     assert len(short) == len(EVENTS)
     assert [{**line, "time": ""} for line in short] == [{**line, "time": ""} for line in long]
     assert all(re.fullmatch(r"[\dT:.-]+Z", line["time"]) for line in short)
 
 
-def test_what_is_below_the_level_is_not_written(stderr: io.StringIO) -> None:
-    logs.configure("text", "warning")
+def test_what_is_below_the_level_is_not_written() -> None:
+    stderr = configured("text", "warning")
     for log in EVENTS:
         write(LOGGER, log)
     assert len(stderr.getvalue().splitlines()) == 2
 
 
-def test_a_closed_pipe_ends_nobody(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, _text: str) -> int:
             raise BrokenPipeError
