@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenmq.cli.devices import cores
 from tokenmq.client import Client, Stream
 from tokenmq.client.local import LocalProcess
 from tokenmq.protocol.messages import Chunk
@@ -184,6 +185,22 @@ def test_no_broker_outlives_its_supervisor(pair: Shards) -> None:
     assert all(map(alive, pids))
     pair.supervisor.kill()
     eventually(lambda: not any(map(alive, pids)), "they end with it")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or cores() < 2, reason="holds processes to two cores")
+def test_the_benchmark_of_shards_runs(tmp_path: Path) -> None:
+    script, path = Path(__file__).parents[2] / "benchmarks" / "shards.py", tmp_path / "rows.json"
+    what = ("--relays", "1", "2", "--cases", "flat-16", "requests")
+    done = subprocess.run(
+        [sys.executable, script, "--quick", *what, "--json", path],
+        capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = json.loads(path.read_text())["rounds"]
+    assert [(row["case"], row["relay"]) for row in rows] == [
+        ("flat-16", "1"), ("flat-16", "2"), ("requests", "1"), ("requests", "2"),
+    ]  # fmt: skip
+    assert all(figure > 0 for row in rows for figure in row["figures"].values())
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:

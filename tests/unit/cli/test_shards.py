@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.cli import broker
-from tokenmq.cli.shards import arguments, divide
+from tokenmq.cli.shards import _options, arguments, divide
 from tokenmq.client.local import LocalClusterError
 from tokenmq.transport.endpoints import EndpointError
 
@@ -113,6 +114,12 @@ def test_no_two_brokers_listen_in_one_place(bases: list[int], count: int) -> Non
     else:
         used = [endpoint for shard in shards for endpoint in (*shard.frontend, *shard.backend)]
         assert len(set(used)) == len(bases) * count
+
+
+def test_addresses_can_be_pasted_on_other_machines_too() -> None:
+    here = socket.gethostname()
+    assert _options(["tcp://*:1", "tcp://[::]:2"]) == f"--broker tcp://{here}:1 --broker tcp://{here}:2"
+    assert _options(["tcp://10.0.0.7:1", "ipc:///tmp/f"]) == "--broker tcp://10.0.0.7:1 --broker ipc:///tmp/f"
 
 
 def parsed(line: list[str]) -> dict[str, Any]:
