@@ -22,15 +22,13 @@ from ..transport.links import Links
 from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.pump import (
     DONTWAIT,
-    RCVMORE,
     SENT,
     SNDMORE_DONTWAIT,
     Pump,
     another,
-    more,
-    raw_get,
     raw_recv,
     raw_send,
+    rest,
     send,
     send_to,
 )
@@ -217,9 +215,10 @@ class BrokerServer:
                 if number == 1 and not another(workers):
                     return
                 peer = raw_recv(workers, DONTWAIT)
-                message = raw_recv(workers, DONTWAIT)
-                if raw_get(workers, RCVMORE):
-                    frames = more(workers, [message])
+                frame = raw_recv(workers, DONTWAIT, False)
+                message = frame.bytes
+                if frame.more:
+                    frames = rest(workers, frame)
                 elif message.startswith(CHUNKS_PREFIX) and HEADER_BYTES < len(message) <= _MAX_CHUNKS_BYTES:
                     client = route_chunks(peer, message[8:HEADER_BYTES], now)
                     if client is not None:
@@ -268,7 +267,7 @@ class BrokerServer:
                 if number == 1 and not another(clients):
                     return
                 peer = raw_recv(clients, DONTWAIT)
-                frames = more(clients, [raw_recv(clients, DONTWAIT)])
+                frames = rest(clients, raw_recv(clients, DONTWAIT, False))
                 try:
                     event: Event = FromClient(peer, decode(frames))
                 except ProtocolError as error:

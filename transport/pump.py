@@ -23,7 +23,6 @@ raw_send = zmq.backend.Socket.send
 raw_get = zmq.backend.Socket.get
 DONTWAIT = int(zmq.DONTWAIT)
 SNDMORE_DONTWAIT = int(zmq.SNDMORE) | DONTWAIT
-RCVMORE = int(zmq.RCVMORE)
 _EVENTS = int(zmq.EVENTS)
 _POLLIN = int(zmq.POLLIN)
 
@@ -42,15 +41,17 @@ class Outcome(Enum):
 SENT, FULL, GONE = Outcome.SENT, Outcome.FULL, Outcome.GONE
 
 
-def more(socket: zmq.Socket[bytes], frames: list[bytes]) -> list[bytes]:
-    """Receive the rest of a message, whose first frames are these; a message is there whole or not at all.
+def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes]:
+    """Return the frames of a message from this one on, which was received uncopied; it is there whole or not at all.
 
+    An uncopied frame knows whether another one follows; to ask the socket takes twice the time of receiving it.
     What has too many frames is cut after the first 256, which no codec accepts.
     """
-    while raw_get(socket, RCVMORE):
-        frame = raw_recv(socket, DONTWAIT)
+    frames = [frame.bytes]
+    while frame.more:
+        frame = raw_recv(socket, DONTWAIT, False)
         if len(frames) < _MAX_FRAMES:
-            frames.append(frame)
+            frames.append(frame.bytes)
     return frames
 
 
@@ -67,7 +68,7 @@ def receive(socket: zmq.Socket[bytes], limit: int) -> list[list[bytes]]:
     messages: list[list[bytes]] = []
     try:
         while len(messages) < limit:
-            messages.append(more(socket, [raw_recv(socket, DONTWAIT)]))
+            messages.append(rest(socket, raw_recv(socket, DONTWAIT, False)))
             if len(messages) == 1 and not another(socket):
                 break  # a lone token; where there are two, there are mostly many
     except zmq.Again:
