@@ -21,6 +21,8 @@ from .registry import Registry, WorkerSession
 from .requests import RequestRecord
 from .settings import BrokerSettings
 
+_CANCELLED = FinishReason.CANCELLED
+
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
@@ -57,6 +59,8 @@ class Chooser:
     def candidates(self, record: RequestRecord, *, strictly: bool = False) -> Free | Spare:
         """Return the workers that may take a request now; `strictly` none that it avoids."""
         pool, by_name = self._registry.pool, self._registry.by_name
+        if not record.avoid:
+            return pool.candidates(record.model, resuming=record.resumed, avoided=())
         avoided = [worker for name in record.avoid if (worker := by_name.get(name)) is not None]
         # A broker may have others than the worker that failed, or that is late: it is not worth waiting for somebody
         # else, but whoever is free elsewhere is the better choice. It may have had that one only.
@@ -119,12 +123,13 @@ class Chooser:
                     "worker_suspended", record.id, level=logging.WARNING, worker=worker.name,
                     failures=worker.breaker.failures, s=worker.breaker.again_at - now,
                 )  # fmt: skip
-        elif answer.reason is not FinishReason.CANCELLED:
+        elif answer.reason is not _CANCELLED:
             if worker.breaker.succeeded():
                 self._pauses.drop(worker.peer)
                 self._outbox.log("worker_trusted", record.id, worker=worker.name)
             tokens = answer.usage.completion_tokens - record.prior_tokens
-            self._registry.measure(worker, tokens - 1, answer.timings.decode_s, now)
+            if tokens > 1:  # a single one has no pace
+                self._registry.measure(worker, tokens - 1, answer.timings.decode_s, now)
 
     def forget(self, worker: WorkerSession) -> None:
         """Wait for nothing of a worker that has left."""

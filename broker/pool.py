@@ -73,12 +73,12 @@ class Group:
         """File a worker of this group anew after a change: whether it is free, and its rank."""
         place = worker.place
         place.version += 1
-        suspended = worker.breaker.suspends
-        counted = worker.takes_requests and not suspended
+        suspended, takes = worker.breaker.suspends, worker.takes_requests
+        counted = takes and not suspended
         if counted is not place.counted:
             self.ready += counted - place.counted
             place.counted = counted
-        free = worker.free > 0
+        free = takes and worker.load < worker.ready.slots
         spare = free and suspended
         if spare is not place.spare:
             place.spare = spare
@@ -186,6 +186,8 @@ class Free:
 
     def least(self) -> WorkerSession:
         """Return the one of the least rank; of several the one that was used longest ago, or came first."""
+        if len(self._groups) == 1 and (only := self._groups[0].least(self._excluded)) is not None:
+            return only[4]
         return min(entry for group in self._groups if (entry := group.least(self._excluded)) is not None)[4]
 
 
@@ -220,6 +222,9 @@ class Pool:
     def __init__(self, policy: Policy) -> None:
         """Have no workers yet."""
         self.policy = policy
+        #: Workers that changed and were not filed anew: that is put off until somebody asks, since most workers that
+        #: end a request get the next one.
+        self._changed: set[WorkerSession] = set()
         self._groups: dict[frozenset[tuple[str, bool]], Group] = {}
         self._by_model: dict[str, list[Group]] = {}
         self._joined = 0
@@ -243,6 +248,7 @@ class Pool:
         """Let a worker go."""
         group = worker.place.group
         assert group is not None
+        self._changed.discard(worker)
         group.drop(worker)
         if not group.workers:
             del self._groups[group.serves]
@@ -252,13 +258,21 @@ class Pool:
                     del self._by_model[model]
 
     def changed(self, worker: WorkerSession) -> None:
-        """File a worker anew, since its load, state, speed or breaker has changed."""
-        group = worker.place.group
-        if group is not None:
+        """File a worker anew before the next question, since its load, state, speed or breaker has changed."""
+        if worker.place.group is not None:
+            self._changed.add(worker)
+
+    def _settle(self) -> None:
+        changed, self._changed = self._changed, set()
+        for worker in changed:
+            group = worker.place.group
+            assert group is not None
             group.put(worker, self.policy)
 
     def rank_anew(self, policy: Policy | None = None) -> None:
         """Rank all workers, by another policy where one is given."""
+        if self._changed:
+            self._settle()
         self.policy = policy or self.policy
         for group in self._groups.values():
             group.rank_anew(self.policy)
@@ -274,6 +288,8 @@ class Pool:
 
     def anyone_free(self, model: str) -> bool:
         """Tell whether a worker of the model has a free slot; it may still be none for a certain request."""
+        if self._changed:
+            self._settle()
         return any(group.free or group.spare for group in self._by_model.get(model, ()))
 
     def candidates(
@@ -284,9 +300,11 @@ class Pool:
         A worker whose breaker is open may, if the model has no other that is ready. So may one that is avoided,
         unless it is `strictly`: while there is another one, the request waits for that one's slot.
         """
+        if self._changed:
+            self._settle()
         groups = self.groups(model, resuming=resuming)
         shunned = frozenset(worker for worker in avoided if worker.place.group in groups) if avoided else _NOBODY
-        ready = sum(group.ready for group in groups)
+        ready = groups[0].ready if len(groups) == 1 else sum(group.ready for group in groups)
         if not ready:
             spare = [worker for group in groups for worker in group.spare.values()]
             others = [worker for worker in spare if worker not in shunned]
@@ -304,6 +322,8 @@ class Pool:
         Raises:
             AssertionError: one does not hold.
         """
+        if self._changed:
+            self._settle()
         for serves, group in self._groups.items():
             assert group.serves == serves
             assert group.workers, "a group without workers"

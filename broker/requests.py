@@ -60,6 +60,7 @@ class RequestRecord:
         cancelled: a CANCEL went to the worker.
         parked: only the reader's credit is missing; no slot is charged for it.
         key: what it is filed under.
+        cost_tokens: what it costs a worker at most, as its client's share counts it; 1 or more.
     """
 
     id: bytes
@@ -88,20 +89,17 @@ class RequestRecord:
     cancelled: bool = False
     parked: bool = False
     key: bytes = field(init=False)
+    cost_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the key, which is asked for a dozen times."""
+        """Make what is asked for again and again."""
         self.key = key_of(self.id, self.attempt)
+        self.cost_tokens = max(1, self.prompt_tokens + self.expected_tokens)
 
     @property
     def resumed(self) -> bool:
         """It goes on where an earlier attempt stopped."""
         return self.prior_tokens > 0
-
-    @property
-    def cost_tokens(self) -> int:
-        """What it costs a worker at most, as its client's share counts it; 1 or more."""
-        return max(1, self.prompt_tokens + self.expected_tokens)
 
     @property
     def waits_too_long_first(self) -> bool:
