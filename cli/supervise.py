@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..transport.endpoints import check_destination
+from ..transport.endpoints import MAX_PORT, check_destination
 from ..worker.settings import WorkerSettings, default_name
 from .devices import (
     device_environment,
@@ -33,12 +33,25 @@ def supervise(
     for endpoint in worker_settings.brokers:
         check_destination(endpoint)
     found = parse_devices(devices) if devices else parallel_devices(device, size)
-    teams = make_teams(sys.argv[1:], devices=found, size=size, name=worker_name, numbered=devices is not None)
+    teams = make_teams(
+        sys.argv[1:],
+        devices=found,
+        size=size,
+        name=worker_name,
+        numbered=devices is not None,
+        direct=worker_settings.direct,
+    )
     raise SystemExit(Supervisor(teams, worker_settings.grace_s).run())
 
 
 def make_teams(
-    arguments: Sequence[str], *, devices: Sequence[str], size: int, name: str | None, numbered: bool
+    arguments: Sequence[str],
+    *,
+    devices: Sequence[str],
+    size: int,
+    name: str | None,
+    numbered: bool,
+    direct: str = "",
 ) -> list[Team]:
     """Return the teams that `zmq-worker` with these arguments stands for.
 
@@ -48,9 +61,10 @@ def make_teams(
         size: processes of each worker.
         name: the workers' name, None for one that is this process's own.
         numbered: the workers' numbers are put behind the name.
+        direct: the first worker's own endpoint for clients; "" for none.
 
     Raises:
-        ValueError: the devices cannot be divided so.
+        ValueError: the devices cannot be divided so, or not each worker can have an endpoint.
     """
     divided = teams(devices, size)
     shared = threads_environment(len(divided) * size, os.environ)
@@ -65,7 +79,9 @@ def make_teams(
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
             for rank in range(size)
         ]  # fmt: skip
-        own = ("--supervised", f"--worker-name={own_name}", f"--device={device}")
+        own = ["--supervised", f"--worker-name={own_name}", f"--device={device}"]
+        if direct:
+            own.append(f"--direct={direct_of(direct, number)}")
         made.append(
             Team(
                 name=own_name,
@@ -75,3 +91,19 @@ def make_teams(
             )
         )
     return made
+
+
+def direct_of(endpoint: str, number: int) -> str:
+    """Return the endpoint for clients of the worker of this number, from 0: each has the next port, or a free one.
+
+    Raises:
+        ValueError: there is no such port, or no such endpoint.
+    """
+    address, _, port = endpoint.rpartition(":")
+    if number == 0 or endpoint == "ipc://*" or port in ("*", "0"):
+        return endpoint
+    if endpoint.startswith("ipc://"):
+        return f"{endpoint}.{number}"
+    if int(port) + number > MAX_PORT:
+        raise ValueError(f"--direct {endpoint}: worker {number} would need port {int(port) + number}")
+    return f"{address}:{int(port) + number}"
