@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 
 from connection import Connection
 from relays import Relay
@@ -36,6 +38,7 @@ class Ends(ABC):
         workers: the connections of the workers.
         clients: the connections of the clients.
         ids: the request ids of each client's streams.
+        poll: for whoever waits for them. It is older than the connections, since select() takes only low numbers.
     """
 
     #: What one engine step brings for one client travels in one message.
@@ -49,10 +52,10 @@ class Ends(ABC):
 
         Args:
             relay: where to.
-            workers: how many of them; one where there are streams.
+            workers: how many of them.
             clients: how many of them.
-            streams: requests that each client begins, and that go on for ever.
-            slots: of each worker.
+            streams: requests that each client begins, and that go on for ever; see `streams_of`.
+            slots: of each worker; where several have streams, as many as it has of them.
 
         Raises:
             BenchmarkError: the relay does not do its part.
@@ -61,12 +64,21 @@ class Ends(ABC):
         self.workers: list[Connection] = []
         self.clients: list[Connection] = []
         self.ids = [[os.urandom(ID_BYTES) for _ in range(streams)] for _ in range(clients)]
-        self._beat_at = time.monotonic() + _BEAT_S
+        self._shares = workers
+        self._beats: deque[tuple[float, Connection]] = deque()
+        self._working: set[Connection] = set()
+        self.poll = select.epoll()
         try:
             self._open(relay, workers, clients, slots)
         except BaseException:
             self.close()
             raise
+        # Spread over the interval, as those of peers are that know nothing of one another.
+        everybody, now = [*self.workers, *self.clients], time.monotonic()
+        self._beats = deque(
+            (now + _BEAT_S * number / len(everybody), each) for number, each in enumerate(everybody, start=1)
+        )
+        self._working = set(self.workers)
 
     @abstractmethod
     def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
@@ -76,32 +88,52 @@ class Ends(ABC):
         """Close all connections."""
         for connection in (*self.workers, *self.clients):
             connection.socket.close()
+        self.poll.close()
 
-    def beat(self) -> bool:
-        """Send heartbeats if they are due, and tell whether they were."""
-        if time.monotonic() < self._beat_at:
-            return False
-        self._beat_at += _BEAT_S
-        self._say()
-        return True
+    def beat(self) -> list[Connection]:
+        """Send the heartbeats that are due; return the workers among those that sent one, for `listen`."""
+        beats = self._beats
+        if not beats or (now := time.monotonic()) < beats[0][0]:
+            return []
+        workers = []
+        while beats[0][0] <= now:
+            due, connection = beats.popleft()
+            self._say(connection)
+            beats.append((due + _BEAT_S, connection))
+            if connection in self._working:
+                workers.append(connection)
+        return workers
 
-    def _say(self) -> None:  # noqa: B027 (only sessions have heartbeats)
-        """Send heartbeats."""
+    @property
+    def next_beat(self) -> float:
+        """When `beat` has something to do, by the monotonic clock."""
+        return self._beats[0][0]
 
-    def listen(self) -> None:
-        """Read what a relay of streams tells the workers.
+    def _begins(self, connection: Connection) -> None:
+        """Have heartbeats of this session sent, also while others are not connected yet."""
+        self._beats.append((time.monotonic() + _BEAT_S, connection))
+
+    def _say(self, connection: Connection) -> None:  # noqa: B027 (only sessions have heartbeats)
+        """Send a heartbeat."""
+
+    def listen(self, connection: Connection) -> None:
+        """Read what has arrived besides tokens.
 
         Raises:
             BenchmarkError: it is the end of the session.
         """
-        for worker in self.workers:
-            worker.rest += worker.receive()
-            units, end = self.units(worker.rest)
-            for unit in units:
-                self.take(worker, unit)
-            worker.rest = worker.rest[end:]
+        connection.rest += connection.receive()
+        units, end = self.units(connection.rest)
+        for unit in units:
+            self.take(connection, unit)
+        connection.rest = connection.rest[end:]
 
     # Streams.
+
+    def streams_of(self, worker: int) -> list[tuple[int, int]]:
+        """Return client and number of the streams that a worker has: dealt out, one after the other."""
+        every = [(client, number) for client, ids in enumerate(self.ids) for number in range(len(ids))]
+        return every[worker :: self._shares]
 
     def route(self, client: int) -> bytes:
         """Return what stands in octets 8 to 24 of CHUNKS for this client; by default its number."""

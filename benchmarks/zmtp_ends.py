@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import zmtp
@@ -38,7 +40,12 @@ _REQUEST = re.escape(PREFIX[Command.REQUEST])
 #: The return route stands in the envelope behind its key and the head of 16 octets.
 _ROUTED = re.compile(_REQUEST + rb"(?P<id>.{16}).*?\xa5route\xc4\x10(?P<way>.{16})", re.DOTALL)
 _FRAMED = re.compile(rb"(?P<way>\x01\x05.{5})(?:\x01.|\x03.{8})" + _REQUEST + rb"(?P<id>.{16})", re.DOTALL)
+_STARTED = PREFIX[Command.STARTED]
 _Kind = TypeVar("_Kind")
+#: Connections that shake hands at a time: a thousand of them in a row would take seconds.
+_HANDS = 100
+_PATIENCE_S = 20.0
+_PAUSE_S = 0.001
 
 
 class ZmtpEnds(Ends):
@@ -89,8 +96,29 @@ class ZmtpEnds(Ends):
         return zmtp.frame(body)
 
     def _connect(self, port: int, number: int) -> Connection:
+        connection = self._call(port, number)
+        self._shake(connection)
+        return connection
+
+    def _connect_all(self, port: int, count: int, first: Callable[[int], bytes]) -> Iterator[Connection]:
+        """Connect many, each with its first message, as one frame; of all it has read no more than the handshake."""
+        for begin in range(0, count, _HANDS):
+            called = []
+            for number in range(begin, min(begin + _HANDS, count)):
+                called.append(self._call(port, number))
+                called[-1].send(zmtp.frame(first(number)))
+            for connection in called:
+                self._shake(connection)
+                yield connection
+
+    @staticmethod
+    def _call(port: int, number: int) -> Connection:
         connection = Connection(port, number)
         connection.send(zmtp.GREETING + zmtp.ready("DEALER"), 0)
+        return connection
+
+    @staticmethod
+    def _shake(connection: Connection) -> None:
         size = len(zmtp.GREETING)
         connection.until(lambda data: len(data) >= size)
         greeting, connection.rest = connection.rest[:size], connection.rest[size:]
@@ -101,7 +129,6 @@ class ZmtpEnds(Ends):
         if not (flags & zmtp.COMMAND and connection.rest[begin:end].startswith(b"\x05READY")):
             raise BenchmarkError(f"the relay refuses the handshake: {connection.rest[begin:end]!r:.80}")
         connection.rest = connection.rest[end:]
-        return connection
 
 
 class BrokerEnds(ZmtpEnds):
@@ -112,23 +139,63 @@ class BrokerEnds(ZmtpEnds):
 
     def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
         self._routes: dict[int, bytes] = {}
+        #: What is told of each worker in its heartbeats.
+        self._loads: dict[Connection, Load] = {}
+        for client in self._connect_all(relay.frontend, clients, _hello):
+            self.clients.append(client)
+            self._expect(client, Welcome)
+            self._begins(client)
+            self.beat()
         for number in range(workers):
             worker = self._connect(relay.backend, number)
             self.workers.append(worker)
             models = (ModelInfo(MODEL),)
             self._tell(worker, Ready(f"worker-{number}", 1, SOFTWARE, models, slots, "none", Load(), 1.0))
             self._expect(worker, Accepted)
-        for number in range(clients):
-            client = self._connect(relay.frontend, number)
-            self.clients.append(client)
-            self._tell(client, Hello(f"client-{number}", SOFTWARE))
-            self._expect(client, Welcome)
-        owners = {id: number for number, ids in enumerate(self.ids) for id in ids}
-        for id, number in owners.items():
-            self.clients[number].send(zmtp.message(*request(id)))
-        for _ in owners:
-            begun = self._expect(self.workers[0], Request)
-            self._routes[owners[begun.id]] = begun.envelope.route or NO_ID
+            # Those before it have no free slot any more.
+            self._begin_streams(number)
+            self._begins(worker)
+            self.beat()
+        self._await_started()
+
+    def _begin_streams(self, number: int) -> None:
+        """Make the requests of a worker's streams, and learn the ways back."""
+        worker = self.workers[number]
+        owners = {self.ids[client][stream]: client for client, stream in self.streams_of(number)}
+        self._loads[worker] = Load(running=len(owners), held=len(owners))
+        for id, client in owners.items():
+            self.clients[client].send(zmtp.message(*request(id)))
+        asking = [self.clients[client] for client in set(owners.values())]
+        while owners:
+            asking = [client for client in asking if not client.flush()]
+            self.beat()
+            for frames in _messages(worker):
+                message = _decoded(frames)
+                if isinstance(message, Request):
+                    self._routes[owners.pop(message.id)] = message.envelope.route or NO_ID
+                else:
+                    _check(message)
+
+    def _await_started(self) -> None:
+        """Read what tells each client that its requests run, so that it is not in the way of tokens."""
+        end = time.monotonic() + _PATIENCE_S
+        missing = {client: len(ids) for client, ids in zip(self.clients, self.ids, strict=True) if ids}
+        while missing:
+            for client in list(missing):
+                client.rest += client.receive()
+                units, whole = self.units(client.rest)
+                client.rest = client.rest[whole:]
+                for unit in units:
+                    if _STARTED in unit:
+                        missing[client] -= 1
+                    else:
+                        self.take(client, unit)
+                if not missing[client]:
+                    del missing[client]
+            self.beat()
+            if time.monotonic() > end:
+                raise BenchmarkError(f"{sum(missing.values())} requests were not told to run in {_PATIENCE_S:g} s")
+            time.sleep(_PAUSE_S)
 
     def route(self, client: int) -> bytes:
         """Return what the broker has told the worker."""
@@ -137,12 +204,8 @@ class BrokerEnds(ZmtpEnds):
     def _own_route(self, client: int) -> bytes | None:
         return None
 
-    def _say(self) -> None:
-        running = sum(map(len, self.ids))
-        for connection in self.clients:
-            self._tell(connection, Heartbeat(connection.sent))
-        for connection in self.workers:
-            self._tell(connection, Heartbeat(connection.sent, Load(running=running, held=running)))
+    def _say(self, connection: Connection) -> None:
+        self._tell(connection, Heartbeat(connection.sent, self._loads.get(connection)))
 
     @staticmethod
     def _tell(connection: Connection, message: Message) -> None:
@@ -166,10 +229,11 @@ class BareEnds(ZmtpEnds):
         for number in range(workers):
             self.workers.append(self._connect(relay.backend, number))
             self.workers[-1].send(zmtp.frame(header(Command.READY, b"\xff" * ID_BYTES)))
-        for number in range(clients):
-            self.clients.append(self._connect(relay.frontend, number))
-            self.clients[-1].send(zmtp.frame(header(Command.HELLO, self.route(number))))
-            _message(self.clients[-1])
+        for client in self._connect_all(
+            relay.frontend, clients, lambda number: header(Command.HELLO, self.route(number))
+        ):
+            self.clients.append(client)
+            _message(client)
 
 
 class ProxyEnds(ZmtpEnds):
@@ -177,13 +241,15 @@ class ProxyEnds(ZmtpEnds):
 
     def _open(self, relay: Relay, workers: int, clients: int, slots: int) -> None:
         self._peers: list[bytes] = []
-        for number in range(workers):
-            self.workers.append(self._connect(relay.backend, number))
+        # It deals messages out to all workers: while clients make themselves known, there is one.
+        self.workers.append(self._connect(relay.backend, 0))
         for number in range(clients):
             self.clients.append(self._connect(relay.frontend, number))
             for id in self.ids[number][:1]:
                 self.clients[-1].send(zmtp.message(*request(id, self.route(number))))
                 self._peers.append(_message(self.workers[0])[0])
+        for number in range(1, workers):
+            self.workers.append(self._connect(relay.backend, number))
 
     def outgoing(self, client: int, body: bytes) -> bytes:
         """Return the client's routing id and one frame."""
@@ -219,6 +285,28 @@ def _message(connection: Connection) -> list[bytes]:
             frames.append(frame)
             if not flags & zmtp.MORE:
                 return frames
+
+
+def _messages(connection: Connection) -> list[list[bytes]]:
+    """Wait for a message; return the frames of each that has arrived as a whole."""
+    connection.until(_has_frame)
+    made: list[list[bytes]] = []
+    frames: list[bytes] = []
+    whole = 0
+    for flags, _, begin, end in zmtp.scan(connection.rest)[0]:
+        if not flags & zmtp.COMMAND:
+            frames.append(connection.rest[begin:end])
+            if flags & zmtp.MORE:
+                continue
+            made.append(frames)
+            frames = []
+        whole = end
+    connection.rest = connection.rest[whole:]
+    return made
+
+
+def _hello(number: int) -> bytes:
+    return encode(Hello(f"client-{number}", SOFTWARE))[0]
 
 
 def _decoded(frames: list[bytes]) -> Message:

@@ -87,7 +87,7 @@ class Clients:
         client.received += 1
         client.liveness.heard(now)
         if isinstance(message, Request):
-            self._exchange.submit(client, message, now)
+            self._exchange.submit(client, message, now, event.frames)
         elif isinstance(message, Credit):
             self._exchange.credit(client, message)
         elif isinstance(message, Cancel):

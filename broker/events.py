@@ -17,10 +17,11 @@ from ..protocol.values import value
 
 @value
 class FromClient:
-    """A client sent a message."""
+    """A client sent a message; `frames` is the message as it came, where it is at hand."""
 
     peer: bytes
     message: Message
+    frames: Sequence[bytes] | None = None
 
 
 @value
@@ -80,10 +81,11 @@ class ToClient:
 
 @value
 class ToWorker:
-    """Send this to a worker."""
+    """Send this to a worker; `frames` is what it gets, where that is at hand: then `message` lacks the route."""
 
     peer: bytes
     message: Message
+    frames: Sequence[bytes] | None = None
 
 
 Action: TypeAlias = ToClient | ToWorker | LinkAction | Log

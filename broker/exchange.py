@@ -19,6 +19,7 @@ from random import Random
 from secrets import token_bytes
 from typing import Any
 
+from ..protocol.codec import with_route
 from ..protocol.errors import ErrorCode
 from ..protocol.limits import MAX_HOPS
 from ..protocol.messages import (
@@ -90,8 +91,17 @@ class Exchange:
 
     # What clients do.
 
-    def submit(self, client: ClientSession, request: Request, now: float) -> None:
-        """Take a request: dispatch it, let it wait, or refuse it."""
+    def submit(
+        self, client: ClientSession, request: Request, now: float, frames: Sequence[bytes] | None = None
+    ) -> None:
+        """Take a request: dispatch it, let it wait, or refuse it.
+
+        Args:
+            client: who sent it.
+            request: the request.
+            now: the time.
+            frames: the same as it came; the worker gets as much of it as it can.
+        """
         record = RequestRecord.of(request, client, now)
         # A broker above this one judges itself which attempts go on, and waits for the end of each.
         former = client.attempts.get(record.id)
@@ -110,14 +120,14 @@ class Exchange:
         elif record.hedge:
             self._submit_hedge(record, now)
         else:
-            self._submit(record, now)
+            self._submit(record, now, frames)
 
-    def _submit(self, record: RequestRecord, now: float) -> None:
+    def _submit(self, record: RequestRecord, now: float, frames: Sequence[bytes] | None) -> None:
         room = self._room(record.model)
         if not room and (free := self.chooser.candidates(record)):
             # Nobody waits, and somebody is free: nothing of what a waiting room knows would change.
             self._accept(record)
-            self._assign(record, free, now)
+            self._assign(record, free, now, frames)
             return
         pushed_out = room.admit(record)
         if pushed_out is None:
@@ -494,7 +504,9 @@ class Exchange:
         else:
             self._deadlines.set(record.key, record.due_at)
 
-    def _assign(self, record: RequestRecord, free: Free | Spare, now: float) -> None:
+    def _assign(
+        self, record: RequestRecord, free: Free | Spare, now: float, frames: Sequence[bytes] | None = None
+    ) -> None:
         worker = self.chooser.choose(record, free)
         client, message, record.message = record.client, record.message, None
         assert client is not None
@@ -507,8 +519,12 @@ class Exchange:
         self._registry.pool.changed(worker)
         # Clients of a broker above are never `direct`, and READY of a broker below offers nothing.
         key = self._key(client, worker) if client.direct and worker.ready.direct else None
-        envelope = self._envelope(record, message.envelope, worker, key, now)
-        self._outbox.to_worker(worker, Request(record.id, envelope, message.payload, message.attachments))
+        first = None if frames is None or key or worker.is_broker else with_route(frames[0], record.route)
+        if first is not None and frames is not None:
+            self._outbox.to_worker(worker, message, [first, *frames[1:]])
+        else:
+            envelope = self._envelope(record, message.envelope, worker, key, now)
+            self._outbox.to_worker(worker, Request(record.id, envelope, message.payload, message.attachments))
         self._tell_started(record, worker, key, now)
         if self._outbox.log_level <= logging.DEBUG:
             self._outbox.log(

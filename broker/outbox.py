@@ -29,11 +29,11 @@ class Outbox(Orders[Action]):
         client.liveness.spoke_at = self.now
         self._actions.append(ToClient(client.peer, message, frames))
 
-    def to_worker(self, worker: WorkerSession, message: Message) -> None:
-        """Send to a worker."""
+    def to_worker(self, worker: WorkerSession, message: Message, frames: Sequence[bytes] | None = None) -> None:
+        """Send to a worker; `frames` is what it gets, where that is at hand."""
         worker.sent += 1
         worker.liveness.spoke_at = self.now
-        self._actions.append(ToWorker(worker.peer, message))
+        self._actions.append(ToWorker(worker.peer, message, frames))
 
     def heartbeat_client(self, client: ClientSession) -> None:
         """Tell a client that the broker lives."""

@@ -269,7 +269,7 @@ class BrokerServer:
                 peer = raw_recv(clients, DONTWAIT)
                 frames = rest(clients, raw_recv(clients, DONTWAIT, False))
                 try:
-                    event: Event = FromClient(peer, decode(frames))
+                    event: Event = FromClient(peer, decode(frames), frames)
                 except ProtocolError as error:
                     event = BadClient(peer, error)
                 self._handle(event, now)
@@ -295,7 +295,7 @@ class BrokerServer:
                 if loss is not None:
                     following += self._core.handle(_client_gone(loss), now)
             elif isinstance(action, ToWorker):
-                frames = encode(action.message)
+                frames = action.frames or encode(action.message)
                 if not self._worker_backlog.peers and send_to(self._workers, action.peer, frames) is SENT:
                     continue
                 loss = self._send_kept(self._worker_backlog, action.peer, frames, action.message, now)

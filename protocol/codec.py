@@ -239,6 +239,31 @@ def header(command: Command, subject: bytes = NO_ID) -> bytes:
     return PREFIX[command] + subject
 
 
+#: Fields of an envelope that differ between what a client sends and what a worker gets, and how the route is added.
+_CHANGING = tuple(pack(name) for name in ("route", "deadline_s", "avoid", "queue_s", "key"))
+_ROUTE = pack("route") + pack(bytes(ID_BYTES))[:-ID_BYTES]
+_SMALLEST_MAP, _LARGEST_MAP = 0x80, 0x8F
+
+
+def with_route(first: bytes, route: bytes) -> bytes | None:
+    """Return the first frame of a client's REQUEST as a worker gets it: with one more field, and else as it came.
+
+    That takes a tenth of the time of packing the envelope anew. None where more has to be changed; it may also be
+    that a value only looks like the name of such a field.
+
+    Args:
+        first: the frame; it has been decoded.
+        route: the client's return route.
+    """
+    fields = first[HEADER_BYTES]
+    if not _SMALLEST_MAP <= fields < _LARGEST_MAP:
+        return None
+    for name in _CHANGING:
+        if name in first:
+            return None
+    return b"%b%c%b%b%b" % (first[:HEADER_BYTES], fields + 1, first[HEADER_BYTES + 1 :], _ROUTE, route)
+
+
 def peek(frame: bytes) -> tuple[Command, bytes]:
     """Return the command and the id of the header that a message's first frame begins with.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
 
 from tokenmq.protocol import limits
-from tokenmq.protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, PREFIX, decode, encode, header, peek
+from tokenmq.protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, PREFIX, decode, encode, header, peek, with_route
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import (
     NO_ID,
@@ -27,6 +28,7 @@ from tokenmq.protocol.messages import (
 )
 
 ID = bytes(range(16))
+ROUTE = bytes(range(0xA0, 0xB0))
 
 
 def refusal(frames: list[bytes]) -> str:
@@ -169,3 +171,34 @@ def test_arguments_may_nest_as_deep_as_the_limit() -> None:
 
 def test_messages_without_fields_have_an_empty_map_for_body() -> None:
     assert encode(Goodbye()) == [header(Command.GOODBYE) + b"\x80"]
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        Envelope("m", 1, 256),
+        Envelope(
+            "海", 2, 0, prior_tokens=3, expected_tokens=64, priority=9, affinity="b5d4", hedge=True, explain=True
+        ),
+    ],
+)
+def test_a_route_is_added_to_what_a_client_sent(envelope: Envelope) -> None:
+    first, payload, image = encode(Request(ID, envelope, b"\x80", (b"image",)))
+    routed = with_route(first, ROUTE)
+    assert routed is not None
+    assert decode([routed, payload, image]) == Request(ID, replace(envelope, route=ROUTE), b"\x80", (b"image",))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"deadline_s": 1.0}, {"queue_s": 0.0}, {"avoid": ("w1",)}, {"route": ID}, {"key": ID}],
+)
+def test_what_needs_more_than_a_route_is_packed_anew(changed: dict[str, Any]) -> None:
+    assert with_route(encode(Request(ID, Envelope("m", 1, 256, **changed), b""))[0], ROUTE) is None
+
+
+def test_a_map_that_is_written_otherwise_is_packed_anew() -> None:
+    many = {"model": "m", "attempt": 1, "credit": 1, **{f"new{number}": 0 for number in range(12)}}
+    frames = [header(Command.REQUEST, ID) + msgpack.packb(many), b""]
+    assert isinstance(decode(frames), Request)
+    assert with_route(frames[0], ROUTE) is None
