@@ -79,19 +79,18 @@ def number(low: float, high: float) -> Check:
     expected = f"a number from {low:g} to {high:g}"
 
     def check(value: Any, path: str) -> float:
-        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
+        # What is within finite bounds is finite, and NaN is within none.
+        if type(value) is float and low <= value <= high:
+            return value
+        if type(value) is not int or not low <= value <= high:
             raise fail(path, expected, value)
         return float(value)
 
     return check
 
 
-def seconds(value: Any, path: str) -> float:
-    """Check a duration in seconds, not negative."""
-    return _SECONDS(value, path)  # type: ignore[no-any-return]
-
-
-_SECONDS = number(0.0, limits.MAX_SECONDS)
+#: A duration in seconds, not negative.
+seconds = number(0.0, limits.MAX_SECONDS)
 
 
 def boolean(value: Any, path: str) -> bool:
