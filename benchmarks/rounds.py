@@ -39,6 +39,10 @@ class NotHereError(BenchmarkError):
     """A relay that this machine does not have: its row is skipped."""
 
 
+class BehindError(BenchmarkError):
+    """A relay does not keep up with paced work."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What one relay did in one case of one round.
@@ -62,6 +66,7 @@ def interleave(
     rounds: int,
     measure: Callable[[str, str], Mapping[str, float]],
     tell: Callable[[str], None] = print,
+    suits: Callable[[str, str], bool] = lambda _case, _relay: True,
 ) -> list[Row]:
     """Measure each case with each relay in turn, and all of it in so many rounds.
 
@@ -71,6 +76,7 @@ def interleave(
         rounds: how many rounds.
         measure: takes a case and a relay, returns the figures; NotHereError skips this relay from then on.
         tell: takes a line after each measurement.
+        suits: whether this case is there for this relay.
 
     Raises:
         BenchmarkError: a measurement failed; the message says which one.
@@ -80,7 +86,7 @@ def interleave(
     for number in range(1, rounds + 1):
         for case in cases:
             for relay in relays:
-                if relay in missing:
+                if relay in missing or not suits(case, relay):
                     continue
                 try:
                     figures = measure(case, relay)

@@ -17,7 +17,7 @@ from chaos_figures import percentile
 from connection import Connection
 from ends import Ends
 from relays import Relay
-from rounds import BenchmarkError
+from rounds import BehindError, BenchmarkError
 from strides import STAMP, Strides, stamp
 
 from tokenmq.protocol.codec import encode
@@ -33,7 +33,7 @@ _PATIENCE_S = 10.0
 #: Ordinary numbers, of ordinary length.
 _OFFSET, _TOKEN = 1000, 12345
 _NS = 1e9
-PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999}
+PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p999_ms": 0.999, "max_ms": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,24 @@ class Case:
         clients: connections of clients.
         streams: streams of each of them.
         interval_s: time between two tokens of a stream; None for as fast as it goes.
-        groups: into how many parts of the interval the streams' tokens are divided; 1 brings all of them at once.
+        groups: into how many steps at equal distances the interval is divided; 1 brings all tokens at once. Each step
+            is made by one worker, in turns, and brings the tokens of a part of that one's streams.
+        workers: connections of workers, of which `groups` is a multiple.
+        together: such a part has streams of few clients, so that their tokens are joined; else it has streams of as
+            many clients as possible.
     """
 
     clients: int
     streams: int
     interval_s: float | None = None
     groups: int = 1
+    workers: int = 1
+    together: bool = False
+
+    @property
+    def slots(self) -> int:
+        """Slots of each worker: as many as it has streams."""
+        return self.clients * self.streams // self.workers
 
 
 @dataclass(slots=True)
@@ -145,6 +156,19 @@ def all_streams(case: Case) -> list[tuple[int, int]]:
     return [(client, number) for client in range(case.clients) for number in range(case.streams)]
 
 
+def steps(ends: Ends, case: Case) -> list[list[tuple[int, int]]]:
+    """Return the streams of each step of an interval; the workers take turns."""
+    parts = case.groups // case.workers
+    size = case.slots // parts
+    assert parts * case.workers == case.groups, "the steps cannot be divided among the workers"
+    assert size * case.groups == case.clients * case.streams, "the streams cannot be divided among the steps"
+    of = [ends.streams_of(number) for number in range(case.workers)]
+    places = (divmod(step, case.workers) for step in range(case.groups))
+    if case.together:
+        return [of[worker][part * size : (part + 1) * size] for part, worker in places]
+    return [of[worker][part::parts] for part, worker in places]
+
+
 class Receivers:
     """All clients: what they get is counted.
 
@@ -209,8 +233,8 @@ def flat_out(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, 
         while sent - got <= WINDOW_TOKENS - part.tokens and worker.flush():
             worker.send(part.data, part.messages)
             sent += part.tokens
-        if ends.beat():
-            ends.listen()
+        for heard in ends.beat():
+            ends.listen(heard)
         time.sleep(_PAUSE_S)
     return meter.figures(receivers.tokens, receivers.messages)
 
@@ -221,15 +245,14 @@ def paced(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, flo
     The ends wait in the kernel as real ones do: for the next token's time, or for what arrives.
 
     Raises:
-        BenchmarkError: the relay does not keep up.
+        BehindError: the relay does not keep up.
+        BenchmarkError: not all that was sent has arrived in the end.
     """
     assert case.interval_s is not None
-    streams = all_streams(case)
-    groups = [streams[at :: case.groups] for at in range(case.groups)]
+    groups = steps(ends, case)
     bursts = [burst(ends, group) for group in groups]
     receivers = Receivers(ends, groups[0])
-    worker = ends.workers[0]
-    poll = select.epoll()
+    poll = ends.poll
     clients = {client.socket.fileno(): client for client in ends.clients}
     for number in clients:
         poll.register(number, select.EPOLLIN)
@@ -239,35 +262,47 @@ def paced(ends: Ends, relay: Relay, case: Case, seconds: float) -> dict[str, flo
     began = time.perf_counter_ns()
     warm_until = measured_from = began + int(warm_s(seconds) * _NS)
     end = warm_until + int(seconds * _NS)
-    tick = 0
-    try:
-        while (now := time.perf_counter_ns()) < end:
-            due = began + int(tick * gap)
-            if now >= due:
-                if not worker.flush():
-                    raise BenchmarkError(f"the relay does not keep up with {len(streams)} paced streams")
-                part = bursts[tick % case.groups]
-                tick += 1
-                part.stamp(time.perf_counter_ns())
-                worker.send(part.data, part.messages)
-                if ends.beat():
-                    ends.listen()
-                if meter is None and now >= warm_until:
-                    meter = Meter(relay, receivers.tokens, receivers.messages)
-                    measured_from = now
-                continue
-            # epoll rounds its timeout to milliseconds; select does not, and waits for the epoll itself.
-            select.select([poll], [], [], (due - now) / _NS)
-            for number, _ in poll.poll(0):
-                client = clients[number]
-                whole = receivers.receive(client)
-                arrived = time.perf_counter_ns()
-                waits += [arrived - moment for moment in receivers.moments(client, whole) if moment >= measured_from]
-    finally:
-        poll.close()
+    tick = sent = 0
+
+    def receive(wait_s: float) -> None:
+        # epoll rounds its timeout to milliseconds; select does not, and waits for the epoll itself.
+        select.select([poll], [], [], wait_s)
+        for number, _ in poll.poll(0):
+            client = clients[number]
+            whole = receivers.receive(client)
+            arrived = time.perf_counter_ns()
+            waits.extend(arrived - at for at in receivers.moments(client, whole) if at >= measured_from)
+
+    while (now := time.perf_counter_ns()) < end:
+        due = began + int(tick * gap)
+        if now < due:
+            receive((due - now) / _NS)
+            continue
+        worker = ends.workers[tick % case.workers]
+        if not worker.flush():
+            raise BehindError(f"the relay does not keep up with {case.clients * case.streams} paced streams")
+        part = bursts[tick % case.groups]
+        tick += 1
+        part.stamp(time.perf_counter_ns())
+        worker.send(part.data, part.messages)
+        sent += part.tokens
+        for heard in ends.beat():
+            ends.listen(heard)
+        if meter is None and now >= warm_until:
+            meter = Meter(relay, receivers.tokens, receivers.messages)
+            measured_from = now
     if meter is None or not waits:
-        raise BenchmarkError(f"nothing arrived in {seconds:g} s")
-    return meter.figures(receivers.tokens, receivers.messages) | percentiles_ms(waits)
+        raise BehindError(f"nothing arrived in {seconds:g} s")
+    figures = meter.figures(receivers.tokens, receivers.messages)
+    moved_at = time.perf_counter()
+    while (missing := sent - receivers.tokens) and time.perf_counter() < moved_at + _PATIENCE_S:
+        for worker in ends.workers:
+            worker.flush()
+        receive(_PAUSE_S)
+        ends.beat()
+    if missing:
+        raise BenchmarkError(f"{missing} of {sent} tokens did not arrive within {_PATIENCE_S:g} s")
+    return figures | percentiles_ms(waits)
 
 
 def percentiles_ms(waits: Sequence[int]) -> dict[str, float]:

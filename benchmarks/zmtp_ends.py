@@ -101,15 +101,14 @@ class ZmtpEnds(Ends):
         return connection
 
     def _connect_all(self, port: int, count: int, first: Callable[[int], bytes]) -> Iterator[Connection]:
-        """Connect many, each with its first message, as one frame; of all it has read no more than the handshake."""
+        """Connect many, and send the first message of each, of one frame."""
         for begin in range(0, count, _HANDS):
-            called = []
-            for number in range(begin, min(begin + _HANDS, count)):
-                called.append(self._call(port, number))
-                called[-1].send(zmtp.frame(first(number)))
+            called = [self._call(port, number) for number in range(begin, min(begin + _HANDS, count))]
             for connection in called:
                 self._shake(connection)
-                yield connection
+                # Not before: libzmq refuses messages from a peer until it has said READY itself.
+                connection.send(zmtp.frame(first(connection.number)))
+            yield from called
 
     @staticmethod
     def _call(port: int, number: int) -> Connection:
@@ -166,9 +165,13 @@ class BrokerEnds(ZmtpEnds):
         for id, client in owners.items():
             self.clients[client].send(zmtp.message(*request(id)))
         asking = [self.clients[client] for client in set(owners.values())]
+        end = time.monotonic() + _PATIENCE_S
         while owners:
             asking = [client for client in asking if not client.flush()]
             self.beat()
+            if time.monotonic() > end:
+                raise BenchmarkError(f"{len(owners)} requests did not reach their worker in {_PATIENCE_S:g} s")
+            time.sleep(_PAUSE_S)
             for frames in _messages(worker):
                 message = _decoded(frames)
                 if isinstance(message, Request):
@@ -288,8 +291,8 @@ def _message(connection: Connection) -> list[bytes]:
 
 
 def _messages(connection: Connection) -> list[list[bytes]]:
-    """Wait for a message; return the frames of each that has arrived as a whole."""
-    connection.until(_has_frame)
+    """Return the frames of each message that has arrived as a whole since."""
+    connection.rest += connection.receive()
     made: list[list[bytes]] = []
     frames: list[bytes] = []
     whole = 0

@@ -20,7 +20,7 @@ RELAYS = {"c-proxy", "bare", "zmq-broker"} | ({"nats"} if HAS_NATS else set())
 SHARES = {"relay_cpu_share", "ends_cpu_share"}
 TOKENS = {"tokens_per_s", "messages_per_s", "cpu_s_per_million_tokens"} | SHARES
 REQUESTS = {"requests_per_s", "cpu_us_per_request"} | SHARES
-TIMES = {"p50_ms", "p90_ms", "p99_ms", "p999_ms"}
+TIMES = {"p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms"}
 
 
 def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
