@@ -100,7 +100,7 @@ def direct_of(endpoint: str, number: int) -> str:
         ValueError: there is no such port, or no such endpoint.
     """
     address, _, port = endpoint.rpartition(":")
-    if number == 0 or endpoint == "ipc://*" or port in ("*", "0"):
+    if number == 0 or port in ("*", "0"):
         return endpoint
     if endpoint.startswith("ipc://"):
         return f"{endpoint}.{number}"

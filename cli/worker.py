@@ -22,7 +22,7 @@ from ..worker.settings import (
 )
 from . import logs
 from .engine_options import refuse_foreign
-from .lifecycle import end_with_supervisor, fail, leave, on_signals
+from .lifecycle import allow_many_files, end_with_supervisor, fail, leave, on_signals
 from .options import logging_options, option, settings
 
 # Set before torch is imported: its OpenMP threads spin at their barriers by default, and two torch processes on one
@@ -254,6 +254,8 @@ def main(
             "options": engine_option,
         },
     }
+    if direct:
+        allow_many_files()  # clients come, too
     try:
         worker_settings = WorkerSettings(
             brokers=broker,

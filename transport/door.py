@@ -10,6 +10,7 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Message
+from .endpoints import announced
 from .pump import Outcome, Pump, receive, send
 from .sockets import router
 
@@ -21,7 +22,7 @@ class Door:
     """The socket, and who comes in through it.
 
     Attributes:
-        endpoint: where it listens, as bound.
+        endpoint: where clients reach it.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump) -> None:
@@ -31,7 +32,8 @@ class Door:
             EndpointError: the endpoint cannot be bound.
         """
         self._pump = pump
-        self._socket, (self.endpoint,) = router(context, [endpoint], heartbeats=True)
+        self._socket, (bound,) = router(context, [endpoint], heartbeats=True)
+        self.endpoint = announced(endpoint, bound)
         pump.watch(self._socket)
 
     def among(self, ready: Mapping[Any, int]) -> bool:

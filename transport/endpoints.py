@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 DEFAULT_FRONTEND = "tcp://127.0.0.1:5555"
 DEFAULT_BACKEND = "tcp://127.0.0.1:5556"
@@ -44,15 +45,32 @@ def check_destination(endpoint: str) -> str:
 
 
 def check_offer(endpoint: str) -> str:
-    """Return the endpoint if it can be bound, and told to others as it is bound then.
+    """Return the endpoint if it can be bound, and told to others then.
 
     Raises:
-        EndpointError: it names all interfaces, or has none of the forms that tokenmq uses.
+        EndpointError: it names all interfaces, or a path that is another one elsewhere, or has none of the forms that
+            tokenmq uses.
     """
     scheme, _, rest = check_endpoint(endpoint).partition("://")
     if scheme == "tcp" and _is_everywhere(rest.rpartition(":")[0].strip("[]")):
         raise EndpointError(f"{endpoint} stands for all interfaces: name the one address that clients can reach")
+    if scheme == "ipc" and not rest.startswith(("/", "@")):
+        raise EndpointError(f"{endpoint}: name the whole path, from / on, by which clients can reach it")
     return endpoint
+
+
+def announced(endpoint: str, bound: str) -> str:
+    """Return what others are told of an endpoint that was bound: the host as it was given, the port as bound.
+
+    Args:
+        endpoint: as given.
+        bound: as libzmq says, which knows addresses and no names.
+    """
+    scheme, _, rest = endpoint.partition("://")
+    host = rest.rpartition(":")[0]
+    if scheme != "tcp" or host in {name for _, name in socket.if_nameindex()}:
+        return bound  # the name of an interface means nothing to others
+    return f"tcp://{host}:{bound.rpartition(':')[2]}"
 
 
 def _is_everywhere(host: str) -> bool:

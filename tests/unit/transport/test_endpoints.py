@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from tokenmq.transport.endpoints import EndpointError, check_destination, check_endpoint
+from tokenmq.transport.endpoints import EndpointError, announced, check_destination, check_endpoint
 from tokenmq.transport.sockets import connect, dealer, router
 
 PATIENCE_MS = 10_000
@@ -27,6 +27,20 @@ def test_a_peer_connects_to_no_wildcard(endpoint: str) -> None:
     assert check_endpoint(endpoint) == endpoint  # a broker may listen there
     with pytest.raises(EndpointError, match=r"name the host and the port"):
         check_destination(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "bound", "told"),
+    [
+        ("tcp://gpu-3.lab:*", "tcp://10.0.0.7:41443", "tcp://gpu-3.lab:41443"),
+        ("tcp://127.0.0.1:6000", "tcp://127.0.0.1:6000", "tcp://127.0.0.1:6000"),
+        ("tcp://[::1]:0", "tcp://[::1]:41443", "tcp://[::1]:41443"),
+        ("tcp://lo:*", "tcp://127.0.0.1:41443", "tcp://127.0.0.1:41443"),
+        ("ipc:///run/w", "ipc:///run/w", "ipc:///run/w"),
+    ],
+)
+def test_others_are_told_the_host_as_given_and_the_port_as_bound(endpoint: str, bound: str, told: str) -> None:
+    assert announced(endpoint, bound) == told
 
 
 @pytest.mark.parametrize("endpoint", ["inproc://x", "udp://h:1", "tcp://", "tcp://h", "tcp://h:65536", "ipc://", "x"])

@@ -266,8 +266,14 @@ def test_other_machines_reach_it_only_with_insecure() -> None:
     WorkerSettings(brokers=("tcp://b:1",), direct="ipc:///tmp/w")
 
 
+@pytest.mark.parametrize("endpoint", ["ipc://*", "ipc://door", "ipc://./door"])
+def test_a_path_must_be_the_same_for_clients(endpoint: str) -> None:
+    with pytest.raises(EndpointError, match="the whole path"):
+        WorkerSettings(brokers=("tcp://b:1",), direct=endpoint)
+
+
 def test_an_endpoint_must_be_one() -> None:
     with pytest.raises(EndpointError, match="invalid endpoint"):
         WorkerSettings(brokers=("tcp://b:1",), direct="6000")
     with pytest.raises(ValueError, match="256 characters"):
-        WorkerSettings(brokers=("tcp://b:1",), direct="ipc://" + "x" * 300)
+        WorkerSettings(brokers=("tcp://b:1",), direct="ipc:///" + "x" * 300)
