@@ -153,6 +153,7 @@ def measure(case: str, at: Sequence[tuple[int, int]], seconds: float) -> dict[st
             ours, theirs = start.Pipe()
             process = start.Process(target=work, args=(theirs, running, case, seconds, core), daemon=True)
             process.start()
+            theirs.close()
             stack.callback(process.join)
             stack.callback(process.terminate)
             pipes.append(ours)
@@ -174,7 +175,10 @@ def measure(case: str, at: Sequence[tuple[int, int]], seconds: float) -> dict[st
 def _hear(pipe: Pipe) -> tuple[float, float, float, float]:
     if not pipe.poll(_PATIENCE_S):
         raise BenchmarkError(f"the ends of a shard have said nothing for {_PATIENCE_S:g} s")
-    said = pipe.recv()
+    try:
+        said = pipe.recv()
+    except EOFError as error:
+        raise BenchmarkError("the ends of a shard have failed") from error
     if isinstance(said, BenchmarkError):
         raise said
     heard: tuple[float, float, float, float] = said
