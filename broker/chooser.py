@@ -12,7 +12,7 @@ from ..protocol.messages import Decision, Error, Finish, FinishReason
 from ..protocol.timers import Timers
 from .breaker import ENGINE_FAULTS, State
 from .decision import explain
-from .dispatch import POLICIES, Candidate, Job, Policy, find_policy
+from .dispatch import POLICIES, Candidate, Job, Policy, find_policy, least_rank
 from .hops import parents_of
 from .metrics import Counters
 from .outbox import Outbox
@@ -160,8 +160,11 @@ class Chooser:
 
     def _choose(self, job: Job, free: Free | Spare) -> WorkerSession:
         """Have the policy choose; one that was installed may be wrong, and no request is to suffer from it."""
+        policy = self._registry.pool.policy
+        if policy.choose is least_rank:
+            return free.least()  # what the default policy comes to
         try:
-            chosen = self._registry.pool.policy.choose(job, free, self._random)
+            chosen = policy.choose(job, free, self._random)
         except Exception as error:  # noqa: BLE001 (somebody else's code: whatever it raises is a line in the log)
             why = f"{type(error).__name__}: {error}"
         else:

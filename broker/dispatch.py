@@ -100,7 +100,8 @@ class Candidates(Protocol):
         """Return the one of the least rank; of several the one that was used longest ago."""
 
 
-def _least(_job: Job, workers: Candidates, _random: Random) -> Candidate:
+def least_rank(_job: Job, workers: Candidates, _random: Random) -> Candidate:
+    """Choose the worker of the least rank."""
     return workers.least()
 
 
@@ -119,7 +120,7 @@ class Policy:
             follow from the worker alone.
     """
 
-    choose: Callable[[Job, Candidates, Random], Candidate] = _least
+    choose: Callable[[Job, Candidates, Random], Candidate] = least_rank
     rank: Callable[[Candidate], float] = _cost
 
 

@@ -431,14 +431,14 @@ class Exchange:
         model = record.model
         if record.key in self.records:
             return error(record, ErrorCode.BAD_REQUEST, "this request id is in use", retryable=False)
-        loop = None if record.message is None else loop_in(record.message.envelope.path, self._id)
-        if loop is not None:
+        path = record.message.envelope.path if record.message else ()
+        if path and (loop := loop_in(path, self._id)) is not None:
             return error(record, ErrorCode.ROUTING_LOOP, loop, retryable=False)
         if self.draining:
             return error(record, ErrorCode.DRAINING, "the broker is shutting down", retryable=True)
         if not self._registry.serves(model):
             return self.refusals.unserved(record)
-        if record.resumed and not self._registry.may_resume(model):
+        if record.prior_tokens and not self._registry.may_resume(model):
             return self.refusals.cannot_resume(record, self._outbox.now)
         if record.deadline_at is not None and record.deadline_at <= record.arrived_at:
             return error(record, ErrorCode.DEADLINE, "the deadline had passed on arrival", retryable=False)
@@ -494,8 +494,10 @@ class Exchange:
         self._registry.changed(worker, now)
         # One that was suspended just now may have been the last but those that were suspended before.
         models = worker.ready.models
-        if any(self._rooms.get(info.name) for info in models) and (worker.free or worker.breaker.state is State.OPEN):
-            self.dispatch((info.name for info in models), now)
+        for info in models:
+            if self._rooms.get(info.name) and (worker.free or worker.breaker.state is State.OPEN):
+                self.dispatch((each.name for each in models), now)
+                break
 
     def _watch(self, record: RequestRecord) -> None:
         """See to it that the request ends when it is due, now that it waits or runs."""

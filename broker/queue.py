@@ -83,6 +83,10 @@ class WaitingRoom:
         """Return the number of requests that wait."""
         return self._fresh.taken + self._resumed.taken
 
+    def __bool__(self) -> bool:
+        """Tell whether anything waits."""
+        return bool(self._classes)
+
     def __iter__(self) -> Iterator[RequestRecord]:
         """Iterate by class, the greatest first, then by share, then in the order of arrival."""
         return chain.from_iterable(self._classes[level] for level in sorted(self._classes, reverse=True))
