@@ -132,11 +132,15 @@ class Clients:
 
     def watch(self, now: float) -> None:
         """Give up who has been silent for too long, and say something to whom the broker was silent."""
-        for client in list(self.by_peer.values()):
-            if client.liveness.expired(now):
-                self._disconnect(client, DisconnectCode.EXPIRED, silent(client, now))
-            elif client.liveness.due(now):
+        expired = []
+        for client in self.by_peer.values():
+            liveness = client.liveness  # its methods would be most of what an idle client costs
+            if now >= liveness.heard_at + liveness.expiry_s:
+                expired.append(client)
+            elif now >= liveness.spoke_at + liveness.heartbeat_s:
                 self._outbox.heartbeat_client(client)
+        for client in expired:
+            self._disconnect(client, DisconnectCode.EXPIRED, silent(client, now))
 
     def greet(self) -> None:
         """Say something to every client: the one that is gone shows itself."""

@@ -144,11 +144,15 @@ class Workers:
 
     def watch(self, now: float) -> None:
         """Give up who has been silent for too long, and say something to whom the broker was silent."""
-        for worker in self._registry:
-            if worker.liveness.expired(now):
-                self._disconnect(worker, DisconnectCode.EXPIRED, silent(worker, now), now)
-            elif worker.liveness.due(now):
+        expired = []
+        for worker in self._registry.by_peer.values():
+            liveness = worker.liveness  # its methods would be most of what an idle worker costs
+            if now >= liveness.heard_at + liveness.expiry_s:
+                expired.append(worker)
+            elif now >= liveness.spoke_at + liveness.heartbeat_s:
                 self._outbox.heartbeat_worker(worker)
+        for worker in expired:
+            self._disconnect(worker, DisconnectCode.EXPIRED, silent(worker, now), now)
 
     def greet(self) -> None:
         """Say something to every worker: the one that is gone shows itself."""
@@ -243,7 +247,7 @@ class Workers:
         if beat.sent != worker.received - 1:
             self._disconnect(worker, DisconnectCode.LOST_MESSAGES, lost(beat, worker), now)
             return
-        if beat.load is not None:
+        if beat.load is not None and beat.load != worker.reported:  # an idle worker's says nothing new
             self._take_load(worker, beat.load, now)
             self._differs(worker, now)
 

@@ -316,9 +316,20 @@ def _dump_logprobs(of: TokenLogprobs) -> list[Any]:
     return [of.token_id, of.text, of.logprob, [[one.token_id, one.text, one.logprob] for one in of.top]]
 
 
+_SENT = PREFIX[Command.HEARTBEAT] + NO_ID + b"\x81" + pack("sent")
+
+
+def _encode_heartbeat(message: Heartbeat) -> list[bytes]:
+    # A broker says it to each of thousands of peers a second.
+    if message.load is not None:
+        return [PREFIX[Command.HEARTBEAT] + NO_ID + pack(dump(message))]
+    return [_SENT + pack(message.sent)]
+
+
 _SPECIAL_ENCODERS: dict[type[Any], Callable[[Any], list[bytes]]] = {
     Request: _encode_request,
     Chunks: _encode_chunks,
+    Heartbeat: _encode_heartbeat,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
@@ -77,9 +78,10 @@ def count(low: int = 0, high: int = limits.MAX_COUNT) -> Check:
 def number(low: float, high: float) -> Check:
     """Make a check for a finite number from `low` to `high`, both included; integers become floats."""
     expected = f"a number from {low:g} to {high:g}"
+    # What is within finite bounds is finite, and NaN is within none.
+    low, high = max(low, -sys.float_info.max), min(high, sys.float_info.max)
 
     def check(value: Any, path: str) -> float:
-        # What is within finite bounds is finite, and NaN is within none.
         if type(value) is float and low <= value <= high:
             return value
         if type(value) is not int or not low <= value <= high:
