@@ -45,9 +45,9 @@ class Door:
         for peer, *frames in receive(self._socket, _BATCH):
             yield peer, _decoded(frames)
 
-    def send(self, peer: bytes, message: Message) -> bool:
-        """Send through one of the connections; tell whether it takes anything yet."""
-        return send(self._socket, [peer, *encode(message)]) is Outcome.SENT
+    def send(self, peer: bytes, message: Message) -> Outcome:
+        """Send through one of the connections; tell what became of the message."""
+        return send(self._socket, [peer, *encode(message)])
 
     def close(self) -> None:
         """Close; what was sent may still leave for a moment (ZMQ_LINGER)."""

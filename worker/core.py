@@ -67,6 +67,9 @@ from .events import (
 )
 from .settings import WorkerSettings
 
+#: How soon a client that did not take its chunks by its own connection is told to leave it, again and again.
+PART_AGAIN_S = 0.5
+
 
 class WorkerCore:
     """The worker's state machine; one call of `handle` or `tick` at a time."""
@@ -98,6 +101,8 @@ class WorkerCore:
         #: Requests that are held at most: those that the settings allow, or that they allowed when they came.
         self._most_held = settings.most_held
         self._stopped = False
+        #: When connections at the worker's own door that did not read are to be sent away.
+        self._part_at: dict[bytes, float] = {}
         self._announced = WorkerState.LOADING
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
             **dict.fromkeys((Connected, Lost, Refused, Received, Malformed), self._membership.handle),
@@ -148,6 +153,7 @@ class WorkerCore:
             self._announce(now)  # first: it may save the heartbeats that are due
             self._membership.tick(now)
             self._desk.tick(now)
+            self._part(now)
             if self._drain_until is None:
                 self._give_up_step(now)  # a drain has an end of its own
             elif now >= self._drain_until:
@@ -158,7 +164,7 @@ class WorkerCore:
         """Return the next time at which `tick` has something to do; infinity for none."""
         if self._stopped:
             return math.inf
-        deadlines = [self._membership.next_deadline(), self._desk.next_deadline()]
+        deadlines = [self._membership.next_deadline(), self._desk.next_deadline(), *self._part_at.values()]
         if self._progress.step_started is not None:
             if not self._stalled:
                 deadlines.append(self._progress.step_started + self._settings.stall_after_s)
@@ -297,6 +303,17 @@ class WorkerCore:
 
     def _on_deaf(self, event: Deaf, now: float) -> None:
         self._let_go(event.peer, "the client takes no more chunks by its own connection", now)
+        if not event.gone:
+            # What it misses may be the end of a stream whose FINISH has left: it must hear that there is nothing more
+            # to wait for, as soon as it reads on.
+            self._part_at[event.peer] = now + PART_AGAIN_S
+
+    def _part(self, now: float) -> None:
+        """Send those away that did not read; who still does not is tried again."""
+        for peer in [peer for peer, when in self._part_at.items() if now >= when]:
+            del self._part_at[peer]
+            self._let_go(peer, "the client has not read its own connection", now)
+            self._orders.add(Hand(peer, Disconnect(DisconnectCode.EXPIRED, "the connection was not read")))
 
     def _let_go(self, peer: bytes, why: str, now: float) -> None:
         requests = self._desk.let_go(peer, why, now)

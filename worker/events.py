@@ -96,9 +96,10 @@ class Came:
 
 @value
 class Deaf:
-    """This connection at the worker's own door takes nothing any more: it is gone, or its client does not read."""
+    """This connection at the worker's own door has not taken a message: it is gone, or its client does not read."""
 
     peer: bytes
+    gone: bool
 
 
 #: How a worker's process ends when something broke while it ran. Starting it again helps as a rule.

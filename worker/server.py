@@ -17,7 +17,7 @@ from ..protocol.messages import ModelInfo
 from ..transport.door import Door
 from ..transport.endpoints import check_destination
 from ..transport.links import Links
-from ..transport.pump import Pump
+from ..transport.pump import Outcome, Pump
 from ..transport.rounds import Rounds
 from .core import WorkerCore
 from .engine_thread import EngineThread
@@ -218,8 +218,9 @@ class WorkerServer:
                 if lost is not None:
                     self._post(lost)
             elif isinstance(action, Hand):
-                if self._door is None or not self._door.send(action.peer, action.message):
-                    self._post(Deaf(action.peer))
+                outcome = self._door.send(action.peer, action.message) if self._door else Outcome.GONE
+                if outcome is not Outcome.SENT:
+                    self._post(Deaf(action.peer, outcome is Outcome.GONE))
             elif isinstance(action, (Submit, CancelJob, Resize)):
                 self._engine.post(action)
             elif isinstance(action, Log):

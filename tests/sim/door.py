@@ -25,13 +25,11 @@ class Door:
     Attributes:
         name: its endpoint.
         peers: connections and clients by routing id.
-        carried: messages with chunks that left by it.
     """
 
     def __init__(self, worker: SimWorker, endpoint: str) -> None:
         self.name = endpoint
         self.peers: dict[bytes, tuple[Link, Any]] = {}
-        self.carried = 0
         self._worker = worker
         self._clock = worker.clock
         self._opened = 0
@@ -69,15 +67,14 @@ class Door:
         if link.routing_id in self.peers:
             self._worker.take(events.Came(link.routing_id, message))
 
-    def send(self, peer: bytes, message: Message) -> bool:
-        """Send by a connection; tell whether it takes anything."""
+    def send(self, peer: bytes, message: Message) -> None:
+        """Send by a connection, or tell that it does not take the message."""
         entry = self.peers.get(peer)
         if entry is None or entry[0].full:
-            return False
+            self._clock.after(0.0, self._worker.take, events.Deaf(peer, gone=entry is None))
+            return
         link, client = entry
-        self.carried += 1
         link.carry(_DOWN, message, client.received, link)
-        return True
 
     def close(self, *, killed: bool) -> None:
         """Break all connections; what a process that ends by itself has sent before still arrives."""
@@ -91,7 +88,7 @@ class Door:
         if link.broken:
             return
         _, client = self.peers[link.routing_id]
-        dead = any(link.silent) or self._worker.paused or client.paused
+        dead = any(link.silent) or link.full or self._worker.paused or client.paused
         if dead and silent_s >= _PATIENCE_S:
             self.cut(link)
             return

@@ -38,6 +38,29 @@ class Faults:
         self.struck[f"fault {name}"] += 1
         getattr(self, name)()
 
+    def strike_door(self) -> None:
+        """Let something happen to a connection past the broker, if there is one."""
+        doors = [worker.door for worker in self.world.workers if worker.door is not None and worker.alive]
+        links = [link for door in doors for link, _ in door.peers.values()]
+        if not links:
+            return
+        random, link = self.world.direct_random, self.world.direct_random.choice(links)
+        what = random.choice(["cut", "silence", "half_silence", "stuff", "corrupt", "hold"])
+        self.struck[f"fault door {what}"] += 1
+        if what == "cut":
+            self.world.host(link.endpoint).cut(link)
+        elif what == "silence":
+            link.silence()
+        elif what == "half_silence":
+            link.silent[random.choice([False, True])] = True
+        elif what == "stuff":
+            link.full = True
+            self._clock.after(random.uniform(0.0, 8.0), setattr, link, "full", False)
+        elif what == "corrupt":
+            link.corrupt[random.choice([False, True])] = True
+        else:
+            link.hold(random.uniform(0.05, 1.0) ** 2 * self.world.kind.heal_s)
+
     def heal(self) -> None:
         """End what would last, and lose nothing any more; links that are dead stay so until somebody notices."""
         self.world.net.loss = 0.0

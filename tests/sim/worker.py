@@ -88,8 +88,8 @@ class SimWorker(Peer):
             ticket = self.random.choice(list(self.runs))
             self.do(self._fail_job, ticket)
 
-    def take(self, event: events.Came) -> None:
-        """Something comes in through its door."""
+    def take(self, event: events.Came | events.Deaf) -> None:
+        """Something happens at its door."""
         self.do(self._handle, event)
 
     def die(self) -> None:
@@ -188,8 +188,7 @@ class SimWorker(Peer):
                 self.send(action.broker, action.message)
             elif isinstance(action, events.Hand):
                 assert self.door is not None, "chunks by a door that there is not"
-                if not self.door.send(action.peer, action.message):
-                    self.clock.after(0.0, self.do, self._handle, events.Deaf(action.peer))
+                self.door.send(action.peer, action.message)
             elif isinstance(action, events.Submit):
                 assert self.resumes or action.job.generation.prior is None, "it cannot resume"
                 self.runs[action.job.ticket] = run_of(action.job, self.random)

@@ -32,7 +32,9 @@ _LOOK_S = 0.25
 #: what had to wait for it is read to its end. It takes 5 s as a rule, and half of this where work has piled up.
 _CALM_S = 75.0
 #: The part of the worlds in which chunks go past the broker, and of the workers and clients there that do so.
-_DIRECT, _TAKES_PART = 0.5, 0.75
+_DIRECT, _TAKES_PART = 0.5, 0.9
+#: Faults of connections past the broker, in relation to others.
+_DOOR_FAULTS = 1.5
 #: So much more where readers pause.
 _PAUSES_S = 65.0
 
@@ -52,6 +54,7 @@ class World:
         reader_timeout_s: how long workers wait for readers.
         rogue: a program that talks nonsense; None where there is none.
         direct: workers and clients that may send and take chunks past the broker do; who may, is drawn.
+        direct_random: randomness for all that concerns this.
     """
 
     def __init__(self, seed: int) -> None:
@@ -61,8 +64,8 @@ class World:
         self.net = Net(random, random.choice(kind.loss), delays_s)
         self.clock = self.net.clock
         # By numbers of their own, so that the rest of a schedule is the same with them and without.
-        self._direct_random = Random(f"{seed} direct")
-        self.direct = self._direct_random.random() < _DIRECT
+        self.direct_random = Random(f"{seed} direct")
+        self.direct = self.direct_random.random() < _DIRECT
         # A broker that is younger than its expiry says that workers may be back soon: where no stream may fail, that
         # must be longer than they need.
         heartbeat_s, expiry_s = random.choice([(0.5, 6.0), (1.0, 5.0)] if kind.sure else [(0.3, 0.9), (1.0, 5.0)])
@@ -162,7 +165,7 @@ class World:
         self.clients.append(SimClient(self.net, self.brokers, settings))
 
     def _takes_part(self) -> bool:
-        return self.direct and self._direct_random.random() < _TAKES_PART
+        return self.direct and self.direct_random.random() < _TAKES_PART
 
     def host(self, endpoint: str) -> SimBroker | Door:
         """Return who listens at an endpoint."""
@@ -181,6 +184,8 @@ class World:
                 self.clock.at(self.random.uniform(self.begin, self.end), self._ask)
         for _ in range(round(seconds * self.kind.faults)):
             self.clock.at(self.random.uniform(self.begin, self.end), self.faults.strike)
+        for _ in range(round(seconds * self.kind.faults * _DOOR_FAULTS) if self.direct else 0):
+            self.clock.at(self.direct_random.uniform(self.begin, self.end), self.faults.strike_door)
         if self.kind.rolling:
             self.clock.after(self.random.uniform(0.5, 1.5), self.faults.roll)
 

@@ -25,6 +25,7 @@ from tokenmq.protocol.messages import (
 )
 from tokenmq.transport.endpoints import EndpointError
 from tokenmq.worker import direct
+from tokenmq.worker.core import PART_AGAIN_S
 from tokenmq.worker.direct import Attachments
 from tokenmq.worker.events import Action, Came, Deaf, Hand
 from tokenmq.worker.settings import WorkerSettings
@@ -141,7 +142,9 @@ def test_credit_by_the_door_is_for_streams_that_leave_by_it(say: Any, story: Any
     assert not comes(story, Credit(say.id(1), 1, 2))
 
 
-@pytest.mark.parametrize("event", [Deaf(PEER), Came(PEER, Goodbye()), Came(PEER, Heartbeat(0))])
+@pytest.mark.parametrize(
+    "event", [Deaf(PEER, True), Deaf(PEER, False), Came(PEER, Goodbye()), Came(PEER, Heartbeat(0))]
+)
 def test_what_left_by_a_connection_that_is_gone_is_given_back(say: Any, story: Any, event: Any) -> None:
     comes(story, Attach(KEY))
     direct_job, brokered = take(story, say, 1), take(story, say, 2, None)
@@ -173,8 +176,24 @@ def test_a_new_connection_takes_over_from_an_old_one(say: Any, story: Any) -> No
         (PEER, say.id(1)),
         (OTHER_PEER, say.id(2)),
     ]
-    story.tell(Deaf(PEER))
+    story.tell(Deaf(PEER, True))
     assert handed(story.engine(say.tokens(new, 2)))
+
+
+def test_who_did_not_read_is_sent_away_when_he_does(say: Any, story: Any) -> None:
+    """The end of a stream may be in what he misses, and its FINISH has left."""
+    comes(story, Attach(KEY))
+    job = take(story, say)
+    story.engine(say.tokens(job, 1), say.done(job, 1))
+    story.tell(Deaf(PEER, False))
+    assert not [order for order in story.tick(PART_AGAIN_S / 2) if isinstance(order, Hand)]
+    for _ in range(2):
+        [hand] = [order for order in story.tick(PART_AGAIN_S) if isinstance(order, Hand)]
+        assert (hand.peer, type(hand.message)) == (PEER, Disconnect)
+        story.tell(Deaf(PEER, False))
+    story.tick(PART_AGAIN_S)
+    story.tell(Deaf(PEER, True))
+    assert not [order for order in story.tick(2 * PART_AGAIN_S) if isinstance(order, Hand)]
 
 
 def test_keys_end_with_their_brokers_session(say: Any) -> None:
