@@ -18,7 +18,7 @@ from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
 from . import logs
-from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals, share_one_core
+from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals
 from .options import logging_options, option, settings
 
 
@@ -151,7 +151,6 @@ def main(
             from .shards import supervise  # another program, as good as
 
             supervise(click.get_current_context(), broker_settings, shards)
-        share_one_core()
         server = BrokerServer(broker_settings, software=SOFTWARE)
     except ValueError as error:
         fail(str(error))

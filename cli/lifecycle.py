@@ -48,18 +48,6 @@ def allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def share_one_core() -> None:
-    """Where this process is held to one core, keep its threads from taking it from one another.
-
-    Else the thread that libzmq sends with takes the core from the loop after each send: half as much again for each
-    request (measured). It runs when the loop waits instead. On several cores each has its own, and this does nothing;
-    call it before threads start.
-    """
-    if sys.platform == "linux" and len(os.sched_getaffinity(0)) == 1:
-        with contextlib.suppress(OSError):  # a sandbox may forbid it, and all still works
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def end_with_supervisor() -> None:
     """Exit at once when standard input ends: it is a pipe that the supervisor holds, so it has died.
 
