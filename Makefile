@@ -34,8 +34,11 @@ lint: $(VENV)/.model
 	scripts/types.sh
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.base
-	$(BIN)/python benchmarks/relay.py
+# What the broker costs beside other relays, about an hour, then docs/performance.md and its plots; it wants a machine
+# with nothing else to do. BENCH_ARGS=--quick to see that it runs, BENCH_ARGS="relay latency --rounds 9" for some of it.
+# What fails is told in the document, too.
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/suite.py $(BENCH_ARGS); failed=$$?; $(BIN)/python benchmarks/report.py && exit $$failed
 
 # Kill anything, lose nothing: a minute of faults; CHAOS_ARGS="--seconds 600 --seed 7" for another one, --help tells all.
 chaos: $(VENV)/.base

@@ -61,8 +61,8 @@ def bars(path: Path, title: str, axis: str, groups: Bars, *, logarithmic: bool =
     panel.set(title=title, xlabel=axis, xscale="log" if logarithmic else "linear")
     panel.margins(x=0.12)
     if logarithmic:  # so that the shortest bar is as long as a half or more of a decade
-        least = min(each.least for group in groups.values() for each in group.values())
-        panel.set_xlim(left=10 ** math.floor(math.log10(least / 3)))
+        reached = [edge for group in groups.values() for each in group.values() for edge in (each.least, each.most)]
+        panel.set_xlim(10 ** math.floor(math.log10(min(reached) / 3)), max(reached) * 3)
     panel.grid(visible=True, axis="x", linewidth=0.3)
     panel.set_axisbelow(True)
     if len(names) > 1:
@@ -96,11 +96,15 @@ def lines(
         panel.set(title=heading, xlabel=axes[0])
         for axis in logarithmic:
             panel.set(**{f"{axis}scale": "log"})
-        if "y" not in logarithmic:
-            panel.set_ylim(bottom=0)
+        if "x" in logarithmic:
+            places = sorted({x for points in named.values() for x, _ in points})
+            panel.set_xticks(places, [f"{place:,g}" for place in places])
+            panel.minorticks_off()
         if ticks:
             panel.set_xticks(range(len(ticks)), list(ticks))
         panel.grid(visible=True, linewidth=0.3)
+    if "y" not in logarithmic:  # of all panels
+        made[0][0].set_ylim(bottom=0)
     made[0][0].set_ylabel(axes[1])
     made[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title)

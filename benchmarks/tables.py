@@ -47,7 +47,7 @@ def lines(table: Table, rows: Sequence[Row]) -> Iterator[str]:
     if not here:
         return
     columns = _known(table.columns, [each for each in rows if each.case in here])
-    one = len(here) == 1
+    one = len(here) == 1 and not table.cases
     headings = [table.who] if one else ["case", table.who]
     for column in columns:
         headings += [column.heading, f"ratio to {table.base}"] if column.compared else [column.heading]
