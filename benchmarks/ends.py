@@ -132,8 +132,8 @@ class Ends(ABC):
 
     def streams_of(self, worker: int) -> list[tuple[int, int]]:
         """Return client and number of the streams that a worker has: dealt out, one after the other."""
-        every = [(client, number) for client, ids in enumerate(self.ids) for number in range(len(ids))]
-        return every[worker :: self._shares]
+        each = len(self.ids[0]) if self.ids else 0
+        return [divmod(number, each) for number in range(worker, len(self.ids) * each, self._shares)]
 
     def route(self, client: int) -> bytes:
         """Return what stands in octets 8 to 24 of CHUNKS for this client; by default its number."""

@@ -54,12 +54,53 @@ def test_every_relay_does_every_case(script: str, cases: dict[str, set[str]], tm
     assert "in brackets the ratio to bare" in done.stdout
 
 
+def test_every_kind_of_scale_is_measured(tmp_path: Path) -> None:
+    growth = {"cpu_us_per_token", "cpu_us_above_idle"}
+    paced = TOKENS | TIMES | {"of_the_plan"}
+    cases = {
+        "held-20000": paced,
+        "held-8000": paced,
+        "kept-512": paced,
+        "memory-shared": {"kb_per_stream", "kb_that_stay", "kb_more_again", "megabytes_before", "megabytes"},
+        "idle-10": SHARES,
+        "streams-100": paced | growth,
+        "workers-100": paced | growth,
+        "clients-1": {"process_megabytes", "kb_each", "cpu_share_each", "broker_cpu_share_each"},
+        "worker": {"process_megabytes", "cpu_share_each", "broker_cpu_share_each"},
+    }
+    path = tmp_path / "rows.json"
+    done = run("scale.py", "--quick", "--relays", "zmq-broker", "bare", "--cases", *cases, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    rows = json.loads(path.read_text())["rounds"]
+    ours = {row["case"]: row["figures"] for row in rows if row["relay"] == "zmq-broker"}
+    assert {case: set(figures) for case, figures in ours.items()} == cases
+    # Sessions, connections and requests are the broker's alone.
+    assert {row["case"] for row in rows if row["relay"] == "bare"} == {
+        case for case, figures in cases.items() if "p99_ms" in figures
+    }
+    assert all(figures["p50_ms"] <= figures["max_ms"] for figures in ours.values() if "p50_ms" in figures)
+    assert "memory-shared: kb_per_stream: asked for below 4 KiB, measured " in done.stdout
+    # Of what growth is measured against, one half is not here.
+    assert "cpu_us_above_idle against" not in done.stdout
+
+
+def test_more_connections_than_files_may_be_open_are_not_tried() -> None:
+    script = f"ulimit -n 150 && exec {sys.executable} {BENCHMARKS / 'scale.py'} --quick --cases held-8000 idle-1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-8000: skipped: needs 188 open files, the hard limit is 150 (ulimit -Hn)" in done.stdout
+    assert "held-8000: c-proxy" not in done.stdout
+    assert "idle-1: zmq-broker: relay_cpu_share" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "option", "word", "told"),
     [
         ("relay.py", "--rounds", "0", "expected an integer above 0, got '0'"),
         ("request_rate.py", "--seconds", "nan", "expected a number above 0, got 'nan'"),
         ("latency.py", "--relays", "nobody", "invalid choice: 'nobody'"),
+        ("scale.py", "--cases", "held-9", "invalid choice: 'held-9'"),
         ("relay.py", "--json", "/nowhere/rows.json", "--json: there is no folder /nowhere"),
     ],
 )
