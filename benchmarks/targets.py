@@ -106,6 +106,11 @@ def plain(case: str, name: str, relay: str = BROKER) -> Measure:
     return lambda rows: spread(rows, case, relay, name)
 
 
+def grown(name: str, last: str, first: str, relay: str = BROKER) -> Measure:
+    """Return what divides a figure in one case by the same one in another case."""
+    return lambda rows: ratios(rows, name, (last, relay), (first, relay))
+
+
 def scaled(bound: scale.Bound) -> Target:
     """Return the target that a bound of scale.py is."""
     return Target(
@@ -129,8 +134,8 @@ _SCALE = {
     "memory-shared": "the broker's memory for each idle stream, 10 connections of 1,000",
     "memory-apart": "the broker's memory for each idle stream with its own connection",
     "idle-1000": "1,000 workers with heartbeats, no requests",
-    "streams-20000": "CPU for a token with 20,000 streams against 100",
-    "workers-1000": "CPU for a token with 1,000 workers against 1",
+    "streams-20000": "growth: CPU for a token beyond what is idle, 20,000 streams against 100",
+    "workers-1000": "growth: CPU for a token beyond what is idle, 1,000 workers against 1",
 }
 
 
@@ -181,6 +186,14 @@ TARGETS: Sequence[Target] = (
         share("spread-8", "p99_ms", PROXY), below(2),
     ),
     *map(scaled, scale.BOUNDS),
+    Target(
+        "growth: all CPU for a token, heartbeats too, 20,000 streams against 100", "times", "scale",
+        grown("cpu_us_per_token", "streams-20000", "streams-100"), below(1.5), case="streams-20000",
+    ),
+    Target(
+        "growth: all CPU for a token, heartbeats too, 1,000 workers against 1", "times", "scale",
+        grown("cpu_us_per_token", "workers-1000", "workers-1"), below(1.5), case="workers-1000",
+    ),
     Target(
         "start-up: a program with a client until its first token", "times `import zmq`", "startup",
         share("start", "wall_ms", "import zmq", "first token"),

@@ -101,8 +101,8 @@ def test_the_median_decides_and_what_is_not_there_was_not_measured(targets: Any,
 
 def test_growth_is_one_case_by_another(targets: Any, runs: Any, row: Any) -> None:
     rows = [
-        row("zmq-broker", "streams-100", 1, cpu_us_above_idle=4.0, cpu_us_above_idle=2.0),
-        row("zmq-broker", "streams-20000", 1, cpu_us_above_idle=7.0, cpu_us_above_idle=2.5),
+        row("zmq-broker", "streams-100", 1, cpu_us_per_token=4.0, cpu_us_above_idle=2.0),
+        row("zmq-broker", "streams-20000", 1, cpu_us_per_token=7.0, cpu_us_above_idle=2.5),
     ]
     grown = [target for target in targets.TARGETS if target.case == "streams-20000"]
     found = {"scale": run_of(runs, rows)}
