@@ -41,8 +41,8 @@ def bare(frontend: str, backend: str) -> None:
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     front, back = _socket(context, zmq.ROUTER, frontend), _socket(context, zmq.ROUTER, backend)
-    recv, send, get = zmq.backend.Socket.recv, zmq.backend.Socket.send, zmq.backend.Socket.get
-    wait, more, has_more = int(zmq.DONTWAIT), int(zmq.SNDMORE), int(zmq.RCVMORE)
+    recv, send = zmq.backend.Socket.recv, zmq.backend.Socket.send
+    wait, more = int(zmq.DONTWAIT), int(zmq.SNDMORE)
     clients: dict[bytes, bytes] = {}
     workers: deque[bytes] = deque()
     watched = [(back, int(zmq.POLLIN)), (front, int(zmq.POLLIN))]
@@ -52,8 +52,9 @@ def bare(frontend: str, backend: str) -> None:
                 if socket is back:
                     for _ in range(_BATCH):
                         worker = recv(back, wait)
-                        body = recv(back, wait)
-                        if get(back, has_more):
+                        frame = recv(back, wait, False)  # it knows whether another one follows, at half the price
+                        body = frame.bytes
+                        if frame.more:
                             raise SystemExit("error: a worker has sent a message of two frames")
                         client = clients.get(body[8:24])
                         if client is None:
@@ -64,8 +65,9 @@ def bare(frontend: str, backend: str) -> None:
                 else:
                     for _ in range(_BATCH):
                         client = recv(front, wait)
-                        body = recv(front, wait)
-                        if not get(front, has_more):
+                        frame = recv(front, wait, False)
+                        body = frame.bytes
+                        if not frame.more:
                             clients[body[8:24]] = client
                             send(front, client, more)
                             send(front, body, 0)

@@ -504,12 +504,52 @@ def _read_chunks(subject: bytes, frames: Sequence[bytes]) -> Chunks:
     return Chunks(subject, _decode_chunks(_body_of(frames, "CHUNKS")))
 
 
+_usage_fields = frozenset({"prompt_tokens", "completion_tokens"})
+_timing_fields = frozenset({"broker_queue_s", "worker_queue_s", "prefill_s", "decode_s"})
+
+
+def _read_finish(subject: bytes, frames: Sequence[bytes]) -> Message:
+    """Read the end of a request: the usual one in a few comparisons, as with chunks, any other field by field."""
+    value = _body_of(frames, "FINISH")
+    if type(value) is dict:
+        usage, timings = value.get("usage"), value.get("timings")
+        attempt, worker, chunks = value.get("attempt"), value.get("worker", ""), value.get("chunks", 0)
+        told = value.get("reason")
+        reason = _REASONS.get(told) if type(told) is str else None
+        if (
+            reason is not None
+            and type(usage) is dict
+            and type(timings) is dict
+            and usage.keys() <= _usage_fields
+            and timings.keys() <= _timing_fields
+            and type(attempt) is int
+            and 0 < attempt <= limits.MAX_COUNT
+            and type(worker) is str
+            and len(worker) <= limits.MAX_NAME_CHARS
+            and type(chunks) is int
+            and 0 <= chunks <= limits.MAX_COUNT
+        ):
+            for tokens in usage.values():
+                if type(tokens) is not int or not 0 <= tokens <= limits.MAX_COUNT:
+                    break
+            else:
+                for seconds_ in timings.values():
+                    if type(seconds_) is not float or not 0.0 <= seconds_ <= limits.MAX_SECONDS:
+                        break
+                else:
+                    return Finish(subject, attempt, reason, Usage(**usage), Timings(**timings), worker, chunks)
+    return _read_any_finish(subject, frames)
+
+
 _Reader: TypeAlias = Callable[[bytes, Sequence[bytes]], Message]
+_read_any_finish = _reader(Finish, _FIELDS[Finish])
+_REASONS: dict[Any, FinishReason] = {member.value: member for member in FinishReason}
 #: By the first bytes of the header: what is looked up for each message is found without a look at its command.
 _READERS: dict[bytes, _Reader] = {
     PREFIX[Command.REQUEST]: _decode_request,
     CHUNKS_PREFIX: _read_chunks,
     **{PREFIX[kind.command]: _reader(kind, checks) for kind, checks in _FIELDS.items()},
+    PREFIX[Command.FINISH]: _read_finish,
 }
 #: Messages that are answered with ERROR where they are malformed.
 _ANSWERABLE = frozenset({int(Command.REQUEST), int(Command.QUERY)})
