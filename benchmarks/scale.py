@@ -29,7 +29,8 @@ heartbeats too; cpu_us_above_idle is without what the same ends cost before the 
 Times are from a worker's write to a client's read, tokens_per_s is what arrived, of_the_plan its part of what should.
 Every token that is sent must arrive, else the run fails.
 
-A round of all takes some ten minutes. Run: python benchmarks/scale.py.
+A round of all takes some ten minutes; --quick makes everything tiny and, without --cases, runs one of each kind.
+Run: python benchmarks/scale.py.
 """
 
 from __future__ import annotations
