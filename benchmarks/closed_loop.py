@@ -12,7 +12,7 @@ import select
 import time
 
 from connection import Connection
-from ends import Ends
+from ends import Ends, worker_name
 from relays import Relay
 from rounds import BenchmarkError
 from streams import Meter, percentiles_ms, warm_s
@@ -35,11 +35,12 @@ _ENDS = re.compile(
 _BEFORE_HEADER = 64
 
 
-def answer_form(ends: Ends, *, finish: bool) -> bytes:
+def answer_form(ends: Ends, worker: int, *, finish: bool) -> bytes:
     """Return the form of what a worker writes for a request: fill in `id` and `way` by the % operator.
 
     Args:
         ends: knows what stands around the messages, and whether their headers have the id or the route.
+        worker: its number; an end tells the worker's name, as a real one's does.
         finish: it is CHUNKS and FINISH, in two messages; else CHUNKS alone.
     """
     route = ends.way if ends.chunks_by_route else _ID
@@ -47,7 +48,8 @@ def answer_form(ends: Ends, *, finish: bool) -> bytes:
     if finish:
         id = ends.way if ends.finish_by_route else _ID
         timings = Timings(worker_queue_s=0.001, prefill_s=0.02)
-        wire += ends.answer(ends.way, encode(Finish(id, 1, FinishReason.LENGTH, Usage(8, 1), timings, ""))[0])
+        end = Finish(id, 1, FinishReason.LENGTH, Usage(8, 1), timings, worker_name(worker))
+        wire += ends.answer(ends.way, encode(end)[0])
     return wire.replace(b"%", b"%%").replace(_ID, b"%(id)b").replace(ends.way, b"%(way)b")
 
 
@@ -98,7 +100,7 @@ class ClosedLoop:
         self.requests = 0
         self.waits: list[int] = []
         self._ends = ends
-        self._form = answer_form(ends, finish=finish)
+        self._forms = {each.number: answer_form(ends, each.number, finish=finish) for each in ends.workers}
         self._messages = 2 if finish else 1
         self._last = _FINISH if finish else _CHUNKS
         prefix = os.urandom(ID_BYTES - _NUMBER_BYTES)
@@ -177,5 +179,5 @@ class ClosedLoop:
         requests, worker.rest = find(self._ends.requests, worker.rest + worker.receive())
         worker.flush()
         if requests:
-            form = self._form
+            form = self._forms[worker.number]
             worker.send(b"".join([form % request for request in requests]), len(requests) * self._messages)

@@ -30,6 +30,11 @@ PAYLOAD = pack_generation(
 _BEAT_S = 1.0
 
 
+def worker_name(number: int) -> str:
+    """Return what a worker calls itself, in READY and at the end of each request."""
+    return f"worker-{number}"
+
+
 class Ends(ABC):
     """The workers and clients of one relay, connected and ready.
 

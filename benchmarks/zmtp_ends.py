@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import zmtp
 from connection import Connection
-from ends import MODEL, SOFTWARE, Ends, request
+from ends import MODEL, SOFTWARE, Ends, request, worker_name
 from relays import Relay
 from rounds import BenchmarkError
 
@@ -149,7 +149,7 @@ class BrokerEnds(ZmtpEnds):
             worker = self._connect(relay.backend, number)
             self.workers.append(worker)
             models = (ModelInfo(MODEL),)
-            self._tell(worker, Ready(f"worker-{number}", 1, SOFTWARE, models, slots, "none", Load(), 1.0))
+            self._tell(worker, Ready(worker_name(number), 1, SOFTWARE, models, slots, "none", Load(), 1.0))
             self._expect(worker, Accepted)
             # Those before it have no free slot any more.
             self._begin_streams(number)

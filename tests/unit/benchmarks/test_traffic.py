@@ -111,7 +111,7 @@ def test_an_answer_has_the_ids_of_its_request(make: Any, load: Any, kind: str, f
     ends = make(kind, streams=0)
     loop = load("closed_loop")
     way = {"c-proxy": load("zmtp").frame(b"peer.", more=True), "nats": b"c0001"}.get(kind, b"W" * 16)
-    frames = frames_of(load, ends, loop.answer_form(ends, finish=finish) % {b"id": ID, b"way": way})
+    frames = frames_of(load, ends, loop.answer_form(ends, 0, finish=finish) % {b"id": ID, b"way": way})
     if kind == "c-proxy":
         assert frames[::2] == [b"peer."] * (2 if finish else 1)
         frames = frames[1::2]
