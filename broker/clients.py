@@ -32,6 +32,7 @@ from .metrics import Counters
 from .outbox import Outbox, clip
 from .probe import CLIENT_DELAYS_S, Probe
 from .registry import ClientSession
+from .rota import Rota
 from .settings import BrokerSettings
 
 
@@ -65,6 +66,7 @@ class Clients:
             counters: what has happened so far.
         """
         self.by_peer: dict[bytes, ClientSession] = {}
+        self._rota = Rota(self.by_peer)
         self.probe = Probe(CLIENT_DELAYS_S)
         self._software = software
         self._settings = settings
@@ -130,10 +132,13 @@ class Clients:
 
     # What the core calls.
 
-    def watch(self, now: float) -> None:
-        """Give up who has been silent for too long, and say something to whom the broker was silent."""
+    def watch(self, now: float, parts: int) -> None:
+        """Give up who has been silent for too long, and say something to whom the broker was silent.
+
+        Once in `parts` calls for each.
+        """
         expired = []
-        for client in self.by_peer.values():
+        for client in self._rota.turn(parts):
             liveness = client.liveness  # its methods would be most of what an idle client costs
             if now >= liveness.heard_at + liveness.expiry_s:
                 expired.append(client)

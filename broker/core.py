@@ -33,6 +33,7 @@ from .management import Management
 from .metrics import Counters, Pending
 from .outbox import Outbox
 from .registry import ClientSession, Registry, Session
+from .rota import parts_of
 from .settings import BrokerSettings
 from .uplink import Uplink
 from .workers import Workers
@@ -41,6 +42,8 @@ from .workers import Workers
 _ID_BYTES = 8
 #: Sessions are looked at this often in one heartbeat interval: a beat is late by a quarter of it at most.
 _TICKS_PER_HEARTBEAT = 4
+#: Fewer of them wake the loop so seldom that nothing is gained by hearing them together.
+_MANY_WORKERS = 50
 
 
 class BrokerCore:
@@ -156,6 +159,16 @@ class BrokerCore:
         self.uplink.touched(now)
         return self._outbox.take()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nobody waits for what workers say: nothing but heartbeats is to come, and from many of them."""
+        return (
+            not self.exchange.records
+            and len(self.registry) >= _MANY_WORKERS
+            and self.management.next_deadline() is None
+            and self._drain_until is None
+        )
+
     def log_level(self, level: int) -> None:
         """Make no lines below this level of the logging module, since nobody would write them."""
         self._outbox.log_level = level
@@ -183,6 +196,7 @@ class BrokerCore:
         worker.liveness.heard_at = now
         client = hold.client
         client.sent += 1
+        client.liveness.spoke_at = now
         if type(client) is Guest:
             client.passed(client.parent)
         self.counters.chunk_messages += 1
@@ -199,9 +213,10 @@ class BrokerCore:
             self.workers.greet()
         if now >= self._next_tick:
             self._forgive_lag(now)
-            self._next_tick = now + self._tick_s
-            self._frontend.watch(now)
-            self.workers.watch(now)
+            parts = parts_of(len(self.clients) + len(self.registry))
+            self._next_tick = now + self._tick_s / parts
+            self._frontend.watch(now, parts)
+            self.workers.watch(now, parts)
         self.uplink.tick(now)
         self._advance_drain(now)
         actions = self._outbox.take()

@@ -58,6 +58,9 @@ _BATCH = 500
 #: Some messages take far longer to read; then heartbeats and the other socket come first after this time.
 _BATCH_S = 0.02
 
+#: While nothing runs, many workers are heard so often.
+_QUIET_S = 0.02
+
 #: A broker that is behind has unread messages of a worker that is gone; it reads on for so long before it fails what
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
 _READ_ON_S = 0.5
@@ -103,6 +106,7 @@ class BrokerServer:
         #: The core, or a backlog, has had something to do since `_deadline` was asked for.
         self._touched = True
         self._deadline = 0.0
+        self._quiet = False
         self._pump = Pump()
         for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
             self._pump.watch(socket)
@@ -148,7 +152,7 @@ class BrokerServer:
         ready = self._pump.wait(0.0 if self._gone else self._deadline - self._clock())
         now = self._clock()
         # Workers first: what they send frees slots for what clients ask.
-        if self._workers in ready:
+        if self._workers in ready or (self._quiet and now >= self._deadline):
             self._from_workers(now)
         if self._clients in ready:
             self._from_clients(now)
@@ -164,6 +168,22 @@ class BrokerServer:
             self._give_up_workers(now)
         self._touched = False
         self._deadline = self._next_deadline()
+        self._listen(now)
+
+    def _listen(self, now: float) -> None:
+        """Hear workers at once, or where they have nothing to say but that they live, all together after a while.
+
+        A thousand idle workers would wake the loop a thousand times a second: a tenth of a core for nothing.
+        """
+        quiet = self._core.quiet
+        if quiet is not self._quiet:
+            self._quiet = quiet
+            if quiet:
+                self._pump.forget(self._workers)
+            else:
+                self._pump.watch(self._workers)
+        if quiet:
+            self._deadline = min(self._deadline, now + _QUIET_S)
 
     def _look_around(self, ready: Mapping[Any, int], now: float) -> None:
         """See to what is rarer than messages of clients and workers."""

@@ -34,6 +34,7 @@ from .metrics import Counters
 from .outbox import Outbox
 from .probe import WORKER_DELAYS_S, Probe
 from .registry import Registry, WorkerSession
+from .rota import Rota
 from .settings import BrokerSettings
 
 
@@ -74,6 +75,7 @@ class Workers:
         self._software = software
         self._settings = settings
         self._registry = registry
+        self._rota = Rota(registry.by_peer)
         self._exchange = exchange
         self._management = management
         self._disconnects = disconnects
@@ -142,10 +144,13 @@ class Workers:
 
     # What the core calls.
 
-    def watch(self, now: float) -> None:
-        """Give up who has been silent for too long, and say something to whom the broker was silent."""
+    def watch(self, now: float, parts: int) -> None:
+        """Give up who has been silent for too long, and say something to whom the broker was silent.
+
+        Once in `parts` calls for each.
+        """
         expired = []
-        for worker in self._registry.by_peer.values():
+        for worker in self._rota.turn(parts):
             liveness = worker.liveness  # its methods would be most of what an idle worker costs
             if now >= liveness.heard_at + liveness.expiry_s:
                 expired.append(worker)

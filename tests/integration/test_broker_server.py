@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
+from tokenmq.broker import core as core_module
 from tokenmq.broker import server as server_module
 from tokenmq.broker.events import FromClient, FromWorker, ToClient
 from tokenmq.broker.server import BrokerServer
@@ -547,3 +548,26 @@ def test_silent_peers_expire(brokers: Callable[..., Running]) -> None:
     client, worker = broker.client(), broker.worker()
     assert client.expect(Disconnect).code is DisconnectCode.EXPIRED
     assert worker.expect(Disconnect).code is DisconnectCode.EXPIRED
+
+
+def test_many_idle_workers_are_heard_together_and_a_request_ends_that(
+    brokers: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_module, "_MANY_WORKERS", 2)
+    broker = brokers(heartbeat_s=0.2, expiry_s=2.0)
+    client, workers = broker.client(), [broker.worker(), broker.worker(name="w2")]
+    wait_for(lambda: broker.server._quiet)
+    for worker in workers:
+        worker.say(Heartbeat(worker.said))
+    client.say(request())
+    busy = next(worker for worker in workers if worker.socket.poll(2000))
+    route = busy.expect(Request).envelope.route
+    assert route is not None
+    assert not broker.server._quiet
+    busy.say(Chunks(route, chunk(0)))
+    assert client.expect(Chunks).chunks == chunk(0)
+    busy.say(finish())
+    assert client.expect(Finish).reason is FinishReason.STOP
+    wait_for(lambda: broker.server._quiet)
+    workers[0].say(Goodbye())
+    wait_for(lambda: client.status()["workers"] == 1)

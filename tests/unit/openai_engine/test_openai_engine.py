@@ -245,7 +245,8 @@ async def says_error(reply: Reply) -> None:
 
 
 async def redirects(reply: Reply) -> None:
-    await reply.raw(b"HTTP/1.1 307 X\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+    there = b"location: http://127.0.0.1:1/\r\n"
+    await reply.raw(b"HTTP/1.1 307 X\r\n" + there + b"content-length: 0\r\nconnection: close\r\n\r\n")
 
 
 async def bad_chunks(reply: Reply) -> None:
