@@ -59,7 +59,7 @@ _BATCH = 500
 _BATCH_S = 0.02
 
 #: While nothing runs, many workers are heard so often.
-_QUIET_S = 0.02
+_QUIET_S = 0.05
 
 #: A broker that is behind has unread messages of a worker that is gone; it reads on for so long before it fails what
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.

@@ -252,7 +252,7 @@ class Workers:
         if beat.sent != worker.received - 1:
             self._disconnect(worker, DisconnectCode.LOST_MESSAGES, lost(beat, worker), now)
             return
-        if beat.load is not None and beat.load != worker.reported:  # an idle worker's says nothing new
+        if beat.load is not None and beat.load != worker.reported:  # an idle worker's report says nothing new
             self._take_load(worker, beat.load, now)
             self._differs(worker, now)
 
