@@ -58,8 +58,8 @@ _BATCH = 500
 #: Some messages take far longer to read; then heartbeats and the other socket come first after this time.
 _BATCH_S = 0.02
 
-#: While nothing runs, many workers are heard so often.
-_QUIET_S = 0.05
+#: While nothing runs, many workers are heard so often in a heartbeat interval.
+_QUIET_TURNS = 10
 
 #: A broker that is behind has unread messages of a worker that is gone; it reads on for so long before it fails what
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
@@ -183,7 +183,7 @@ class BrokerServer:
             else:
                 self._pump.watch(self._workers)
         if quiet:
-            self._deadline = min(self._deadline, now + _QUIET_S)
+            self._deadline = min(self._deadline, now + self._settings.heartbeat_s / _QUIET_TURNS)
 
     def _look_around(self, ready: Mapping[Any, int], now: float) -> None:
         """See to what is rarer than messages of clients and workers."""
