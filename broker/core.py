@@ -205,7 +205,7 @@ class BrokerCore:
     def tick(self, now: float) -> list[Action]:
         """Do what is due; call it whenever `next_deadline` is reached, and after each batch of events."""
         self._outbox.now = now
-        self.exchange.expire(now)
+        tried = self.exchange.expire(now)
         self.management.expire(now)
         if self._frontend.probe.due(now):
             self._frontend.greet()
@@ -220,8 +220,8 @@ class BrokerCore:
         self.uplink.tick(now)
         self._advance_drain(now)
         actions = self._outbox.take()
-        if actions:
-            # Whatever has changed is told to somebody, or to the log.
+        if actions or tried:
+            # Whatever else has changed is told to somebody.
             self.uplink.touched(now)
         return actions
 

@@ -323,8 +323,12 @@ class Exchange:
 
     # What time does.
 
-    def expire(self, now: float) -> None:
-        """End the requests whose deadline has passed, or whose time in the waiting room; try suspended workers."""
+    def expire(self, now: float) -> bool:
+        """End the requests whose deadline has passed, or whose time in the waiting room; try suspended workers.
+
+        Returns:
+            Whether a worker is tried again.
+        """
         for record in [self.records[key] for key in self._deadlines.due(now)]:
             waited = now - record.arrived_at
             if record.waits_too_long_first:
@@ -334,9 +338,11 @@ class Exchange:
             where = f"at worker {record.worker.name}" if record.worker else "in the waiting room"
             message = f"the deadline passed after {waited:.3f} s, {where}"
             self._end(record, error(record, ErrorCode.DEADLINE, message, retryable=False))
-        for worker in self.chooser.tried_again(now):
+        tried = self.chooser.tried_again(now)
+        for worker in tried:
             self._slot_freed(worker, now)
         self._tell_late(now)
+        return bool(tried)
 
     def next_deadline(self) -> float | None:
         """Return the time of the earliest deadline."""
@@ -579,7 +585,8 @@ class Exchange:
         while notices:
             due, record, worker = notices[0]
             # A record that was answered, or that nobody waits for, is in no client's list.
-            if record.client is not None and record.worker is worker and record.key in record.client.requests:
+            alive = record.client is not None and record.client.requests.get(record.key) is record
+            if alive and record.worker is worker:
                 return due
             notices.popleft()
         return None

@@ -224,7 +224,7 @@ class Pool:
         self.policy = policy
         #: Workers that changed and were not filed anew: that is put off until somebody asks, since most workers that
         #: end a request get the next one.
-        self._changed: set[WorkerSession] = set()
+        self._changed: dict[WorkerSession, None] = {}
         self._groups: dict[frozenset[tuple[str, bool]], Group] = {}
         self._by_model: dict[str, list[Group]] = {}
         self._joined = 0
@@ -248,7 +248,7 @@ class Pool:
         """Let a worker go."""
         group = worker.place.group
         assert group is not None
-        self._changed.discard(worker)
+        self._changed.pop(worker, None)
         group.drop(worker)
         if not group.workers:
             del self._groups[group.serves]
@@ -260,10 +260,10 @@ class Pool:
     def changed(self, worker: WorkerSession) -> None:
         """File a worker anew before the next question, since its load, state, speed or breaker has changed."""
         if worker.place.group is not None:
-            self._changed.add(worker)
+            self._changed[worker] = None
 
     def _settle(self) -> None:
-        changed, self._changed = self._changed, set()
+        changed, self._changed = self._changed, {}
         for worker in changed:
             group = worker.place.group
             assert group is not None

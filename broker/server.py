@@ -58,8 +58,9 @@ _BATCH = 500
 #: Some messages take far longer to read; then heartbeats and the other socket come first after this time.
 _BATCH_S = 0.02
 
-#: While nothing runs, many workers are heard so often in a heartbeat interval.
-_QUIET_TURNS = 10
+#: While nothing runs, many workers are heard after this time, or a tenth of the heartbeat interval where that is
+#: less.
+_QUIET_S = 0.1
 
 #: A broker that is behind has unread messages of a worker that is gone; it reads on for so long before it fails what
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
@@ -107,6 +108,7 @@ class BrokerServer:
         self._touched = True
         self._deadline = 0.0
         self._quiet = False
+        self._quiet_s = min(_QUIET_S, settings.heartbeat_s / 10)
         self._pump = Pump()
         for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
             self._pump.watch(socket)
@@ -152,14 +154,14 @@ class BrokerServer:
         ready = self._pump.wait(0.0 if self._gone else self._deadline - self._clock())
         now = self._clock()
         # Workers first: what they send frees slots for what clients ask.
-        if self._workers in ready or (self._quiet and now >= self._deadline):
+        if self._workers in ready or self._quiet or self._gone:
             self._from_workers(now)
         if self._clients in ready:
             self._from_clients(now)
         seen = (self._workers in ready) + (self._clients in ready)
         if self._touched or self._drain_wish is not None or len(ready) > seen:
             self._look_around(ready, now)
-        elif now < self._deadline:
+        elif now < self._deadline and not self._gone:
             return  # nothing but chunks: a lone token pays for nothing else
         now = self._clock()
         self._perform(self._core.tick(now), now)
@@ -183,7 +185,8 @@ class BrokerServer:
             else:
                 self._pump.watch(self._workers)
         if quiet:
-            self._deadline = min(self._deadline, now + self._settings.heartbeat_s / _QUIET_TURNS)
+            pause_s = 0.0 if another(self._workers) else self._quiet_s
+            self._deadline = min(self._deadline, now + pause_s)
 
     def _look_around(self, ready: Mapping[Any, int], now: float) -> None:
         """See to what is rarer than messages of clients and workers."""

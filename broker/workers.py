@@ -252,9 +252,13 @@ class Workers:
         if beat.sent != worker.received - 1:
             self._disconnect(worker, DisconnectCode.LOST_MESSAGES, lost(beat, worker), now)
             return
-        if beat.load is not None and beat.load != worker.reported:  # an idle worker's report says nothing new
-            self._take_load(worker, beat.load, now)
-            self._differs(worker, now)
+        if beat.load is None:
+            return
+        if beat.load == worker.reported:  # as an idle worker's
+            self._registry.changed(worker, now)  # what was measured of it has become older
+            return
+        self._take_load(worker, beat.load, now)
+        self._differs(worker, now)
 
     def _take_load(self, worker: WorkerSession, load: Load, now: float) -> None:
         before = worker.state

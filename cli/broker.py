@@ -21,6 +21,9 @@ from . import logs
 from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals
 from .options import logging_options, option, settings
 
+#: More than the cores of any machine, and few enough for its ports, files and heartbeats.
+MOST_SHARDS = 64
+
 
 @click.command(context_settings=settings("TOKENMQ_BROKER"))
 @option(
@@ -36,9 +39,10 @@ from .options import logging_options, option, settings
     help="The broker's name in answers and logs; with --uplink also what the brokers above know it by.",
 )  # fmt: skip
 @option(
-    "--shards", type=click.IntRange(min=1), default=1, metavar="N",
-    help="Run N brokers that share the work, a process each: for more than one core can do. The k-th, from 0, is 2*k "
-    "ports above the given ones, or at the ipc path with .k behind it. Workers and clients need all addresses.",
+    "--shards", type=click.IntRange(1, MOST_SHARDS), default=1, metavar="N",
+    help=f"Run N brokers that share the work, a process each, at most {MOST_SHARDS}: for more than one core can do. "
+    "The k-th, from 0, is 2*k ports above the given ones, or at the ipc path with .k behind it. Workers and clients "
+    "need all addresses.",
 )  # fmt: skip
 @option(
     "--group", default="", metavar="NAME", show_default="one made up with --shards, else none",

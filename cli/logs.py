@@ -49,11 +49,10 @@ class _Lines(EventHandler):
     def event(self, name: str, log: Log) -> None:
         """Write an event, in one call, so that lines of several threads do not mix."""
         name, level = name.removeprefix("tokenmq."), _LEVEL_NAMES[log.level]
-        line = self._json(name, level, log) if self._as_json else self._text(name, level, log)
         try:
-            self.stream.write(line)
+            self.stream.write(self._json(name, level, log) if self._as_json else self._text(name, level, log))
             self.stream.flush()
-        except OSError:
+        except Exception:  # noqa: BLE001 (as in logging itself: a log that cannot be written ends nobody)
             self.handleError(logging.LogRecord(name, log.level, "", 0, log.event, None, None))
 
     def _text(self, name: str, level: str, log: Log) -> str:

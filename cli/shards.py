@@ -119,10 +119,12 @@ def _refuse_twice(shards: Sequence[BrokerSettings]) -> None:
 def _try_to_listen(shards: Sequence[BrokerSettings]) -> None:
     """Raise EndpointError where an endpoint cannot be bound; nothing is left open."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    # All at a time: names that differ may mean the same address.
+    open_ones = []
     try:
         for shard in shards:
-            router(context, shard.frontend)
-            router(context, shard.backend)
+            open_ones.append(router(context, shard.frontend))
+            open_ones.append(router(context, shard.backend))
     finally:
         context.destroy(linger=0)
 

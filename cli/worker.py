@@ -254,6 +254,8 @@ def main(
             "options": engine_option,
         },
     }
+    if insecure and not direct:
+        fail("--insecure is about --direct, and none is given")
     if direct:
         allow_many_files()  # clients come, too
     try:

@@ -90,6 +90,7 @@ class Direct:
         if link.open:
             link.look_at = now + IDLE_S
         if key in link.keys:
+            link.keys.move_to_end(key)  # the ones that are out of use make room
             return
         link.keys[key] = broker
         if len(link.keys) > MOST_KEYS:

@@ -22,6 +22,8 @@ from .settings import Settings
 #: Chunks without tokens are not bounded by credit. An engine sends one, for the text that it held back at the end;
 #: more than a few are a fault, which must not fill the memory.
 MAX_TAILS = 16
+#: Seconds for which an end is held back because chunks that came another way are missing: these were sent before it.
+HELD_FINISH_S = 5.0
 #: A broker refuses in milliseconds: a request that it has had for so long was taken, and waited for a worker.
 TAKEN_S = 2.0
 
@@ -226,6 +228,8 @@ class OpenStream:
 
     def silent_at(self, attempt: OpenAttempt, settings: Settings) -> float | None:
         """Return when the worker has been silent for too long; None where it is not its turn, or has all time."""
+        if attempt.finish is not None and attempt.heard_at is not None:
+            return attempt.heard_at + HELD_FINISH_S
         since, seconds = attempt.owes_since(self.order.window.received), self._patience_s(settings)
         return None if since is None or seconds is None else since + seconds
 

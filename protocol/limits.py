@@ -5,7 +5,7 @@ A peer that exceeds one is answered with ERROR bad_request where a request can b
 
 #: One frame, as set on every socket (ZMQ_MAXMSGSIZE): libzmq cuts a peer off before it allocates more.
 MAX_FRAME_BYTES = 32 * 1024 * 1024
-#: All frames of one message: a prompt with a few large images.
+#: Payload and attachments of one request: a prompt with a few large images.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 #: A body other than a request's payload: the longest is a chunk list or a management answer.
 MAX_BODY_BYTES = 8 * 1024 * 1024

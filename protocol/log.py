@@ -54,7 +54,7 @@ def write(logger: logging.Logger, log: Log) -> None:
     if not logger.isEnabledFor(log.level):
         return
     handlers = logging.root.handlers
-    if len(handlers) == 1 and isinstance(handlers[0], EventHandler):
+    if len(handlers) == 1 and isinstance(handlers[0], EventHandler) and _only_root_listens(logger):
         handlers[0].event(logger.name, log)
         return
     values = dict(log.fields)
@@ -62,6 +62,16 @@ def write(logger: logging.Logger, log: Log) -> None:
         values = {"request": log.request_id.hex(), **values}
     line = " ".join([log.event, *(f"{name}={shown(value)}" for name, value in values.items())])
     logger.log(log.level, line, extra={"tokenmq": {"event": log.event, **values}})
+
+
+def _only_root_listens(logger: logging.Logger) -> bool:
+    """Tell whether no handler but the root's would get a record of this logger."""
+    here: logging.Logger | None = logger
+    while here is not None and here is not logging.root:
+        if not here.propagate or any(type(handler) is not logging.NullHandler for handler in here.handlers):
+            return False
+        here = here.parent
+    return True
 
 
 def shown(value: Any) -> str:

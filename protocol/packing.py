@@ -25,8 +25,8 @@ def pack(value: Any) -> bytes:
         raise ProtocolError(f"cannot be packed: {str(error)[:200]}") from error
 
 
-#: Bytes that bound by themselves all that is bounded in number: an element takes a byte at least, and what is
-#: declared beyond the bytes at hand msgpack never allocates.
+#: Bytes that bound by themselves all that is bounded in number: an element takes a byte at least, and no container
+#: is allocated for more elements than there are bytes.
 _SMALL = min(limits.MAX_CONTAINERS, limits.MAX_ARRAY_ITEMS, limits.MAX_MAP_ITEMS)
 
 

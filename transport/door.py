@@ -16,6 +16,8 @@ from .sockets import router
 
 #: Messages taken in one round: they are small, and sessions with brokers come before them.
 _BATCH = 200
+#: What clients say here is far shorter; whatever else comes must cost neither memory nor time.
+_MOST_BYTES = 1024
 
 
 class Door:
@@ -32,7 +34,7 @@ class Door:
             EndpointError: the endpoint cannot be bound.
         """
         self._pump = pump
-        self._socket, (bound,) = router(context, [endpoint], heartbeats=True)
+        self._socket, (bound,) = router(context, [endpoint], heartbeats=True, most_bytes=_MOST_BYTES)
         self.endpoint = announced(endpoint, bound)
         pump.watch(self._socket)
 

@@ -45,7 +45,11 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
 
 
 def router(
-    context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], *, heartbeats: bool = False
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoints: Sequence[str],
+    *,
+    heartbeats: bool = False,
+    most_bytes: int = MAX_FRAME_BYTES,
 ) -> tuple[zmq.Socket[bytes], list[str]]:
     """Make a ROUTER bound to all endpoints.
 
@@ -53,6 +57,7 @@ def router(
         context: where it lives.
         endpoints: what it listens on.
         heartbeats: ZMTP finds out when a peer is gone.
+        most_bytes: a peer that sends a longer frame is cut off before it is read.
 
     Returns:
         The socket and the endpoints as bound, with the port that was chosen where `*` was asked for.
@@ -63,6 +68,7 @@ def router(
     socket = context.socket(zmq.ROUTER)
     try:
         _common(socket, ROUTER_QUEUE_MESSAGES)
+        socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
         if heartbeats:
             _heartbeats(socket)
         # A full or vanished peer is an error to handle; by default ROUTER drops the message and reports success.

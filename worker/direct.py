@@ -45,6 +45,8 @@ class Attachments:
         self._idle: OrderedDict[bytes, None] = OrderedDict()
         #: What was shown and is not among `_keys`, the latest last.
         self._early: OrderedDict[bytes, bytes] = OrderedDict()
+        #: What each connection has shown of either kind.
+        self._shown: dict[bytes, set[bytes]] = {}
 
     def __len__(self) -> int:
         """Return how many keys are remembered, given ones and early ones."""
@@ -76,33 +78,50 @@ class Attachments:
             return
         self._idle[key] = None
         if len(self._idle) > MOST_IDLE:
-            del self._keys[self._idle.popitem(last=False)[0]]
+            self._forget(next(iter(self._idle)))
 
     def attach(self, key: bytes, peer: bytes) -> None:
         """Take what a client shows; of two connections with the same key the later one counts."""
         known = self._keys.get(key)
+        before = self._early.get(key) if known is None else known.peer
+        if before is not None:
+            self._unshow(key, before)
+        self._shown.setdefault(peer, set()).add(key)
         if known is not None:
             known.peer = peer
             return
         self._early[key] = peer
         self._early.move_to_end(key)
         if len(self._early) > MOST_EARLY:
-            self._early.popitem(last=False)
+            self._unshow(*self._early.popitem(last=False))
 
     def leave(self, peer: bytes) -> None:
         """Send nothing to this connection any more."""
-        for key in [key for key, shown_by in self._early.items() if shown_by == peer]:
-            del self._early[key]
-        for key in [key for key, known in self._keys.items() if known.peer == peer]:
-            self._keys[key].peer = None
-            if not self._keys[key].held:
+        for key in self._shown.pop(peer, ()):
+            known = self._keys.get(key)
+            if known is None:
+                del self._early[key]
+                continue
+            known.peer = None
+            if not known.held:
                 del self._keys[key], self._idle[key]
 
     def end(self, broker: str) -> None:
         """Forget what this broker has given: its session has ended."""
         for key in [key for key, known in self._keys.items() if known.broker == broker]:
-            del self._keys[key]
-            self._idle.pop(key, None)
+            self._forget(key)
+
+    def _forget(self, key: bytes) -> None:
+        peer = self._keys.pop(key).peer
+        self._idle.pop(key, None)
+        if peer is not None:
+            self._unshow(key, peer)
+
+    def _unshow(self, key: bytes, peer: bytes) -> None:
+        keys = self._shown[peer]
+        keys.remove(key)
+        if not keys:
+            del self._shown[peer]
 
     def validate(self) -> None:
         """Check what must hold between two events; raises AssertionError with the key at fault."""
@@ -113,3 +132,7 @@ class Attachments:
         assert self._idle.keys() <= self._keys.keys(), self._idle
         assert len(self._idle) <= MOST_IDLE, len(self._idle)
         assert len(self._early) <= MOST_EARLY, len(self._early)
+        shown = dict(self._early)
+        shown |= {key: known.peer for key, known in self._keys.items() if known.peer is not None}
+        assert {key: peer for peer, keys in self._shown.items() for key in keys} == shown, "shown by another one"
+        assert all(self._shown.values()), self._shown

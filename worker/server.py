@@ -15,7 +15,7 @@ from ..protocol.links import Open, Send, Shut
 from ..protocol.log import Log, write
 from ..protocol.messages import ModelInfo
 from ..transport.door import Door
-from ..transport.endpoints import check_destination
+from ..transport.endpoints import check_destination, is_local
 from ..transport.links import Links
 from ..transport.pump import Outcome, Pump
 from ..transport.rounds import Rounds
@@ -105,7 +105,7 @@ class WorkerServer:
             self._engine.start()
             if self._door is not None:
                 write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint}))
-                if self._settings.insecure:
+                if not is_local(self._door.endpoint):
                     write(LOGGER, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
             self._rounds = Rounds(self._pump, self._clock)  # the time since it was made counts for nothing
             self._perform(self._core.start(self._rounds.now))

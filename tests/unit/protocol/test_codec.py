@@ -140,7 +140,9 @@ def test_request_sizes_are_bounded() -> None:
     payload = bytes(limits.MAX_PAYLOAD_BYTES + 1)
     assert "a payload of 16777217 bytes" in refusal(encode(Request(ID, Envelope("m", 1, 1), payload)))
     image = bytes(limits.MAX_FRAME_BYTES)
-    assert "at most 67108864 are allowed" in refusal(encode(Request(ID, Envelope("m", 1, 1), b"", (image, image))))
+    at_most = Request(ID, Envelope("m", 1, 1), b"", (image, image))
+    assert decode(encode(at_most)) == at_most  # the first frame, to which brokers add something, does not count
+    assert "at most 67108864 are allowed" in refusal(encode(replace(at_most, payload=b"x")))
 
 
 def test_as_many_attachments_as_allowed_pass() -> None:
@@ -195,6 +197,29 @@ def test_a_route_is_added_to_what_a_client_sent(envelope: Envelope) -> None:
 )
 def test_what_needs_more_than_a_route_is_packed_anew(changed: dict[str, Any]) -> None:
     assert with_route(encode(Request(ID, Envelope("m", 1, 256, **changed), b""))[0], ROUTE) is None
+
+
+@pytest.mark.parametrize("length", [b"\xa5", b"\xd9\x05", b"\xda\x00\x05", b"\xdb\x00\x00\x00\x05"])
+@pytest.mark.parametrize("value", [b"\xc0", b"\xc4\x10" + ROUTE])
+def test_a_route_that_a_client_smuggles_in_is_packed_anew(length: bytes, value: bytes) -> None:
+    envelope = b"\x84\xa5model\xa1m\xa7attempt\x01\xa6credit\x0a" + length + b"route" + value
+    frames = [header(Command.REQUEST, ID) + envelope, b""]
+    assert isinstance(decode(frames), Request)
+    assert with_route(frames[0], ROUTE) is None
+
+
+def test_an_envelope_that_would_become_too_long_is_packed_anew() -> None:
+    padding = limits.MAX_BODY_BYTES - len(msgpack.packb({"model": "m", "attempt": 1, "credit": 1, "new": b""})) - 4
+    for less, fits in ((0, False), (24, True)):
+        body = {"model": "m", "attempt": 1, "credit": 1, "new": bytes(padding - less)}
+        frames = [header(Command.REQUEST, ID) + msgpack.packb(body), b""]
+        assert isinstance(decode(frames), Request)
+        assert (with_route(frames[0], ROUTE) is not None) == fits
+
+
+def test_a_finish_without_a_worker_is_refused() -> None:
+    body = {"attempt": 1, "reason": "stop", "usage": {}, "timings": {}}
+    assert refusal([header(Command.FINISH, ID) + msgpack.packb(body)]) == "FINISH: missing worker"
 
 
 def test_a_map_that_is_written_otherwise_is_packed_anew() -> None:
