@@ -249,6 +249,10 @@ class OpenStream:
 
     def silence(self, attempt: OpenAttempt, settings: Settings) -> TokenmqError:
         """Return the error for a worker that has been silent for too long."""
+        if attempt.finish is not None:
+            missing = f"{attempt.finish.chunks - attempt.chunks} of {attempt.finish.chunks} chunks"
+            what = f"worker {attempt.worker} has ended, and {missing} did not come in {HELD_FINISH_S:g} s"
+            return self.error(ErrorCode.WORKER_LOST, what, retryable=True)
         code = ErrorCode.INTER_TOKEN_TIMEOUT if self.has_news else ErrorCode.FIRST_TOKEN_TIMEOUT
         which = "token" if self.has_news else "first token"
         message = f"worker {attempt.worker} brought no {which} for {self._patience_s(settings):g} s"

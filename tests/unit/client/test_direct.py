@@ -264,8 +264,9 @@ def test_a_chunk_of_no_tokens_is_waited_for_too(story: DirectStory) -> None:
     assert ending(story.comes(1, 0)).reason is FinishReason.STOP
 
 
-def test_it_waits_no_longer_than_for_a_token() -> None:
-    story = DirectStory(inter_token_timeout_s=5.0)
+@pytest.mark.parametrize("timeout_s", [5.0, 60.0, None])
+def test_it_waits_for_seconds_whatever_tokens_may_take(timeout_s: float | None) -> None:
+    story = DirectStory(inter_token_timeout_s=timeout_s)
     story.begin(window=1)
     story.comes(0)
     story.finished(2, 2)
