@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -22,8 +23,8 @@ def each_broker(command: click.Command) -> click.Command:
             return
         exit_code = 0
         for endpoint in broker or click.get_current_context().obj["endpoints"]:
-            if not values["as_json"]:
-                click.echo(f"{endpoint}:")
+            # Whose the following lines are.
+            click.echo(json.dumps({"endpoint": endpoint}) if values["as_json"] else f"{endpoint}:")
             try:
                 ask(broker=(endpoint,), **values)
             except SystemExit as end:

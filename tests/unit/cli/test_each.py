@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import click
@@ -52,8 +53,9 @@ def test_those_behind_the_commands_name_count() -> None:
     assert run("--each", "--broker", "tcp://x:1", "--broker", "tcp://y:1")[0] == ["tcp://x:1", "tcp://y:1"]
 
 
-def test_json_has_no_lines_but_json() -> None:
-    assert run("--each", "--json")[1].output == "answer True\n" * 3
+def test_json_tells_whose_the_lines_are_in_json() -> None:
+    told = [line for line in run("--each", "--json")[1].output.splitlines() if line != "answer True"]
+    assert [json.loads(line) for line in told] == [{"endpoint": f"tcp://{name}:1"} for name in "abc"]
 
 
 @pytest.mark.parametrize("at", GIVEN)
