@@ -137,13 +137,9 @@ class Clients:
 
         Once in `parts` calls for each.
         """
-        expired = []
-        for client in self._rota.turn(parts):
-            liveness = client.liveness  # its methods would be most of what an idle client costs
-            if now >= liveness.heard_at + liveness.expiry_s:
-                expired.append(client)
-            elif now >= liveness.spoke_at + liveness.heartbeat_s:
-                self._outbox.heartbeat_client(client)
+        expired, due = self._rota.look(now, parts)
+        for client in due:
+            self._outbox.heartbeat_client(client)
         for client in expired:
             self._disconnect(client, DisconnectCode.EXPIRED, silent(client, now))
 

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Generic, Protocol, TypeVar
 
+from ..protocol.liveness import Liveness
+
 #: So many are looked at together: a fraction of a millisecond.
 _TOGETHER = 500
 #: More parts would only wake the loop.
@@ -18,6 +20,7 @@ _MOST_PARTS = 16
 
 class _Session(Protocol):
     peer: bytes
+    liveness: Liveness
 
 
 SessionT = TypeVar("SessionT", bound=_Session)
@@ -44,3 +47,14 @@ class Rota(Generic[SessionT]):
             self._each = math.ceil(len(self._left) / parts)
         here, self._left = self._left[: self._each], self._left[self._each :]
         return [session for session in here if self._sessions.get(session.peer) is session]
+
+    def look(self, now: float, parts: int) -> tuple[list[SessionT], list[SessionT]]:
+        """Return, of those whose turn it is, who has been silent too long, and to whom the broker was."""
+        expired, due = [], []
+        for session in self.turn(parts):
+            liveness = session.liveness  # its methods would be most of what an idle peer costs
+            if now >= liveness.heard_at + liveness.expiry_s:
+                expired.append(session)
+            elif now >= liveness.spoke_at + liveness.heartbeat_s:
+                due.append(session)
+        return expired, due

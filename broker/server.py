@@ -30,7 +30,6 @@ from ..transport.pump import (
     raw_send,
     rest,
     send,
-    send_to,
 )
 from ..transport.sockets import router
 from .backlog import Backlog, Loss
@@ -67,7 +66,7 @@ _QUIET_S = 0.1
 _READ_ON_S = 0.5
 
 #: A longer CHUNKS message is refused.
-_MAX_CHUNKS_BYTES = HEADER_BYTES + MAX_BODY_BYTES
+_MAX_CHUNKS = HEADER_BYTES + MAX_BODY_BYTES
 
 
 class BrokerServer:
@@ -227,7 +226,7 @@ class BrokerServer:
     def _from_workers(self, now: float) -> None:
         """Take what workers have sent, up to a bound. Chunks, nearly all of it, pass here with one look-up each.
 
-        Five calls into libzmq are four fifths of what a chunk costs; hence what is looked up once here, and no
+        Four calls into libzmq are four fifths of what a chunk costs; hence what is looked up once here, and no
         function of our own but the one that knows where the chunk goes.
         """
         workers, clients, route_chunks = self._workers, self._clients, self._core.route_chunks
@@ -240,9 +239,11 @@ class BrokerServer:
                 peer = raw_recv(workers, DONTWAIT)
                 frame = raw_recv(workers, DONTWAIT, False)
                 message = frame.bytes
-                if frame.more:
-                    frames = rest(workers, frame)
-                elif message.startswith(CHUNKS_PREFIX) and HEADER_BYTES < len(message) <= _MAX_CHUNKS_BYTES:
+                if (
+                    not frame.more
+                    and message.startswith(CHUNKS_PREFIX)
+                    and HEADER_BYTES < len(message) <= _MAX_CHUNKS
+                ):
                     client = route_chunks(peer, message[8:HEADER_BYTES], now)
                     if client is not None:
                         if kept or type(client) is Guest:
@@ -254,9 +255,7 @@ class BrokerServer:
                         except zmq.ZMQError:  # full, or gone: the backlog tries again and finds out which
                             self._forward(client, message, now)
                         continue
-                    frames = [message]
-                else:
-                    frames = [message]
+                frames = rest(workers, frame)
                 try:
                     event: Event = FromWorker(peer, decode(frames), frames)
                 except ProtocolError as error:
@@ -312,14 +311,14 @@ class BrokerServer:
         for action in actions:
             if isinstance(action, ToClient):
                 frames = action.frames or encode(action.message)
-                if not self._client_backlog.peers and send_to(self._clients, action.peer, frames) is SENT:
+                if not self._client_backlog.peers and send(self._clients, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._client_backlog, action.peer, frames, action.message, now)
                 if loss is not None:
                     following += self._core.handle(_client_gone(loss), now)
             elif isinstance(action, ToWorker):
                 frames = action.frames or encode(action.message)
-                if not self._worker_backlog.peers and send_to(self._workers, action.peer, frames) is SENT:
+                if not self._worker_backlog.peers and send(self._workers, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._worker_backlog, action.peer, frames, action.message, now)
                 if loss is not None:

@@ -149,13 +149,9 @@ class Workers:
 
         Once in `parts` calls for each.
         """
-        expired = []
-        for worker in self._rota.turn(parts):
-            liveness = worker.liveness  # its methods would be most of what an idle worker costs
-            if now >= liveness.heard_at + liveness.expiry_s:
-                expired.append(worker)
-            elif now >= liveness.spoke_at + liveness.heartbeat_s:
-                self._outbox.heartbeat_worker(worker)
+        expired, due = self._rota.look(now, parts)
+        for worker in due:
+            self._outbox.heartbeat_worker(worker)
         for worker in expired:
             self._disconnect(worker, DisconnectCode.EXPIRED, silent(worker, now), now)
 

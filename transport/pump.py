@@ -95,22 +95,6 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[bytes]) -> Outcome:
     return SENT
 
 
-def send_to(socket: zmq.Socket[bytes], peer: bytes, frames: Sequence[bytes]) -> Outcome:
-    """Send one message to a ROUTER's peer, as `send` does."""
-    if len(frames) != 1:
-        return send(socket, [peer, *frames])
-    try:
-        raw_send(socket, peer, SNDMORE_DONTWAIT)
-        raw_send(socket, frames[0], DONTWAIT)
-    except zmq.Again:
-        return FULL
-    except zmq.ZMQError as error:
-        if error.errno == zmq.EHOSTUNREACH:
-            return GONE
-        raise
-    return SENT
-
-
 class Waker:
     """Ends the wait of a loop from another thread, or from a signal handler."""
 
