@@ -36,8 +36,10 @@ class Reply:
         await self.whole(json.dumps(value).encode(), status=status)
 
     async def whole(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n\r\n"
-        await self.raw(head.encode() + body)
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        if self.seen[0] != "GET":
+            head += "connection: close\r\n"  # as it does; a client that took it for kept open would ask into the end
+        await self.raw(f"{head}\r\n".encode() + body)
 
     async def begin(self) -> None:
         """Begin a stream of events that ends when the connection does."""
