@@ -16,6 +16,7 @@ class ErrorCode(str, Enum):
     MODEL_NOT_FOUND = "model_not_found"
     NO_WORKER = "no_worker"
     BUSY = "busy"
+    RATE_LIMITED = "rate_limited"
     DEADLINE = "deadline"
     QUEUE_TIMEOUT = "queue_timeout"
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # noqa: S105 (no password)
@@ -102,6 +103,12 @@ class BusyError(TokenmqError):
     """The model's waiting room is full; try again after `retry_after_s`."""
 
     default_code = ErrorCode.BUSY
+
+
+class RateLimitedError(TokenmqError):
+    """This client has more requests or bytes under way than the broker allows one; try again after `retry_after_s`."""
+
+    default_code = ErrorCode.RATE_LIMITED
 
 
 class DeadlineError(TokenmqError):
@@ -201,6 +208,7 @@ _BY_CODE: dict[str, type[TokenmqError]] = {
         ModelNotFoundError,
         NoWorkerError,
         BusyError,
+        RateLimitedError,
         DeadlineError,
         QueueTimeoutError,
         FirstTokenTimeoutError,

@@ -78,6 +78,10 @@ class DisconnectCode(str, Enum):
     REMOVED = "removed"
     #: The peer is a broker that has this one below it.
     LOOP = "loop"
+    #: The peer's key does not allow this: it is revoked, of another role, or the name is somebody else's.
+    FORBIDDEN = "forbidden"
+    #: The peer has sent more than it may, again and again: come back after a pause.
+    RATE_LIMITED = "rate_limited"
 
 
 @value
