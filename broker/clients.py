@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from ..protocol.errors import ErrorCode
+from ..protocol.identity import Allowed, Identity, Role
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Cancel,
@@ -24,7 +25,7 @@ from ..protocol.messages import (
     Request,
     Welcome,
 )
-from .disconnects import Disconnects, lost, silent, unknown
+from .disconnects import REVOKED, Disconnects, foreign, lost, silent, unknown
 from .events import BadClient, ClientGone, FromClient
 from .exchange import Exchange
 from .management import Management
@@ -34,6 +35,10 @@ from .probe import CLIENT_DELAYS_S, Probe
 from .registry import ClientSession
 from .rota import Rota
 from .settings import BrokerSettings
+
+
+#: Whose keys open a session at a frontend.
+ROLES = (Role.CLIENT, Role.ADMIN)
 
 
 class Clients:
@@ -84,7 +89,7 @@ class Clients:
         message = event.message
         client = self.by_peer.get(event.peer)
         if client is None:
-            self._from_new(event.peer, message, now)
+            self._from_new(event.peer, message, event.identity, now)
             return
         client.received += 1
         client.liveness.heard(now)
@@ -143,6 +148,11 @@ class Clients:
         for client in expired:
             self._disconnect(client, DisconnectCode.EXPIRED, silent(client, now))
 
+    def cut_off(self, allowed: Allowed) -> None:
+        """End the sessions of those whose keys are not as they were any more."""
+        for client in [client for client in self.by_peer.values() if not allowed.has(client.identity)]:
+            self._disconnect(client, DisconnectCode.FORBIDDEN, REVOKED)
+
     def greet(self) -> None:
         """Say something to every client: the one that is gone shows itself."""
         for client in self.by_peer.values():
@@ -168,19 +178,23 @@ class Clients:
 
     # How sessions begin and end.
 
-    def _from_new(self, peer: bytes, message: Message, now: float) -> None:
+    def _from_new(self, peer: bytes, message: Message, identity: Identity | None, now: float) -> None:
         if isinstance(message, Hello):
-            self._connect(peer, message, now)
+            if self._settings.curve and (identity is None or identity.role not in ROLES):
+                self._disconnects.client(peer, DisconnectCode.FORBIDDEN, foreign(identity, "a client or an admin"))
+                return
+            self._connect(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.client(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "HELLO"))
 
-    def _connect(self, peer: bytes, hello: Hello, now: float) -> None:
+    def _connect(self, peer: bytes, hello: Hello, identity: Identity | None, now: float) -> None:
         settings = self._settings
         heartbeat_s, expiry_s = negotiate(settings.heartbeat_s, settings.expiry_s, hello.heartbeat_s)
         client = ClientSession(
             peer=peer,
             liveness=Liveness(heartbeat_s, expiry_s, now, now),
-            name=hello.client,
+            identity=identity,
+            name=identity.name if identity else hello.client,
             route=self.new_route(),
             direct=hello.direct,
         )
@@ -189,7 +203,8 @@ class Clients:
         self._outbox.to_client(client, welcome)
         if self._exchange.draining:
             self._outbox.to_client(client, Draining())
-        self._outbox.log("client_connected", level=logging.DEBUG, client=client.name)
+        calls_itself = {"calls_itself": hello.client} if identity else {}
+        self._outbox.log("client_connected", level=logging.DEBUG, client=client.name, **calls_itself)
 
     def _disconnect(self, client: ClientSession, code: DisconnectCode, why: str) -> None:
         self._disconnects.client(client.peer, code, why)

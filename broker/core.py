@@ -20,6 +20,7 @@ from random import Random
 from secrets import token_hex
 from typing import Any
 
+from ..protocol.identity import Allowed
 from ..protocol.links import Connected, Lost, Malformed, Received, Refused
 from ..protocol.messages import Draining, Goodbye, Query
 from .clients import Clients
@@ -156,6 +157,14 @@ class BrokerCore:
         """Take an event; return what to do, in order."""
         self._outbox.now = now
         self._receivers[type(event)](event, now)
+        self.uplink.touched(now)
+        return self._outbox.take()
+
+    def allow(self, allowed: Allowed, now: float) -> list[Action]:
+        """Take the keys that are on the list from now on; whose key is not any more is cut off."""
+        self._outbox.now = now
+        self._frontend.cut_off(allowed)
+        self.workers.cut_off(allowed, now)
         self.uplink.touched(now)
         return self._outbox.take()
 

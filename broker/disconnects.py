@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from ..protocol.errors import ProtocolError
+from ..protocol.identity import Identity
 from ..protocol.messages import Disconnect, DisconnectCode, Heartbeat, Hello, Message, Ready
 from .events import ToClient, ToWorker
 from .metrics import Counters
@@ -16,6 +17,8 @@ from .registry import Session
 
 #: Malformed messages are logged at most once in this time, with their number: a flood must not fill the disk.
 _MALFORMED_LOG_S = 1.0
+#: What a peer is told whose key was taken off the list while it was here.
+REVOKED = "its key was revoked"
 #: Who begins a session at the wrong socket, a HELLO at the workers' or a READY at the clients', is told of the other.
 _STRAYS: dict[type[Message], str] = {
     Ready: "; this is a frontend, for clients: workers, and brokers with --uplink, belong at a broker's backend",
@@ -60,6 +63,12 @@ def unknown(message: Message, expected: str) -> str:
     """Tell a peer without a session how one begins."""
     why = f"no session with this peer: expected {expected}, got {message.command.name}"
     return why + _STRAYS.get(type(message), "")
+
+
+def foreign(identity: Identity | None, expected: str) -> str:
+    """Tell a peer that its key is of no use at this socket."""
+    found = "it is unknown or revoked" if identity is None else f"it is the key of a {identity.role.value}"
+    return f"this key is not admitted here: {found}; expected the key of {expected}"
 
 
 def lost(beat: Heartbeat, session: Session) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from ..protocol.errors import ProtocolError
+from ..protocol.identity import Identity
 from ..protocol.links import LinkAction, LinkEvent
 from ..protocol.log import Log
 from ..protocol.messages import Message
@@ -17,20 +18,26 @@ from ..protocol.values import value
 
 @value
 class FromClient:
-    """A client sent a message; `frames` is the message as it came, where it is at hand."""
+    """A client sent a message.
+
+    `frames` is the message as it came, where it is at hand. `identity` is who the peer's key says it is; it counts
+    where a session begins.
+    """
 
     peer: bytes
     message: Message
     frames: Sequence[bytes] | None = None
+    identity: Identity | None = None
 
 
 @value
 class FromWorker:
-    """A worker sent a message; `frames` is the message as it came, where it is at hand."""
+    """A worker sent a message; see FromClient for `frames` and `identity`."""
 
     peer: bytes
     message: Message
     frames: Sequence[bytes] | None = None
+    identity: Identity | None = None
 
 
 @value

@@ -12,6 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import BadRequestError, ForbiddenError, ModelNotFoundError, ProtocolError, TokenmqError
+from ..protocol.identity import Role
 from ..protocol.limits import FASTEST_TOKENS_PER_S, MAX_BODY_BYTES, SLOWEST_TOKENS_PER_S
 from ..protocol.messages import Error, Query, Reply
 from ..protocol.packing import pack
@@ -34,9 +35,9 @@ _REPLY_MARGIN_BYTES = 1024
 
 
 def clients_may_change(settings: BrokerSettings) -> bool:
-    """Tell whether clients may change things, and not only look.
+    """Tell whether all clients may change things, and not only look, at a broker that has no keys.
 
-    There are no keys that would tell an administrator from others. Whoever reaches a socket of this machine alone is
+    Nothing tells an administrator from others there. Whoever reaches a socket of this machine alone is
     taken for one, since that needs an account here. Where other machines reach any of the frontends, nobody is: the
     one ROUTER behind them all does not tell by which a client has come.
     """
@@ -58,9 +59,14 @@ class Management:
             session=client,
             name=client.name,
             say=lambda answer: self._outbox.to_client(client, answer),
-            admin=clients_may_change(self._core.settings),
+            admin=self._is_admin(client),
             at_a_time=MAX_OF_CLIENT,
         )
+
+    def _is_admin(self, client: ClientSession) -> bool:
+        if client.identity is not None:
+            return client.identity.role is Role.ADMIN
+        return clients_may_change(self._core.settings)
 
     def ask(self, asker: Asker, query: Query, now: float) -> None:
         """Answer a query, now or later: exactly once, unless the asker's session ends before."""
@@ -115,10 +121,7 @@ class Management:
         if method is None:
             raise BadRequestError(f"unknown query {query.method!r}; known are {', '.join(sorted(_METHODS))}")
         if method.changes and not asker.admin:
-            raise ForbiddenError(
-                f"{query.method!r} is for administrators, and this broker cannot tell who is one, since other "
-                "machines reach it: start it with local frontends only, or let everybody with --insecure-admin"
-            )
+            raise ForbiddenError(f"{query.method!r} is for administrators, {_who_is_one(self._core.settings)}")
         arguments = _checked(query.method, method, query.arguments)
         if method.changes:
             self._outbox.log("ordered", what=query.method, by=asker.name, **arguments)
@@ -140,6 +143,15 @@ class Management:
         brokers = [worker for worker in self._core.registry if worker.is_broker and name_there(worker.name, name)]
         child = max(brokers, key=lambda worker: len(worker.name), default=None)
         return child, name_there(child.name, name) if child else name
+
+
+def _who_is_one(settings: BrokerSettings) -> str:
+    if settings.curve:
+        return "and this is the key of a client: use one that was made with --role admin"
+    return (
+        "and this broker cannot tell who is one, since other machines reach it: start it with --curve and keys, or "
+        "with local frontends only, or let everybody with --insecure-admin"
+    )
 
 
 def _checked(method: str, found: _Method, arguments: Mapping[str, Any]) -> dict[str, Any]:

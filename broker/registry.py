@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..protocol.identity import Identity
 from ..protocol.liveness import Liveness
 from ..protocol.messages import Load, Ready, WorkerState
 from .breaker import Breaker
@@ -29,12 +30,14 @@ class Session:
     Attributes:
         peer: the ROUTER's routing id of the connection.
         liveness: heartbeat bookkeeping.
+        identity: who its key says it is; None where the broker has no keys.
         sent: messages sent to the peer in this session.
         received: messages received from it in this session.
     """
 
     peer: bytes
     liveness: Liveness
+    identity: Identity | None = None
     sent: int = 0
     received: int = 1
 
@@ -44,7 +47,7 @@ class ClientSession(Session):
     """A client.
 
     Attributes:
-        name: what it calls itself, for people.
+        name: what its key is called, or where there are no keys, what it calls itself.
         route: what workers put into the header of CHUNKS for it.
         direct: it takes chunks from workers itself, where these offer it.
         requests: its submissions that have no answer yet, by key.
@@ -81,7 +84,8 @@ class ClientSession(Session):
     @property
     def share(self) -> str:
         """Whose share of the workers its requests count to: those of one name have one together."""
-        return self.name or self.peer.hex()
+        # Never by the routing id: whoever knows another peer's could take its place (SECURITY.md).
+        return self.name or f"#{int.from_bytes(self.route, 'big')}"
 
 
 @dataclass(slots=True, eq=False)

@@ -52,6 +52,9 @@ class BrokerSettings:
         notice_s: seconds after which a client is told that its request runs, if it has not ended; 0 for at once.
         group: what it has in common with the brokers that share its work; "" for one that stands alone.
         model_order: how models are listed, one of ordering.MODEL_ORDERS.
+        curve: the folder of the broker's keys and of those that it admits; "" for no keys, and no encryption.
+        uplink_key: the file with the key that the uplinks know this broker by; "" for none.
+        uplink_server_keys: the uplinks' public keys, as such or as files: one for all, or one for each.
         insecure: allow endpoints that other machines can reach, without encryption or keys.
         insecure_admin: let every client change things, also where other machines can reach the frontend.
     """
@@ -71,6 +74,9 @@ class BrokerSettings:
     notice_s: float = NOTICE_S
     group: str = ""
     model_order: str = DEFAULT_MODEL_ORDER
+    curve: str = ""
+    uplink_key: str = ""
+    uplink_server_keys: tuple[str, ...] = ()
     insecure: bool = False
     insecure_admin: bool = False
 
@@ -118,9 +124,20 @@ class BrokerSettings:
                 f"a broker with an uplink is a worker there, and two that are called {DEFAULT_NAME!r} would take "
                 "each other's place: give it a name of its own with --name"
             )
+        if bool(self.uplink_key) != bool(self.uplink_server_keys):
+            raise ValueError("--uplink-key and --uplink-server-key go together: give both, or none")
+        if self.uplink_key and not self.uplinks:
+            raise ValueError("--uplink-key is for uplinks, and there is none: give --uplink, too")
+        if len(self.uplink_server_keys) not in (0, 1, len(self.uplinks)):
+            raise ValueError(
+                f"expected one --uplink-server-key for all {len(self.uplinks)} uplinks, or one for each; got "
+                f"{len(self.uplink_server_keys)}"
+            )
+        if self.curve and (self.insecure or self.insecure_admin):
+            raise ValueError("--curve lets in whoever has a key, and --insecure everybody: give one of them")
         for endpoint in (*self.frontend, *self.backend):
-            if not is_local(endpoint) and not self.insecure:
+            if not is_local(endpoint) and not (self.insecure or self.curve):
                 raise EndpointError(
-                    f"{endpoint} can be reached from other machines by anyone: bind 127.0.0.1 or ipc://, "
-                    "or allow it with --insecure"
+                    f"{endpoint} can be reached from other machines by anyone: bind 127.0.0.1 or ipc://, give keys "
+                    "with --curve, or allow it with --insecure"
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from ..protocol.identity import Allowed, Identity, Role
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Accepted,
@@ -26,7 +27,7 @@ from ..protocol.messages import (
     Reply,
     Started,
 )
-from .disconnects import Disconnects, lost, silent, unknown
+from .disconnects import REVOKED, Disconnects, foreign, lost, silent, unknown
 from .events import BadWorker, FromWorker, WorkerGone
 from .exchange import Exchange
 from .management import Management
@@ -89,7 +90,7 @@ class Workers:
         message = event.message
         worker = self._registry.by_peer.get(event.peer)
         if worker is None:
-            self._from_new(event.peer, message, now)
+            self._from_new(event.peer, message, event.identity, now)
             return
         worker.received += 1
         worker.liveness.heard_at = now
@@ -155,6 +156,12 @@ class Workers:
         for worker in expired:
             self._disconnect(worker, DisconnectCode.EXPIRED, silent(worker, now), now)
 
+    def cut_off(self, allowed: Allowed, now: float) -> None:
+        """End the sessions of those whose keys are not as they were any more."""
+        for worker in self._registry:
+            if not allowed.has(worker.identity):
+                self._disconnect(worker, DisconnectCode.FORBIDDEN, REVOKED, now)
+
     def greet(self) -> None:
         """Say something to every worker: the one that is gone shows itself."""
         for worker in self._registry:
@@ -176,18 +183,26 @@ class Workers:
 
     # How sessions begin.
 
-    def _from_new(self, peer: bytes, message: Message, now: float) -> None:
+    def _from_new(self, peer: bytes, message: Message, identity: Identity | None, now: float) -> None:
         if isinstance(message, Ready):
-            self._register(peer, message, now)
+            if self._settings.curve and (identity is None or identity.role is not Role.WORKER):
+                self._disconnects.worker(peer, DisconnectCode.FORBIDDEN, foreign(identity, "a worker"))
+                return
+            self._register(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.worker(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "READY"))
 
-    def _register(self, peer: bytes, ready: Ready, now: float) -> None:
+    def _register(self, peer: bytes, ready: Ready, identity: Identity | None, now: float) -> None:
         if self._id in ready.brokers:
             self._disconnects.worker(peer, DisconnectCode.LOOP, self._loop(ready))
             return
         known = self._registry.by_name.get(ready.worker)
         if known is not None:
+            if known.identity != identity:
+                # Else whoever holds some worker's key could take the place, and the requests, of any other.
+                taken = f"the name {ready.worker} belongs to a worker with another key: choose another --name"
+                self._disconnects.worker(peer, DisconnectCode.FORBIDDEN, taken)
+                return
             superseded = f"a newer worker {ready.worker} has registered"
             if known.incarnation > ready.incarnation:
                 self._disconnects.worker(peer, DisconnectCode.SUPERSEDED, superseded)
@@ -200,6 +215,7 @@ class Workers:
         worker = WorkerSession(
             peer=peer,
             liveness=Liveness(heartbeat_s, expiry_s, now, now),
+            identity=identity,
             name=ready.worker,
             incarnation=ready.incarnation,
             ready=ready,
@@ -213,7 +229,7 @@ class Workers:
         self._outbox.to_worker(worker, Accepted(settings.name, self._software, heartbeat_s, expiry_s))
         self._outbox.log(
             "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],
-            slots=ready.slots, speed=ready.speed, state=worker.state.value,
+            slots=ready.slots, speed=ready.speed, state=worker.state.value, **({"key": identity.name} if identity else {}),
         )  # fmt: skip
         if known is not None:
             # After the new one is known: what waits for a model that both serve goes on waiting.

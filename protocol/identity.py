@@ -42,3 +42,7 @@ class Allowed:
     """
 
     by_key: Mapping[str, Identity]
+
+    def has(self, identity: Identity | None) -> bool:
+        """Tell whether this is still who it was: the same key, under the same name and in the same role."""
+        return identity is not None and self.by_key.get(identity.key) == identity
