@@ -21,7 +21,7 @@ from typing import Any
 
 from ..protocol.codec import with_route
 from ..protocol.errors import ErrorCode
-from ..protocol.limits import MAX_HOPS
+from ..protocol.limits import MAX_HOPS, MAX_SECONDS
 from ..protocol.messages import (
     ID_BYTES,
     Cancel,
@@ -262,7 +262,8 @@ class Exchange:
         if record is not None:
             record.holder = name_below(worker.name, message.worker)
             if record.client is not None:
-                self._outbox.to_client(record.client, replace(message, worker=record.holder))
+                # No other field: a broker below may offer no endpoint and no key (SPEC.md, 14.2).
+                self._outbox.to_client(record.client, Started(record.id, record.attempt, record.holder))
 
     def worker_lost(self, worker: WorkerSession, why: str, now: float) -> None:
         """Fail what the worker held; the worker must be out of the registry."""
@@ -672,4 +673,6 @@ def _timings(record: RequestRecord, timings: Timings) -> Timings:
     """Return the timings of a request with what this broker has to add; a broker behind it has added its own part."""
     waited_s = record.dispatched_at - record.arrived_at
     routing = timings.routing if record.decision is None else (record.decision, *timings.routing)
-    return replace(timings, broker_queue_s=timings.broker_queue_s + waited_s, routing=routing[:MAX_HOPS])
+    # Workers say what they like, and the sum must still be a message: the client's session would end over it.
+    queue_s = min(MAX_SECONDS, timings.broker_queue_s + waited_s)
+    return replace(timings, broker_queue_s=queue_s, routing=routing[:MAX_HOPS])
