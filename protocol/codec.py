@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from string import ascii_letters, digits
 from typing import Any, TypeAlias
 
 from . import limits
@@ -96,6 +97,16 @@ _credit = count(0, limits.MAX_CREDIT_TOKENS)
 _interval = number(0.001, limits.MAX_SECONDS)
 
 _part = number(0.0, 1.0)
+#: What ZeroMQ RFC 32 writes 4 bytes as 5 of.
+_Z85 = frozenset(digits + ascii_letters + ".-:+=^!/*?&<>()[]{}@%$#")
+
+
+def _public_key(value: Any, path: str) -> str:
+    """Check a CURVE key as text, or no key."""
+    if not isinstance(value, str) or len(value) not in (0, 40) or not _Z85.issuperset(value):
+        raise fail(path, "40 characters of Z85, or none", value)
+    return value
+
 
 MODEL_INFO = record(
     ModelInfo,
@@ -204,7 +215,13 @@ _FIELDS: dict[type[Any], dict[str, Check]] = {
     Credit: {"attempt": _attempt, "limit": _credit},
     Cancel: {"attempt": _attempt},
     Parked: {"attempt": _attempt},
-    Started: {"attempt": _attempt, "worker": text(), "direct": text(), "key": optional(binary(ID_BYTES))},
+    Started: {
+        "attempt": _attempt,
+        "worker": text(),
+        "direct": text(),
+        "key": optional(binary(ID_BYTES)),
+        "server_key": _public_key,
+    },
     Attach: {},
     Finish: {
         "attempt": _attempt,

@@ -17,13 +17,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .liveness import EXPIRY_S, HEARTBEAT_S, Liveness
+from .refusal import Refusal
 
 #: A restarted broker is back in about this time; the doubling keeps many workers from storming it.
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
-#: A loop of brokers lasts until somebody has changed how one of them is started.
-FIRST_LOOP_BACKOFF_S = 1.0
-MAX_LOOP_BACKOFF_S = 60.0
+#: A loop of brokers, or a key that may not do this, lasts until somebody has changed how one of them is started, or
+#: what the key may do.
+FIRST_LASTING_BACKOFF_S = 1.0
+MAX_LASTING_BACKOFF_S = 60.0
+#: A broker that has cut a member off for sending too much wants a pause that can be noticed.
+LIMITED_PAUSE_S = 3.0
 #: A broker that is there answers in milliseconds; after this somebody should know that it is not, and then again
 #: from time to time.
 UNREACHED_S = 3.0
@@ -57,12 +61,13 @@ class Enlistment:
         wanted: another session is to follow this one.
         retry_at: when to open the next socket; means something while RESTING.
         backoff_s: the pause after the next end.
-        loop_backoff_s: the same after the next DISCONNECT `loop`. Two brokers that register at each other at one
-            moment are both accepted before they know; that does not shorten it.
+        lasting_backoff_s: the same after the next DISCONNECT `loop` or `forbidden`. Two brokers that register at each
+            other at one moment are both accepted before they know; that does not shorten it.
         sent: messages sent in this session.
         received: messages received in this session.
         told_others: requests that others than this broker had here, as it was told last.
-        refused: the broker let this socket not in, so far.
+        refusal: why the last handshake failed, as was told; None where it did not, or nothing was told.
+        refusal_again_at: when to tell the same again.
         unreached_at: when to tell that there is still no connection; means something while OPENING.
         liveness: heartbeats; means something from JOINING on. Until ACCEPTED tells the broker's intervals, the
             defaults hold.
@@ -73,11 +78,12 @@ class Enlistment:
     wanted: bool = True
     retry_at: float = -math.inf
     backoff_s: float = FIRST_BACKOFF_S
-    loop_backoff_s: float = FIRST_LOOP_BACKOFF_S
+    lasting_backoff_s: float = FIRST_LASTING_BACKOFF_S
     sent: int = 0
     received: int = 0
     told_others: int = 0
-    refused: bool = False
+    refusal: Refusal | None = None
+    refusal_again_at: float = -math.inf
     unreached_at: float = math.inf
     liveness: Liveness = field(default_factory=_unused_liveness)
 
@@ -96,7 +102,6 @@ class Enlistment:
         self.phase = Phase.OPENING
         self.unreached_at = now + UNREACHED_S
         self.sent = self.received = 0
-        self.refused = False
 
     def join(self, now: float) -> None:
         """Note that READY is being sent."""
@@ -106,20 +111,25 @@ class Enlistment:
     def accept(self, heartbeat_s: float, expiry_s: float) -> bool:
         """Take the broker's intervals; tell whether this opened the session (READY may be sent again in it)."""
         opened = self.phase is Phase.JOINING
+        self.refusal = None
         self.phase = Phase.ACTIVE
         self.backoff_s = FIRST_BACKOFF_S
         self.liveness.heartbeat_s = heartbeat_s
         self.liveness.expiry_s = expiry_s
         return opened
 
-    def rest(self, now: float, *, looped: bool = False) -> float:
-        """End the session, for a loop of brokers or otherwise; return the seconds until the next one is opened."""
-        if looped:
-            pause = self.loop_backoff_s
-            self.loop_backoff_s = min(2 * pause, MAX_LOOP_BACKOFF_S)
+    def rest(self, now: float, *, lasting: bool = False, least_s: float = 0.0) -> float:
+        """End the session, for a reason that lasts or another one, and for at least so many seconds.
+
+        Returns:
+            The seconds until the next one is opened.
+        """
+        if lasting:
+            pause = self.lasting_backoff_s
+            self.lasting_backoff_s = min(2 * pause, MAX_LASTING_BACKOFF_S)
         else:
-            pause = self.backoff_s
-            self.backoff_s = min(2 * pause, MAX_BACKOFF_S)
+            pause = max(self.backoff_s, least_s)
+            self.backoff_s = min(2 * self.backoff_s, MAX_BACKOFF_S)
         self.phase = Phase.RESTING
         self.retry_at = now + pause
         return pause

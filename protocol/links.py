@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from .errors import ProtocolError
 from .messages import Message
+from .refusal import Refusal
 from .values import value
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -31,9 +32,10 @@ class Lost:
 
 @value
 class Refused:
-    """The broker let us not in: a wrong key, or no ZMTP peer. The socket goes on trying."""
+    """The handshake with this broker failed, which ends the link: libzmq would mostly not try again."""
 
     broker: str
+    refusal: Refusal
 
 
 @value

@@ -17,16 +17,19 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from .enlistment import UNREACHED_AGAIN_S, Enlistment, Phase
+from .enlistment import LIMITED_PAUSE_S, UNREACHED_AGAIN_S, Enlistment, Phase
 from .links import Connected, LinkEvent, Lost, Malformed, Open, Received, Refused, Send, Shut
 from .messages import Accepted, Disconnect, DisconnectCode, Draining, Goodbye, Heartbeat, Load, Message, Ready
 from .orders import Orders
+from .refusal import AT_BACKEND, explain
 
 #: Least time between two reports to a broker: what others have here is then wrong for hardly longer than a message
 #: takes, and the reports cost a broker at most 20 small messages a second and member.
 REPORT_AGAIN_S = 0.05
 #: After these there is no coming back.
 _FOR_GOOD = (DisconnectCode.SUPERSEDED, DisconnectCode.REMOVED)
+#: After these there is, when somebody has changed something.
+_LASTING = (DisconnectCode.LOOP, DisconnectCode.FORBIDDEN)
 
 
 class Member(Protocol):
@@ -58,14 +61,16 @@ class Membership:
         sessions: the session with each broker, or the pause between two, by endpoint.
     """
 
-    def __init__(self, brokers: Iterable[str], member: Member, orders: Orders[Any]) -> None:
+    def __init__(self, brokers: Iterable[str], member: Member, orders: Orders[Any], *, keyed: bool = False) -> None:
         """Have no session yet; the first `tick` opens sockets.
 
         Args:
             brokers: their endpoints.
             member: whom the sessions are for.
             orders: takes what is to be done (LinkAction), in order.
+            keyed: they are connected to with CURVE.
         """
+        self._keyed = keyed
         self.sessions = {broker: Enlistment(broker) for broker in brokers}
         self._member = member
         self._orders = orders
@@ -217,7 +222,14 @@ class Membership:
         session.liveness.spoke(now)
 
     def _end(
-        self, session: Enlistment, reason: str, now: float, *, for_good: bool = False, looped: bool = False
+        self,
+        session: Enlistment,
+        reason: str,
+        now: float,
+        *,
+        for_good: bool = False,
+        lasting: bool = False,
+        least_s: float = 0.0,
     ) -> None:
         """End a session and let go of what it held; the broker knows what became of it."""
         fields: dict[str, Any] = {"broker": session.broker, "reason": reason}
@@ -226,7 +238,7 @@ class Membership:
         if for_good:
             session.bar()
         else:
-            retry_s = session.rest(now, looped=looped)
+            retry_s = session.rest(now, lasting=lasting, least_s=least_s)
             if session.wanted:
                 fields["retry_s"] = retry_s
         self._orders.log("broker_lost", level=logging.WARNING, **fields)
@@ -243,9 +255,20 @@ class Membership:
             self._end(session, event.reason, now)
 
     def _on_refused(self, session: Enlistment, event: Refused, now: float) -> None:
-        if session.has_socket and not session.refused:
-            session.refused = True  # the socket tries again every second: one line is enough
-            self._orders.log("connection_refused", level=logging.WARNING, broker=event.broker)
+        """Try again after a pause: the key may be enrolled later, and the broker that ended come back."""
+        if not session.has_socket:
+            return
+        reason = explain(event.refusal, session.broker, keyed=self._keyed, place=AT_BACKEND)
+        if session.phase is not Phase.OPENING:  # no handshake comes behind another one; but if it did
+            self._end(session, reason, now)
+            return
+        self._orders.add(Shut(session.broker))
+        retry_s = session.rest(now)
+        if session.refusal is not event.refusal or now >= session.refusal_again_at:
+            session.refusal, session.refusal_again_at = event.refusal, now + UNREACHED_AGAIN_S
+            self._orders.log(
+                "connection_refused", level=logging.WARNING, broker=event.broker, reason=reason, retry_s=retry_s
+            )
 
     def _on_malformed(self, session: Enlistment, event: Malformed, now: float) -> None:
         if session.has_socket:
@@ -292,7 +315,14 @@ class Membership:
 
     def _on_disconnect(self, session: Enlistment, message: Disconnect, now: float) -> None:
         code = message.code
-        for_good, looped = code in _FOR_GOOD, code is DisconnectCode.LOOP
-        self._end(session, f"{code.value}: {message.message}", now, for_good=for_good, looped=looped)
+        least_s = LIMITED_PAUSE_S if code is DisconnectCode.RATE_LIMITED else 0.0
+        self._end(
+            session,
+            f"{code.value}: {message.message}",
+            now,
+            for_good=code in _FOR_GOOD,
+            lasting=code in _LASTING,
+            least_s=least_s,
+        )
         if all(other.phase is Phase.BARRED for other in self.sessions.values()):
             self._member.barred(code, now)

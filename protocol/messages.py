@@ -500,6 +500,7 @@ class Started:
         worker: the worker's name.
         direct: the endpoint where the client can take the chunks itself, with `key`; "" for none.
         key: as the worker knows it; see Attach.
+        server_key: the public key that the worker has there, 40 characters of Z85; "" where it speaks no CURVE.
     """
 
     command: ClassVar[Command] = Command.STARTED
@@ -508,6 +509,7 @@ class Started:
     worker: str
     direct: str = ""
     key: bytes | None = None
+    server_key: str = ""
 
 
 @value

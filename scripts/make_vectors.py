@@ -193,6 +193,9 @@ MESSAGES: dict[str, Message] = {
     "parked": Parked(ID, 1),
     "started": Started(ID, 1, "gpu-0"),
     "started, for one that takes chunks itself": Started(ID, 1, "gpu-0", "tcp://10.0.0.5:5600", OTHER_ID),
+    "started, by a worker with CURVE": Started(
+        ID, 1, "gpu-0", "tcp://10.0.0.5:5600", OTHER_ID, "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+    ),
     "attach": Attach(OTHER_ID),
     "chunks": Chunks(ROUTE, (Chunk(ID, 1, 0, 12, (345,), " blue"),)),
     "chunks of two streams": Chunks(
@@ -324,6 +327,10 @@ BAD: dict[str, tuple[list[bytes], str]] = {
     "float for an integer": ([_BEAT + msgpack.packb({"sent": 1.0})], "HEARTBEAT.sent: expected an integer"),
     "negative count": ([_BEAT + b"\x81\xa4sent\xff"], "HEARTBEAT.sent: expected an integer from 0"),
     "count over 63 bits": ([_BEAT + msgpack.packb({"sent": 2**63})], "HEARTBEAT.sent: expected an integer from 0"),
+    "half a public key": (
+        _frames(Command.STARTED, {"attempt": 1, "worker": "w", "server_key": "x" * 20}, subject=ID),
+        "STARTED.server_key: expected 40 characters of Z85, or none",
+    ),
     "unknown state": ([_BEAT + msgpack.packb({"sent": 1, "load": {"state": "asleep"}})], "HEARTBEAT.load.state"),
     "NaN": ([_BEAT + msgpack.packb({"sent": 1, "load": {"kv_use": float("nan")}})], "HEARTBEAT.load.kv_use"),
     "infinity": (

@@ -11,6 +11,7 @@ from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Message
 from .endpoints import announced
+from .keys import KeyPair
 from .pump import Outcome, Pump, receive, send
 from .sockets import router
 
@@ -27,14 +28,24 @@ class Door:
         endpoint: where clients reach it.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump, curve: KeyPair | None = None
+    ) -> None:
         """Listen, and have the pump wait for what comes.
+
+        Args:
+            context: where the socket lives.
+            endpoint: what it listens on.
+            pump: waits for it.
+            curve: the worker's key pair: then clients must speak CURVE, and know its public half from their broker.
+                Any key of theirs will do: what lets a client have chunks is the request's key, which it attaches
+                with, and which it has from a broker that knows it.
 
         Raises:
             EndpointError: the endpoint cannot be bound.
         """
         self._pump = pump
-        self._socket, (bound,) = router(context, [endpoint], heartbeats=True, most_bytes=_MOST_BYTES)
+        self._socket, (bound,) = router(context, [endpoint], heartbeats=True, most_bytes=_MOST_BYTES, curve=curve)
         self.endpoint = announced(endpoint, bound)
         pump.watch(self._socket)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import zmq
 
-from .monitor import ConnectionEvent, Monitor
+from .keys import Curve
+from .monitor import REFUSALS, ConnectionEvent, Monitor
 from .pump import Outcome, Pump, receive, send
 from .sockets import connect, dealer
 
@@ -21,7 +22,13 @@ class Link:
     """The socket of one session."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, pump: Pump, *, heartbeats: bool = False
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        pump: Pump,
+        *,
+        heartbeats: bool = False,
+        curve: Curve | None = None,
     ) -> None:
         """Begin to connect, and have the pump wait for it.
 
@@ -30,6 +37,7 @@ class Link:
             endpoint: what it is connected to.
             pump: waits for it.
             heartbeats: ZMTP finds out when the other side is gone, where no session does.
+            curve: the keys of both sides; None for no CURVE.
 
         Raises:
             EndpointError: libzmq refuses the endpoint. Nothing is left open.
@@ -37,8 +45,9 @@ class Link:
         self._pump = pump
         self._outbox: deque[Sequence[bytes]] = deque()
         self._outbox_bytes = 0
+        self._connected = False
         self._broken = False
-        self.socket = dealer(context, endpoint, heartbeats=heartbeats)
+        self.socket = dealer(context, endpoint, heartbeats=heartbeats, curve=curve)
         self._monitor = Monitor(self.socket)
         pump.watch(self.socket)
         pump.watch(self._monitor.socket)
@@ -53,9 +62,14 @@ class Link:
         return self.socket in ready or self._monitor.socket in ready
 
     def events(self) -> list[ConnectionEvent]:
-        """Return what has happened to the connection."""
+        """Return what has happened to the connection; a link that was refused or disconnected is of no more use."""
         found = self._monitor.events()
-        self._broken = self._broken or ConnectionEvent.DISCONNECTED in found
+        self._connected = self._connected or ConnectionEvent.CONNECTED in found
+        if ConnectionEvent.DISCONNECTED in found:
+            self._broken = True
+            if not self._connected and REFUSALS.keys().isdisjoint(found):
+                # What is no ZMTP peer at all may be left without a word about the handshake.
+                found.append(ConnectionEvent.BROKEN_OFF)
         return found
 
     def receive(self, limit: int) -> list[list[bytes]]:

@@ -10,8 +10,9 @@ import zmq
 from ..protocol.codec import decode, encode
 from ..protocol.errors import ProtocolError
 from ..protocol.links import Connected, LinkAction, LinkEvent, Lost, Malformed, Open, Received, Refused, Send
+from .keys import Curve
 from .link import Link
-from .monitor import ConnectionEvent
+from .monitor import REFUSALS, ConnectionEvent
 from .pump import Pump
 
 #: Messages taken from one broker in one round, so that one cannot starve the others.
@@ -21,10 +22,19 @@ _BATCH = 200
 class Links:
     """The open sockets, by broker."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], pump: Pump) -> None:
-        """Have none."""
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], pump: Pump, curves: Mapping[str, Curve] | None = None
+    ) -> None:
+        """Have none.
+
+        Args:
+            context: where the sockets live.
+            pump: waits for them.
+            curves: the keys for each broker; None where no keys are used.
+        """
         self._context = context
         self._pump = pump
+        self._curves = curves or {}
         self._links: dict[str, Link] = {}
 
     def perform(self, action: LinkAction) -> Lost | None:
@@ -36,7 +46,9 @@ class Links:
         if isinstance(action, Send):
             return self.send(action.broker, encode(action.message))
         if isinstance(action, Open):
-            self._links[action.broker] = Link(self._context, action.broker, self._pump)
+            self._links[action.broker] = Link(
+                self._context, action.broker, self._pump, curve=self._curves.get(action.broker)
+            )
         else:
             self._links.pop(action.broker).close()
         return None
@@ -58,8 +70,10 @@ class Links:
 
     def _events(self, broker: str, link: Link) -> Iterator[LinkEvent]:
         happened = link.events()
-        if ConnectionEvent.REFUSED in happened:
-            yield Refused(broker)
+        refusal = next((REFUSALS[event] for event in happened if event in REFUSALS), None)
+        if refusal is not None:
+            yield Refused(broker, refusal)
+            return
         if ConnectionEvent.CONNECTED in happened:
             yield Connected(broker)
         for frames in link.receive(_BATCH):

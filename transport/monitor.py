@@ -7,6 +7,7 @@ from enum import Enum
 
 import zmq
 
+from ..protocol.refusal import Refusal
 from .pump import another
 
 _EVENTS = (
@@ -19,17 +20,39 @@ _EVENTS = (
 
 
 class ConnectionEvent(Enum):
-    """A change of one connection."""
+    """A change of one connection. Each of the last three is followed by DISCONNECTED."""
 
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
-    REFUSED = "refused"
+    #: Who connects has a key that the server does not let in. libzmq does not try again.
+    FORBIDDEN = "forbidden"
+    #: One side speaks CURVE and the other does not. libzmq does not try again.
+    MISMATCH = "mismatch"
+    #: The handshake broke off: the server has another key, is no ZMTP peer, or has just ended.
+    BROKEN_OFF = "broken off"
 
+
+#: What ends a handshake, by what it is called elsewhere.
+REFUSALS = {
+    ConnectionEvent.FORBIDDEN: Refusal.FORBIDDEN,
+    ConnectionEvent.MISMATCH: Refusal.MISMATCH,
+    ConnectionEvent.BROKEN_OFF: Refusal.BROKEN_OFF,
+}
 
 _MEANING = {
     int(zmq.EVENT_HANDSHAKE_SUCCEEDED): ConnectionEvent.CONNECTED,
     int(zmq.EVENT_DISCONNECTED): ConnectionEvent.DISCONNECTED,
 }
+#: The ZAP handler's word for a key that it does not know; others (300, 500) tell of a handler that is in trouble.
+_ZAP_REFUSED = 400
+
+
+def _meaning(number: int, value: int) -> ConnectionEvent:
+    if number == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == _ZAP_REFUSED:
+        return ConnectionEvent.FORBIDDEN
+    if number == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+        return ConnectionEvent.MISMATCH
+    return _MEANING.get(number, ConnectionEvent.BROKEN_OFF)
 
 
 class Monitor:
@@ -46,8 +69,7 @@ class Monitor:
         while another(self.socket):
             frames = self.socket.recv_multipart(zmq.DONTWAIT)
             # struct, not pyzmq's parser: that one makes an enum of the value, which may be an errno it lacks.
-            number = struct.unpack_from("=H", frames[0])[0]
-            found.append(_MEANING.get(number, ConnectionEvent.REFUSED))
+            found.append(_meaning(*struct.unpack_from("=HI", frames[0])))
         return found
 
     def close(self) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import socket as sockets
-import sys
+import ctypes
+import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 import zmq
 
 from ..protocol.limits import MAX_FRAME_BYTES
 from .endpoints import EndpointError, check_destination, check_endpoint, is_ipv6
+from .ipc import IPC, private_file
+from .keys import Curve, KeyPair
 
 #: Messages that libzmq queues on the side of a client or worker. Credit keeps what is in flight far below.
 PEER_QUEUE_MESSAGES = 10_000
@@ -44,12 +47,27 @@ def _heartbeats(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
 
 
+def _unguessable_ids() -> None:
+    """Let nobody know which routing id a ROUTER draws next.
+
+    libzmq takes the first one from C's `rand`, which gives every process the same numbers unless somebody has called
+    `srand`; the others follow by counting. A peer that speaks ZMTP by itself could claim the next id as its own
+    identity, and libzmq ends the process over it (4.3.5: "Assertion failed: ok (src/socket_base.cpp)").
+    """
+    # TypeError, OSError: a platform without a C library of the process (Windows); it has no such function to call.
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).srand(ctypes.c_uint(secrets.randbits(32)))
+
+
 def router(
     context: zmq.Context[zmq.Socket[bytes]],
     endpoints: Sequence[str],
     *,
     heartbeats: bool = False,
     most_bytes: int = MAX_FRAME_BYTES,
+    queue_messages: int = ROUTER_QUEUE_MESSAGES,
+    curve: KeyPair | None = None,
+    domain: str = "",
 ) -> tuple[zmq.Socket[bytes], list[str]]:
     """Make a ROUTER bound to all endpoints.
 
@@ -58,6 +76,9 @@ def router(
         endpoints: what it listens on.
         heartbeats: ZMTP finds out when a peer is gone.
         most_bytes: a peer that sends a longer frame is cut off before it is read.
+        queue_messages: what libzmq queues for each peer, and from it.
+        curve: its key pair: then only peers with CURVE get in, those that know its public half. None for no CURVE.
+        domain: by what name it is known to the ZAP handler of the context, which says whose keys are let in.
 
     Returns:
         The socket and the endpoints as bound, with the port that was chosen where `*` was asked for.
@@ -65,15 +86,20 @@ def router(
     Raises:
         EndpointError: one of them cannot be bound; the message says why. No socket is left behind.
     """
+    _unguessable_ids()
     socket = context.socket(zmq.ROUTER)
     try:
-        _common(socket, ROUTER_QUEUE_MESSAGES)
+        _common(socket, queue_messages)
         socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
         if heartbeats:
             _heartbeats(socket)
         # A full or vanished peer is an error to handle; by default ROUTER drops the message and reports success.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        if curve is not None:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, curve.secret.encode())
+            socket.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
         bound = []
         for endpoint in endpoints:
             _family(socket, endpoint)
@@ -93,38 +119,24 @@ def _family(socket: zmq.Socket[bytes], endpoint: str) -> None:
 
 def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
     check_endpoint(endpoint)
-    if _is_taken(endpoint):
-        raise EndpointError(f"cannot listen on {endpoint}: the address is already in use")
     try:
-        socket.bind(endpoint)
+        with private_file(endpoint) if endpoint.startswith(IPC) else nullcontext():
+            socket.bind(endpoint)
     except zmq.ZMQError as error:
         reason = "the address is already in use" if error.errno == zmq.EADDRINUSE else zmq.strerror(error.errno or 0)
         raise EndpointError(f"cannot listen on {endpoint}: {reason}") from error
 
 
-def _is_taken(endpoint: str) -> bool:
-    """Tell whether somebody listens on an ipc path: libzmq removes the file before it binds, and cuts them off."""
-    path = endpoint.removeprefix("ipc://")
-    if path == endpoint or path.startswith(("*", "@")) or sys.platform == "win32":
-        return False  # tcp, a path that libzmq makes up, an abstract name: there the system itself refuses
-    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            return True  # its backlog is full
-        except OSError:
-            return False  # nothing there, a file that a killed broker left, or what bind will complain about
-    return True
-
-
-def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, heartbeats: bool = False) -> zmq.Socket[bytes]:
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, heartbeats: bool = False, curve: Curve | None = None
+) -> zmq.Socket[bytes]:
     """Make a DEALER for the endpoint; `connect` connects it, now or as soon as somebody listens there.
 
     Args:
         context: where it lives.
         endpoint: what it is to be connected to.
         heartbeats: ZMTP finds out when the other side is gone.
+        curve: its own keys and the other side's public one; None for no CURVE.
 
     Raises:
         EndpointError: the endpoint is not valid.
@@ -135,6 +147,10 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, heartbeats
         _common(socket, PEER_QUEUE_MESSAGES)
         if heartbeats:
             _heartbeats(socket)
+        if curve is not None:
+            socket.setsockopt(zmq.CURVE_SERVERKEY, curve.server_key.encode())
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.pair.public.encode())
+            socket.setsockopt(zmq.CURVE_SECRETKEY, curve.pair.secret.encode())
         _family(socket, endpoint)
         # ZMQ_IMMEDIATE stays off: with it libzmq drops a pipe in mid-message when its connection breaks, and the next
         # receive aborts the process (4.3.5: "Assertion failed: !_more (src/fq.cpp:80)"). What it is for, that nothing

@@ -86,7 +86,7 @@ class WorkerCore:
         self._engine = engine
         self._incarnation = incarnation
         self._orders: Orders[Action] = Orders()
-        self._membership = Membership(settings.brokers, self, self._orders)
+        self._membership = Membership(settings.brokers, self, self._orders, keyed=bool(settings.curves))
         self._desk = Desk(settings, self._orders, self._membership.send)
         self._streams = self._desk.streams
         self._models = tuple(ModelInfo(name) for name in settings.models)

@@ -67,7 +67,7 @@ class WorkerServer:
             check_destination(broker)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pump = Pump()
-        self._door = self._open_door(settings.direct) if settings.direct else None
+        self._door = self._open_door(settings) if settings.direct else None
         if self._door is not None:
             settings = replace(settings, direct=self._door.endpoint)
         self._clock = clock
@@ -76,7 +76,8 @@ class WorkerServer:
         #: Events from other threads and signal handlers; appending is atomic.
         self._inbox: deque[Event] = deque()
         self._engine = EngineThread(engine, self._post, clock)
-        self._links = Links(self._context, self._pump)
+        # Of no keys or of one set for each broker.
+        self._links = Links(self._context, self._pump, dict(zip(settings.brokers, settings.curves, strict=False)))
         self._rounds = Rounds(self._pump, clock)
         self._stop: Stop | None = None
         self._closed = False
@@ -104,8 +105,9 @@ class WorkerServer:
         try:
             self._engine.start()
             if self._door is not None:
-                write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint}))
-                if not is_local(self._door.endpoint):
+                keyed = self._settings.pair is not None
+                write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint, "curve": keyed}))
+                if not keyed and not is_local(self._door.endpoint):
                     write(LOGGER, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
             self._rounds = Rounds(self._pump, self._clock)  # the time since it was made counts for nothing
             self._perform(self._core.start(self._rounds.now))
@@ -161,10 +163,10 @@ class WorkerServer:
             write(LOGGER, Log("engine_abandoned", {"waited_s": _ENGINE_STOP_S}, level=logging.WARNING))
         self._pump.close()
 
-    def _open_door(self, endpoint: str) -> Door:
+    def _open_door(self, settings: WorkerSettings) -> Door:
         """Listen for clients; where that fails, nothing is left open."""
         try:
-            return Door(self._context, endpoint, self._pump)
+            return Door(self._context, settings.direct, self._pump, settings.pair)
         except BaseException:
             self._context.destroy(linger=0)
             self._pump.close()

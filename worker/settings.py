@@ -16,6 +16,7 @@ from ..protocol.limits import (
     SLOWEST_TOKENS_PER_S,
 )
 from ..transport.endpoints import EndpointError, check_offer, is_local
+from ..transport.keys import Curve, KeyPair
 
 #: Requests that the engine runs at a time: a batch that a small GPU decodes at nearly the price of one.
 SLOTS = 16
@@ -67,7 +68,9 @@ class WorkerSettings:
         reader_timeout_s: seconds that a stream's tokens wait for its reader's credit before it is given up.
         direct: an endpoint of the worker's own, where clients that can reach it take their chunks past the broker;
             "" for none. A port `*` is a free one.
-        insecure: that endpoint may be one that other machines can reach.
+        insecure: that endpoint may be one that other machines can reach, without keys.
+        curves: the worker's key pair and the broker's public key, for each broker in their order; empty where no
+            keys are used. The worker's own endpoint has the pair, too.
 
     Raises:
         ValueError: a value cannot be used; the message says which and why.
@@ -85,11 +88,14 @@ class WorkerSettings:
     reader_timeout_s: float = READER_TIMEOUT_S
     direct: str = ""
     insecure: bool = False
+    curves: tuple[Curve, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what a broker would refuse, before anything is dialled."""
         if not self.brokers or len(set(self.brokers)) != len(self.brokers):
             raise ValueError(f"brokers: expected one endpoint or more, each once; got {list(self.brokers)}")
+        if len(self.curves) not in (0, len(self.brokers)):
+            raise ValueError(f"curves: expected none, or one for each of {len(self.brokers)} brokers")
         if len(self.models) > MAX_MODELS or not all(0 < len(name) <= MAX_NAME_CHARS for name in self.models):
             raise ValueError(f"models: expected at most {MAX_MODELS} names of 1 to {MAX_NAME_CHARS} characters")
         if not 0 < len(self.name) <= MAX_NAME_CHARS:
@@ -111,13 +117,18 @@ class WorkerSettings:
             raise ValueError(f"reader_timeout_s: expected more than 0, got {self.reader_timeout_s}")
         if self.direct:
             check_offer(self.direct)
-            if not is_local(self.direct) and not self.insecure:
+            if not is_local(self.direct) and not self.curves and not self.insecure:
                 raise EndpointError(
-                    f"{self.direct} can be reached from other machines by anyone: bind 127.0.0.1 or ipc://, "
-                    "or allow it with --insecure"
+                    f"{self.direct} can be reached from other machines by anyone: use keys (--server-key and --key), "
+                    "bind 127.0.0.1 or ipc://, or allow it with --insecure"
                 )
             if len(self.direct) > MAX_NAME_CHARS:
                 raise ValueError(f"direct: expected at most {MAX_NAME_CHARS} characters, got {len(self.direct)}")
+
+    @property
+    def pair(self) -> KeyPair | None:
+        """The worker's own keys; None where no keys are used."""
+        return self.curves[0].pair if self.curves else None
 
     @property
     def most_held(self) -> int:

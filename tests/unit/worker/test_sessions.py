@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tokenmq.protocol.enlistment import UNREACHED_AGAIN_S, UNREACHED_S
+from tokenmq.protocol.enlistment import LIMITED_PAUSE_S, MAX_BACKOFF_S, UNREACHED_AGAIN_S, UNREACHED_S
 from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.links import Connected, Lost, Malformed, Open, Received, Refused, Send, Shut
 from tokenmq.protocol.messages import (
@@ -26,6 +26,7 @@ from tokenmq.protocol.messages import (
     Reply,
     WorkerState,
 )
+from tokenmq.protocol.refusal import Refusal
 from tokenmq.worker.events import CancelJob, EngineProgress, Stop
 from tokenmq.worker.rates import Rates
 
@@ -287,11 +288,57 @@ def test_one_lost_broker_leaves_the_other_alone(say: Any) -> None:
     assert send.broker == say.other
 
 
-def test_a_refused_connection_is_one_line_a_socket(fresh: Any, say: Any) -> None:
+def refusals(story: Any) -> list[Any]:
+    return [log for log in story.logs if log.event == "connection_refused"]
+
+
+def test_who_is_refused_tries_again_after_a_pause_and_says_so_once_a_minute(fresh: Any, say: Any) -> None:
     fresh.start()
+    began, tries = fresh.now, 0
+    while fresh.now < began + UNREACHED_AGAIN_S - 1:
+        assert fresh.tell(Refused(say.broker, Refusal.FORBIDDEN)) == [Shut(say.broker)]
+        while not (actions := fresh.tick(0.05)):
+            pass
+        assert actions == [Open(say.broker)]
+        tries += 1
+    assert UNREACHED_AGAIN_S / MAX_BACKOFF_S - 3 < tries < UNREACHED_AGAIN_S / MAX_BACKOFF_S + 10
+    [told] = refusals(fresh)
+    assert told.fields["broker"] == say.broker
+    assert "does not admit this key" in told.fields["reason"]
+    assert "workers" in told.fields["reason"]
+    fresh.tell(Refused(say.broker, Refusal.MISMATCH))  # that is news
+    assert "wants keys" in refusals(fresh)[-1].fields["reason"]
+
+
+def test_a_key_that_is_enrolled_later_is_let_in(fresh: Any, say: Any) -> None:
+    fresh.start()
+    fresh.tell(Refused(say.broker, Refusal.FORBIDDEN))
+    fresh.tick(MAX_BACKOFF_S)
+    fresh.join()
+    fresh.tell(Lost(say.broker))
+    fresh.tick(MAX_BACKOFF_S)
+    fresh.tell(Refused(say.broker, Refusal.FORBIDDEN))  # and revoked then: a line of its own
+    assert len(refusals(fresh)) == 2
+
+
+def test_a_name_that_is_not_the_keys_is_tried_ever_less_often(fresh: Any, say: Any) -> None:
+    fresh.start()
+    pauses = []
     for _ in range(3):
-        assert fresh.tell(Refused(say.broker)) == []
-    assert [log.event for log in fresh.logs].count("connection_refused") == 1
+        fresh.tell(Connected(say.broker))
+        fresh.tell(Received(say.broker, Disconnect(DisconnectCode.FORBIDDEN, "the name is another key's")))
+        pauses.append(fresh.logs[-1].fields["retry_s"])
+        fresh.tick(pauses[-1])
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_who_has_sent_too_much_stays_away_for_a_while(fresh: Any, say: Any) -> None:
+    fresh.start()
+    fresh.join()
+    fresh.tell(Received(say.broker, Disconnect(DisconnectCode.RATE_LIMITED, "more than 100 messages a second")))
+    assert fresh.logs[-1].fields["retry_s"] == LIMITED_PAUSE_S
+    assert fresh.tick(LIMITED_PAUSE_S - 0.1) == []
+    assert fresh.tick(0.2) == [Open(say.broker)]
 
 
 def test_a_broker_that_is_not_there_is_told_after_a_while_and_again_later(fresh: Any, say: Any) -> None:
