@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from tokenmq.protocol.errors import BadRequestError
-from tokenmq.worker.engines.transformers import images
-from tokenmq.worker.engines.transformers.images import decode, fingerprint
+from tokenmq.worker.engines import images
+from tokenmq.worker.engines.images import decode, fingerprint
 
 from .eyes import picture
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 
 from ....protocol.errors import BadRequestError
 from ..base import EngineLoadError
+from ..images import decode, fingerprint
 from .devices import first_line
-from .images import decode, fingerprint
 from .sequence import Prompt
 
 #: What the processor gives and the engine makes itself: a prompt with images is alone in its forward, unpadded.

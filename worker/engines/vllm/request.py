@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from ....protocol.errors import BadRequestError
 from ....protocol.payload import Generation, Sampling
 from ..base import Job
+from ..images import decode
 
-#: Formats of images, as Pillow names them.
-_FORMATS = ("PNG", "JPEG", "WEBP")
-#: Pixels of one image: 24 million times 3 bytes is 72 MB, and no model looks at as many.
-MAX_IMAGE_PIXELS = 24_000_000
 #: What the engine itself gives to a chat template, or must not be given by who asks.
 _OWN_TEMPLATE_ARGUMENTS = frozenset({"chat_template", "conversation", "messages", "return_dict", "tokenize", "tools"})
 
@@ -81,7 +77,7 @@ async def render(renderer: Any, job: Job, *, chat: bool, images: bool) -> Any:
     if job.attachments and not images:
         raise BadRequestError(f"model {job.model!r} takes text only, no images")
     # Decoding takes time that all streams would wait for.
-    pictures = await asyncio.to_thread(_pictures, job.attachments) if job.attachments else []
+    pictures = await asyncio.to_thread(decode, job.attachments) if job.attachments else []
     if generation.messages is not None:
         if not chat:
             raise BadRequestError(f"model {job.model!r} has no chat template: send a prompt instead of messages")
@@ -126,26 +122,3 @@ def _messages(messages: Sequence[Mapping[str, Any]], pictures: list[Image.Image]
     if wanted != len(pictures):
         raise BadRequestError(f"the messages have {wanted} image parts, and {len(pictures)} images are attached")
     return found
-
-
-def _pictures(attachments: Sequence[bytes]) -> list[Image.Image]:
-    """Decode images; their size is looked at first.
-
-    Raises:
-        BadRequestError: one is no image of these formats, or too large.
-    """
-    return [_picture(number, data) for number, data in enumerate(attachments)]
-
-
-def _picture(number: int, data: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                size = f"{image.width} x {image.height} pixels"
-                raise BadRequestError(f"image {number}: {size}, at most {MAX_IMAGE_PIXELS:,} are allowed")
-            picture: Image.Image = image.convert("RGB")
-            return picture
-    except BadRequestError:
-        raise
-    except Exception as error:  # Pillow raises many kinds for what is broken
-        raise BadRequestError(f"image {number}: it is no PNG, JPEG or WebP that can be read") from error

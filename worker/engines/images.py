@@ -1,7 +1,7 @@
 """Images of a request: from the bytes of their files to pixels. It knows nothing of models.
 
-What a file says of itself is looked at first, and only then are its pixels decoded: a few kilobytes may claim to be
-gigabytes.
+What a file is made of and what it says of itself is looked at first, and only then are its pixels decoded: a few
+kilobytes may claim to be gigabytes. No format but PNG, JPEG and WebP is ever opened, whatever Pillow knows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image, ImageOps
 
-from ....protocol.errors import BadRequestError
-from .devices import first_line
+from ...protocol.errors import BadRequestError
+from .image_files import image_format, problem_of
 
 #: Images of one request. Each is some hundred to some thousand tokens of the prompt, so that few contexts have room
 #: for more.
@@ -29,8 +29,8 @@ MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
 #: How many times the longer side is the shorter one. Processors bring the shorter side to a few hundred pixels, and
 #: a long thin line would become gigabytes by that.
 MAX_ASPECT = 200
-#: First bytes of the formats, and Pillow's names of them.
-_MAGIC = ((b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff", "JPEG"))
+#: Characters of what Pillow says that a user is told.
+_MAX_REASON_CHARS = 200
 
 
 def decode(files: Sequence[bytes]) -> list[Image.Image]:
@@ -71,10 +71,13 @@ def _open(number: int, data: bytes) -> Image.Image:
     """Read a file's header."""
     if len(data) > MAX_BYTES:
         raise BadRequestError(f"image {number}: {len(data):,} bytes, at most {MAX_BYTES:,} are allowed")
-    kind = _format(data)
+    kind = image_format(data)
     if kind is None:
         begin = data[:12].hex() or "nothing"
         raise BadRequestError(f"image {number}: it is no PNG, JPEG or WebP file; it begins with {begin}")
+    problem = problem_of(data, kind)
+    if problem is not None:
+        raise BadRequestError(f"image {number}: {problem}")
     try:
         with warnings.catch_warnings():
             # Of many pixels, and of what is odd in a file but does no harm; the check of the size is below.
@@ -94,12 +97,6 @@ def _open(number: int, data: bytes) -> Image.Image:
     return image
 
 
-def _format(data: bytes) -> str | None:
-    if (data[:4], data[8:12]) == (b"RIFF", b"WEBP"):
-        return "WEBP"
-    return next((kind for magic, kind in _MAGIC if data.startswith(magic)), None)
-
-
 def _pixels(number: int, image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings(), image:
@@ -115,5 +112,6 @@ def _pixels(number: int, image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     """Return what Pillow says of a file that it had as an object in memory, the object left out."""
-    said = first_line(error)
-    return "its header is damaged" if "BytesIO" in said else said
+    lines = str(error).strip().splitlines()
+    said = lines[0].strip() if lines else type(error).__name__
+    return "its header is damaged" if "BytesIO" in said else said[:_MAX_REASON_CHARS]
