@@ -74,6 +74,10 @@ MAX_MESSAGES = 4_096
 MAX_PARTS = 1_024
 #: Tools that a chat may name.
 MAX_TOOLS = 1_024
+#: Values in messages, tools and template arguments, all levels together: 16 MiB may hold 16 million of them, and the
+#: worker's I/O loop looks at each (0.6 us), heartbeats waiting meanwhile. The most messages with the most tools of 48
+#: values each fit.
+MAX_CHAT_VALUES = 65_536
 #: Texts of one request for embeddings. A client divides longer lists, so that several workers share them.
 MAX_TEXTS = 256
 #: Stop strings or stop ids of one request: each is looked for at every step.

@@ -202,6 +202,27 @@ _GENERATION: Check = record(
 )
 
 
+def _bound_chat(value: Any) -> None:
+    """Raise ProtocolError where the free-form parts of a request have too many values to be looked at one by one.
+
+    A container's values are counted before any is looked at: this takes no longer for those that are far too many.
+    """
+    parts = ("messages", "tools", "template")
+    pending = [value[name] for name in parts if value.get(name) is not None] if isinstance(value, Mapping) else []
+    left = limits.MAX_CHAT_VALUES
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Mapping):
+            item = item.values()
+        elif not isinstance(item, (list, tuple)):
+            continue
+        left -= len(item)
+        if left < 0:
+            most = limits.MAX_CHAT_VALUES
+            raise ProtocolError(f"request: messages, tools and template have more than {most} values together")
+        pending.extend(item)
+
+
 def check_generation(value: Mapping[str, Any]) -> Generation:
     """Build a Generation from plain data.
 
@@ -209,6 +230,7 @@ def check_generation(value: Mapping[str, Any]) -> Generation:
         BadRequestError: a field is missing, unknown, mistyped or out of range; the message names it.
     """
     try:
+        _bound_chat(value)
         generation: Generation = _GENERATION(value, "request")
     except ProtocolError as error:
         raise BadRequestError(error.message) from error

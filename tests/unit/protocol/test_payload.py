@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tokenmq.protocol import limits
+from tokenmq.protocol import limits, payload
 from tokenmq.protocol.errors import BadRequestError
 from tokenmq.protocol.packing import pack
 from tokenmq.protocol.payload import (
@@ -159,3 +159,25 @@ def test_payload_size_is_bounded_on_both_sides() -> None:
 def test_the_longest_prompt_of_tokens_passes() -> None:
     generation = Generation(token_ids=(1,) * limits.MAX_PROMPT_TOKENS)
     assert unpack_generation(pack_generation(generation)) == generation
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"enum": [1] * limits.MAX_CHAT_VALUES}]},
+        {"template": {"a": {str(key): {"b": None} for key in range(limits.MAX_CHAT_VALUES // 2)}}},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1024}] * 64},
+    ],
+    ids=["tools", "template", "messages"],
+)
+def test_values_of_a_chat_are_counted_before_they_are_looked_at(
+    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(payload, "_GENERATION", lambda _value, _path: pytest.fail("each value was looked at"))
+    assert "more than 65536 values together" in refusal({"messages": [USER], **more})
+
+
+def test_the_most_messages_with_the_most_tools_are_taken() -> None:
+    tool = {"type": "function", "function": {str(key): key for key in range(43)}}
+    value = {"messages": [USER] * limits.MAX_MESSAGES, "tools": [tool] * limits.MAX_TOOLS}
+    assert len(check_generation(value).tools) == limits.MAX_TOOLS
