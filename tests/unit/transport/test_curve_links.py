@@ -41,7 +41,8 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     authenticator = ThreadAuthenticator(made)
     authenticator.start()
-    authenticator.configure_curve_callback(domain="*", credentials_provider=Provider())
+    for domain in ("frontend", "backend"):
+        authenticator.configure_curve_callback(domain=domain, credentials_provider=Provider())
     yield made
     authenticator.stop()
     made.destroy(linger=0)
