@@ -105,9 +105,7 @@ def load_pair(path: str) -> KeyPair:
     content = _read(path, _check_private)
     if content.secret is None:
         what = "only a public key" if content.public else "no key"
-        raise KeyFileError(
-            f"{shown(path)} has {what} in it: give the file with the secret one, FILE.key{PRIVATE_SUFFIX}"
-        )
+        raise KeyFileError(f"{shown(path)} has {what} in it: give the file with the secret key")
     if content.public is None:
         raise KeyFileError(f"{shown(path)} has no public key in it beside the secret one")
     for half, key in (("public", content.public), ("secret", content.secret)):
