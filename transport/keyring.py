@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 from ..protocol.identity import Allowed, Identity, Role
 from ..protocol.limits import MAX_NAME_CHARS
-from .keys import PUBLIC_SUFFIX, KeyFileError, KeyPair, check_guarded, load_pair, read_public, shown
+from .keys import PUBLIC_SUFFIX, KeyFileError, KeyPair, check_guarded, create_pair, load_pair, read_public, shown
 
 #: The broker's own pair, and its public half for those who connect.
 SERVER_PAIR = "server.key_secret"
@@ -219,6 +219,49 @@ def key_files(folder: str) -> list[KeyFile]:
     return found
 
 
+def holders(folder: str, key: str) -> list[KeyFile]:
+    """Return the files of the allow-lists that hold this public key.
+
+    Raises:
+        KeyFileError: this is no folder of keys, or it cannot be read.
+    """
+    found = []
+    for file in key_files(folder):
+        with contextlib.suppress(KeyFileError):  # it holds no key, so not this one
+            if read_public(file.path) == key:
+                found.append(file)
+    return found
+
+
+def create_folder(folder: str) -> str:
+    """Make a folder of keys, mode 0700, with a pair for the server and nobody allowed; return the public key.
+
+    Raises:
+        KeyFileError: there is something of this name already that is no empty folder, or it cannot be made; then
+            nothing is left behind.
+    """
+    made: list[str] = []
+    try:
+        if os.path.lexists(folder):
+            _check_empty(folder)
+            os.chmod(folder, 0o700)
+            check_guarded(folder, os.stat(folder))
+        else:
+            os.mkdir(folder, 0o700)
+            made.append(folder)
+        for lists in FOLDERS.values():
+            path = os.path.join(folder, lists)
+            os.mkdir(path, 0o700)
+            made.append(path)
+        return create_pair(os.path.join(folder, SERVER_KEY), os.path.join(folder, SERVER_PAIR))
+    except BaseException as error:
+        for path in reversed(made):
+            os.rmdir(path)
+        if isinstance(error, OSError):
+            raise KeyFileError(f"cannot make {shown(folder)}: {error.strerror}") from error
+        raise
+
+
 def check_name(name: str) -> None:
     """Check that a key's name can stand in messages, logs and tables.
 
@@ -238,6 +281,13 @@ def _check(folder: str) -> None:
                 check_guarded(path, os.stat(path))
     except OSError as error:
         raise KeyFileError(f"cannot look at {shown(path)}: {error.strerror}") from error
+
+
+def _check_empty(folder: str) -> None:
+    if os.path.lexists(os.path.join(folder, SERVER_PAIR)):
+        raise KeyFileError(f"{shown(folder)} is a folder of keys already, and is not overwritten")
+    if not os.path.isdir(folder) or os.listdir(folder):
+        raise KeyFileError(f"{shown(folder)} is there already, and is no empty folder: take another name")
 
 
 def _check_shape(folder: str) -> None:
