@@ -12,6 +12,8 @@ from .sentence import Recipe
 #: Characters for each token that a text may have, above which only its head is tokenised at first: megabytes take
 #: seconds, in which nobody's texts are embedded. Text has about four to a token.
 HEAD_CHARS = 16
+#: Characters for each token above which a text is not tokenised in whole, see `prompt`.
+MOST_CHARS = 64
 
 
 class TextReader:
@@ -47,6 +49,11 @@ class TextReader:
         for number, text in enumerate(texts):
             if len(text) > head and len(self._tokenise([text[:head]])[0]) > 2 * self.limit:
                 self._refuse(number, f"more than {2 * self.limit}")
+            if len(text) > MOST_CHARS * self.limit:
+                raise BadRequestError(
+                    f"text {number} has {len(text)} characters; model {self._name!r} takes {self.limit} tokens, and "
+                    f"reads at most {MOST_CHARS} characters for each: divide it"
+                )
         read = self._tokenise(texts)
         for number, ids in enumerate(read):
             if len(ids) > self.limit:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ....protocol.errors import BadRequestError, CannotResumeError
-from ....protocol.messages import ModelInfo
-from ..base import Engine, EngineLoadError, EngineStats, Failed, Job, Output
+from ....protocol.errors import BadRequestError, ErrorCode, TokenmqError
+from ....protocol.messages import FinishReason, ModelInfo
+from ..base import Done, Engine, EngineLoadError, EngineStats, Failed, Job, Output
 from ..echo import check_echo
 from .adapters import SEPARATOR, attach, parse
 from .batch import Batch, Manner
@@ -31,6 +31,7 @@ from .loading import LoadedModel, load
 from .packed import pack
 from .parallel import LeadingRunner, follow
 from .prefix import PrefixIndex
+from .preparation import Preparation, takes_long
 from .prompt import PromptReader
 from .resume import AUTO, CHOICES, Resume, choose_way
 from .rules import RuleBook
@@ -58,6 +59,7 @@ class _Serving:
     """What a loaded engine serves with."""
 
     batch: Batch
+    preparation: Preparation
     prompts: PromptReader
     tokenizer: Tokenizer
     rules: RuleBook
@@ -232,6 +234,7 @@ class TransformersEngine(Engine):
         end_ids = _end_ids(model, tokenizer)
         self._serving = _Serving(
             batch=batch,
+            preparation=Preparation(self._sequence, self.wake),
             prompts=PromptReader(tokenizer, self.served_name, runner.vocabulary, context, vision),
             tokenizer=tokenizer.backend_tokenizer,
             rules=RuleBook(tokenizer, runner.vocabulary, end_ids),
@@ -259,33 +262,41 @@ class TransformersEngine(Engine):
             follow(self._runner, self._group)
 
     def submit(self, job: Job) -> list[Output]:
-        """Queue a job, or answer with one Failed when it cannot run, or with the end of a prior that is complete."""
-        serving, generation = self._ready(), job.generation
+        """Queue a job, or answer with one Failed when it cannot run, or with the end of a prior that is complete.
+
+        One that takes long to read is read in another thread, where a worker can be woken when that is done.
+        """
+        serving = self._ready()
+        if self.wake is not Engine.wake and takes_long(job):
+            serving.preparation.put(job)
+            return []
         try:
-            if generation.texts is not None:
-                raise BadRequestError(f"model {self.served_name!r} generates: give it a prompt, not texts to embed")
-            sequence = self._sequence(serving, job)
-            if generation.prior is not None:
-                serving.prompts.known(generation.prior.token_ids)
-                ended = sequence.resume(generation.prior, replay=serving.way is Resume.REPLAY)
-                if ended:
-                    return ended
-        except (BadRequestError, CannotResumeError) as error:
-            return [Failed(job.ticket, error.code, error.message, error.retryable)]
-        serving.batch.scheduler.add(sequence)
-        return []
+            read: Sequence | BaseException = self._sequence(job)
+        except TokenmqError as error:
+            read = error
+        return self._enter(serving, job, read)
 
     def cancel(self, ticket: int) -> list[Output]:
         """End a job at once and free its row."""
-        return self._ready().batch.cancel(ticket)
+        serving = self._ready()
+        if serving.preparation.drop(ticket):
+            return [Done(ticket, FinishReason.CANCELLED, 0, 0)]
+        return serving.batch.cancel(ticket)
 
     def step(self) -> list[Output]:
         """Advance every running row by a token; let waiting ones join."""
-        return self._ready().batch.step()
+        serving = self._ready()
+        outputs: list[Output] = []
+        for job, read in serving.preparation.take():
+            outputs += self._enter(serving, job, read)
+        if serving.batch.busy:
+            outputs += serving.batch.step()
+        return outputs
 
     def next_step_in(self) -> float | None:
-        """Return 0 while there are jobs, else None."""
-        return 0.0 if self._serving is not None and self._serving.batch.busy else None
+        """Return 0 while there are jobs that are not being read, else None."""
+        serving = self._serving
+        return 0.0 if serving is not None and (serving.batch.busy or serving.preparation.ready) else None
 
     def resize(self, slots: int) -> int:
         """Run as many as asked for, and no more than the cache was allocated for."""
@@ -293,6 +304,7 @@ class TransformersEngine(Engine):
 
     def reset(self) -> None:
         """Drop all jobs."""
+        self._ready().preparation.clear()
         self._ready().batch.reset()
 
     def stats(self) -> EngineStats:
@@ -304,7 +316,7 @@ class TransformersEngine(Engine):
         used, there = self._memory()
         return EngineStats(
             len(scheduler.rows),
-            len(scheduler.waiting),
+            len(scheduler.waiting) + len(self._serving.preparation),
             batch.kv_use(),
             prefill_s=spent.prefill_s,
             decode_s=spent.decode_s,
@@ -328,6 +340,7 @@ class TransformersEngine(Engine):
             self._runner.close()
         self._runner = None
         if self._serving is not None:
+            self._serving.preparation.close()
             self._serving.rules.close()
         if self._loaded is not None:
             device = self._loaded.model.device
@@ -339,9 +352,17 @@ class TransformersEngine(Engine):
             raise RuntimeError("the engine is not loaded: call load first")
         return self._serving
 
-    def _sequence(self, serving: _Serving, job: Job) -> Sequence:
-        generation = job.generation
+    def _sequence(self, job: Job) -> Sequence:
+        """Read a job; in the engine's thread or in that of the preparation.
+
+        Raises:
+            BadRequestError: it cannot run.
+        """
+        began = time.monotonic()
+        serving, generation = self._ready(), job.generation
         sampling = generation.sampling
+        if generation.texts is not None:
+            raise BadRequestError(f"model {self.served_name!r} generates: give it a prompt, not texts to embed")
         given = serving.prompts.read(generation, job.attachments)
         check_echo(generation, len(given.token_ids))
         own_end = frozenset() if sampling.ignore_eos else serving.end_ids
@@ -353,12 +374,29 @@ class TransformersEngine(Engine):
             end_ids=end_ids,
             context=serving.context,
             text=TextStream(serving.tokenizer, sampling.stop),
-            submitted_at=time.monotonic(),
+            submitted_at=began,
             priority=job.priority,
             adapter=self._adapter_of.get(job.model, ""),
             rules=serving.rules.make(sampling, end_ids),
             echo=generation.echo,
         )
+
+    @staticmethod
+    def _enter(serving: _Serving, job: Job, read: Sequence | BaseException) -> list[Output]:
+        """Queue a job that was read, or say why it cannot run; return what `submit` does."""
+        if isinstance(read, BaseException):
+            return [_failed(job, read)]
+        prior = job.generation.prior
+        if prior is not None:
+            try:
+                serving.prompts.known(prior.token_ids)
+                ended = read.resume(prior, replay=serving.way is Resume.REPLAY)
+            except TokenmqError as error:
+                return [_failed(job, error)]
+            if ended:
+                return ended
+        serving.batch.scheduler.add(read)
+        return []
 
     def _check_settings(self) -> None:
         self._wishes.check()
@@ -381,6 +419,13 @@ class TransformersEngine(Engine):
             raise
         except Exception as error:
             raise EngineLoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
+
+
+def _failed(job: Job, error: BaseException) -> Failed:
+    if isinstance(error, TokenmqError):
+        return Failed(job.ticket, error.code, error.message, error.retryable)
+    told = f"{type(error).__name__}: {first_line(error)}"
+    return Failed(job.ticket, ErrorCode.ENGINE_FAILED.value, f"the engine refused: {told}")
 
 
 def _name_of(model: str | os.PathLike[str]) -> str:

@@ -18,6 +18,9 @@ from .vision import Vision
 #: Characters for each token of the context, above which only a prompt's head is tokenised at first. Text has about
 #: four to a token.
 HEAD_CHARS = 16
+#: Characters for each token above which a text is not tokenised in whole: only long runs of one character have so
+#: many, and 4 million spaces take four seconds.
+MOST_CHARS = 64
 #: What `apply_chat_template` takes for itself, besides what it hands to the template.
 _OWN_ARGUMENTS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
 
@@ -59,6 +62,7 @@ class PromptReader:
         if images:
             self._check_images(generation)
         if generation.token_ids is not None:
+            self._check_length(generation.token_ids)  # first: to decode a million for an echo takes a second
             ids = self.known(generation.token_ids)
             prompt = Prompt(ids, self._tokenizer.decode(ids) if generation.echo else "")
         elif generation.messages is not None:
@@ -111,12 +115,17 @@ class PromptReader:
         return token_ids
 
     def _refuse_endless(self, text: str, *, special: bool) -> None:
-        # A head that has far too many tokens tells enough: all running rows stand still while a text is tokenised,
-        # and megabytes take seconds. What follows the head can merge with its last tokens, never with half of them.
+        # A head that has far too many tokens tells enough: megabytes take seconds to tokenise. What follows the head
+        # can merge with its last tokens, never with half of them.
         head, most = self._context * HEAD_CHARS, 2 * self._context
         if len(text) > head and len(self._tokenise(text[:head], special=special)) > most:
             raise BadRequestError(
                 f"the prompt has more than {most} tokens; model {self._name!r} has a context of {self._context}"
+            )
+        if len(text) > self._context * MOST_CHARS:
+            raise BadRequestError(
+                f"the prompt has {len(text)} characters; model {self._name!r} has a context of {self._context} "
+                f"tokens, and reads at most {MOST_CHARS} characters for each"
             )
 
     def _tokenise(self, text: str, *, special: bool) -> tuple[int, ...]:
