@@ -28,7 +28,6 @@ class Limits:
         message_bytes: payload and attachments of one request, 1 to limits.MAX_MESSAGE_BYTES.
         attachments: attachments of one request, 0 to limits.MAX_ATTACHMENTS; 0 allows none.
         open_requests: requests of one client that wait or run.
-        open_bytes: bytes of these, payloads and attachments; one request passes in any case.
         open_bytes: payloads and attachments of these; a single request always fits.
         requests_per_s: requests of one client.
         bytes_per_s: payloads and attachments of one client's requests; one whole request always fits.
@@ -49,8 +48,6 @@ class Limits:
     attachments: int = MAX_ATTACHMENTS
     #: More than the slots of a large pool and its waiting room; each costs the broker about two kilobytes.
     open_requests: int = 4_096
-    #: The broker keeps a request's bytes while it waits: eight of the largest, or a hundred with an image each.
-    open_bytes: int = 512 * _MIB
     #: The broker keeps what waits: a thousand prompts of half a megabyte.
     open_bytes: int = 512 * _MIB
     #: Half of what one core of a broker carries, so that one client alone cannot take it.
@@ -170,11 +167,6 @@ OPTIONS = (
         "--max-open-bytes", "open_bytes", "BYTES",
         "Bytes of the requests of one client that wait or run, which the broker keeps while they wait; more are "
         "refused as `rate_limited`. 0: no limit.",
-    ),
-    LimitOption(
-        "--max-open-bytes", "open_bytes", "BYTES",
-        "Bytes of one client's open requests, since the broker keeps them while they wait; more are refused as "
-        "`rate_limited`. 0: no limit.",
     ),
     LimitOption(
         "--requests-per-s", "requests_per_s", "N",

@@ -62,7 +62,7 @@ class TokenBucket:
             raise ValueError(f"a burst must be more than 0, got {burst}")
         #: Seconds in which the bucket regains 1, and all of it.
         self._each_s = 1 / rate if rate else 0.0
-        self._burst_s = burst * self._each_s
+        self._burst_s = burst * self._each_s if rate else math.inf
         self._full_at = -math.inf
 
     def take(self, amount: float, now: float) -> float:

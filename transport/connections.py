@@ -22,8 +22,8 @@ ConnectionId = tuple[int, int]
 
 #: Monitor events read in one call: a few milliseconds of work.
 _BATCH = 1_000
-#: Events that wait for the broker. With libzmq's default of 1,000 a storm of connections stops its I/O thread, and with
-#: it everybody's messages, until the broker looks.
+#: Events that wait for the broker. With libzmq's default of 1,000 a storm of connections stops its I/O thread, and
+#: with it everybody's messages, until the broker looks.
 _QUEUE_EVENTS = 100_000
 
 _ACCEPTED = int(zmq.EVENT_ACCEPTED)
