@@ -46,6 +46,7 @@ def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator
 
     chosen: dict[str, Any] = dict(click.get_current_context().obj)
     if broker:
+        chosen["server_key"] = _keys_of(broker, chosen["endpoints"], chosen["server_key"])
         chosen["endpoints"] = list(broker)
     if direct:
         chosen["direct"] = list(direct)
@@ -67,3 +68,17 @@ def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator
     except KeyboardInterrupt:
         click.echo(err=True)  # what follows stands below the terminal's ^C; the output gets no line more
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _keys_of(broker: tuple[str, ...], endpoints: list[str], server_keys: list[str]) -> list[str]:
+    """Return the server keys of some brokers, of those that the group of commands was given for others.
+
+    With one key for each of these, a broker that is not among them has none that is known.
+    """
+    if len(server_keys) != len(endpoints) or len(server_keys) < 2:
+        return server_keys
+    known = dict(zip(endpoints, server_keys, strict=True))
+    unknown = [endpoint for endpoint in broker if endpoint not in known]
+    if unknown:
+        fail(f"no --server-key is given for {unknown[0]}: name it with --broker before the command, in their order")
+    return [known[endpoint] for endpoint in broker]

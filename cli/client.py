@@ -25,6 +25,15 @@ from .options import option, settings, version_option
     "that share the work (zmq-broker --shards), to one taken at random.",
 )  # fmt: skip
 @option(
+    "--server-key", multiple=True, show_default="none", metavar="KEY",
+    help="The broker's public key, as text or as the path of its file: then the connection is encrypted. Repeatable: "
+    "one for all brokers, or one for each in the order of --broker.",
+)  # fmt: skip
+@option(
+    "--key", default="", show_default="none", metavar="FILE",
+    help="This client's secret key, made by `zmq-broker keys new`; goes with --server-key.",
+)  # fmt: skip
+@option(
     "--connect-timeout", type=click.FloatRange(min=0, min_open=True), default=CONNECT_TIMEOUT_S, metavar="S",
     help="Seconds to wait for a broker to answer.",
 )  # fmt: skip
@@ -53,6 +62,8 @@ from .options import option, settings, version_option
 def main(
     context: click.Context,
     broker: tuple[str, ...],
+    server_key: tuple[str, ...],
+    key: str,
     connect_timeout: float,
     queue_timeout: float | None,
     first_token_timeout: float,
@@ -63,6 +74,8 @@ def main(
     """Ask the models behind a broker, or the broker itself."""
     context.obj = {
         "endpoints": list(broker),
+        "server_key": list(server_key),
+        "key": key,
         "connect_timeout_s": connect_timeout,
         "queue_timeout_s": queue_timeout,
         "first_token_timeout_s": first_token_timeout,

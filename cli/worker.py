@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..transport.curves import curves
 from ..transport.endpoints import DEFAULT_BACKEND, EndpointError
 from ..worker.engines.openai.settings import API_KEY_VARIABLE, DIALECT_NAMES, SERVER_WAIT_S
 from ..worker.engines.transformers.task import AUTO, TASKS, engine_for
@@ -54,13 +55,22 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="A broker's backend. Repeatable: the worker registers with all of them.",
 )  # fmt: skip
 @option(
+    "--server-key", multiple=True, show_default="none", metavar="KEY",
+    help="The broker's public key, as text or as the path of its file: then the connection is encrypted. Repeatable: "
+    "one for all brokers, or one for each in the order of --broker.",
+)  # fmt: skip
+@option(
+    "--key", default="", show_default="none", metavar="FILE",
+    help="This worker's secret key, made by `zmq-broker keys new`; goes with --server-key.",
+)  # fmt: skip
+@option(
     "--direct", default="", metavar="ENDPOINT", show_default="none",
     help="An endpoint of this worker's own, such as tcp://10.0.0.7:6000 (port *: a free one), where clients that ask "
     "for it take their tokens past the broker. See docs/direct.md.",
 )  # fmt: skip
 @option(
     "--insecure", is_flag=True,
-    help="Allow a --direct that other machines can reach, unencrypted and open to all.",
+    help="Allow a --direct that other machines can reach, without keys: unencrypted and open to all.",
 )  # fmt: skip
 @option("--worker-name", show_default="HOST-PID", metavar="NAME", help="This worker's own name.")
 @option("--slots", type=int, default=SLOTS, metavar="N", help="Requests to run at a time.")
@@ -174,6 +184,8 @@ def main(
     engine: str,
     task: str,
     broker: tuple[str, ...],
+    server_key: tuple[str, ...],
+    key: str,
     direct: str,
     insecure: bool,
     worker_name: str | None,
@@ -272,6 +284,7 @@ def main(
             reader_timeout_s=reader_timeout,
             direct=direct,
             insecure=insecure,
+            curves=curves(server_key, key, broker),
         )
         refuse_parallel(engine, tensor_parallel)
         refuse_foreign(click.get_current_context(), engine)

@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Generic
 
 from ..protocol.credit import WINDOW_TOKENS
@@ -48,6 +49,8 @@ class BaseClient(ABC, Generic[StreamT_co]):
         inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S,
         hedge_after_s: float | None = None,
         direct: str | Sequence[str] | None = None,
+        server_key: str | Path | Sequence[str | Path] | None = None,
+        key: str | Path | None = None,
     ) -> None:
         """Begin to connect, and do not wait for it.
 
@@ -76,6 +79,11 @@ class BaseClient(ABC, Generic[StreamT_co]):
             direct: take tokens from workers themselves, past the broker, where they offer it (`zmq-worker --direct`)
                 and are in these networks: `"10.0.0.0/8"`, an address, a host's name, `"ipc"`, or several of them. No
                 other worker is dialled, and what cannot be reached comes through the broker. None for never.
+            server_key: the broker's public key, as 40 characters of Z85 or as the path of its file; several, one for
+                each endpoint, where the brokers have different ones. None for the environment's
+                TOKENMQ_CLIENT_SERVER_KEY, "" for no CURVE.
+            key: the path of this client's secret key, made by `zmq-broker keys new`. None for the environment's
+                TOKENMQ_CLIENT_KEY, "" for no CURVE.
 
         Raises:
             BadRequestError: an argument is not valid; the message names it.
@@ -96,6 +104,8 @@ class BaseClient(ABC, Generic[StreamT_co]):
             inter_token_timeout_s=inter_token_timeout_s,
             hedge_after_s=hedge_after_s,
             direct=direct,
+            server_key=server_key,
+            key=key,
         )
         self._connection = Connection(self._settings)
         # The thread holds the connection, not the client: a client that is forgotten without close() ends it, too.

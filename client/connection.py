@@ -20,13 +20,15 @@ from typing import Any, TypeAlias
 
 import zmq
 
-from ..protocol.codec import decode, encode
+from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
 from ..protocol.errors import ClientClosedError, ProtocolError, TokenmqError
 from ..protocol.log import Log, write
 from ..protocol.messages import Message
+from ..protocol.refusal import Refusal
 from ..transport.endpoints import EndpointError
+from ..transport.keys import Curve
 from ..transport.link import Link
-from ..transport.monitor import ConnectionEvent
+from ..transport.monitor import REFUSALS, ConnectionEvent
 from ..transport.pump import Pump
 from ..transport.rounds import Rounds
 from .core import ClientCore
@@ -43,6 +45,7 @@ from .events import (
     Dial,
     Ended,
     Event,
+    Garbled,
     HangUp,
     Heard,
     Lost,
@@ -51,6 +54,7 @@ from .events import (
     Parted,
     Reached,
     Received,
+    Refused,
     Send,
     Submit,
     Tell,
@@ -77,14 +81,25 @@ class _Side:
     """The links of one kind, to brokers or to workers, and how the core is told what happens at them."""
 
     connected: Callable[[str], Event]
+    refused: Callable[[str, Refusal], Event]
     lost: Callable[[str, str], Event]
     received: Callable[[str, Message], Event]
     malformed: Callable[[str, ProtocolError], Event]
+    garbled: Callable[[str, ProtocolError], Event]
     links: dict[str, Link] = field(default_factory=dict)
 
 
 def _nonsense(endpoint: str, error: ProtocolError) -> Parted:
     return Parted(endpoint, f"the worker sent what is no message: {error.message}")
+
+
+def _shut_out(endpoint: str, refusal: Refusal) -> Parted:
+    return Parted(endpoint, f"the handshake failed: {refusal.value}")
+
+
+def _is_chunks(frames: list[bytes]) -> bool:
+    """Tell whether a message has at least the header of CHUNKS."""
+    return frames[0].startswith(CHUNKS_PREFIX) and len(frames[0]) >= HEADER_BYTES
 
 
 class Connection:
@@ -104,8 +119,10 @@ class Connection:
         self._commands: deque[tuple[Event, _Receiver]] = deque()
         self._finished = threading.Event()
         self._failure = "the client is closed"
-        self._brokers = _Side(Connected, Lost, Received, Malformed)
-        self._workers = _Side(Reached, Parted, Heard, _nonsense)
+        self._brokers = _Side(Connected, Refused, Lost, Received, Malformed, Garbled)
+        self._workers = _Side(Reached, _shut_out, Parted, Heard, _nonsense, _nonsense)
+        self._curves = dict(zip(settings.endpoints, settings.curves, strict=False))  # none, or one for each
+        self._pair = settings.curves[0].pair if settings.curves else None
         self._mailboxes: dict[bytes, Mailbox] = {}
         self._answers: dict[bytes, _Answer] = {}
         #: Mailboxes that got something in this turn, in the order of arrival.
@@ -208,15 +225,19 @@ class Connection:
         if ConnectionEvent.CONNECTED in changed:
             self._tell(side.connected(endpoint))
         flags = ready.get(link.socket, 0)
-        lost = next((change for change in changed if change is not ConnectionEvent.CONNECTED), None)
-        if flags & zmq.POLLIN or lost is not None:
+        refusal = next((REFUSALS[change] for change in changed if change in REFUSALS), None)
+        if refusal is not None:
+            self._tell(side.refused(endpoint, refusal))
+            return
+        lost = ConnectionEvent.DISCONNECTED in changed
+        if flags & zmq.POLLIN or lost:
             # What came before the connection broke is still there, and may hold the end of a stream.
-            while self._receive(side, endpoint, link) == _BATCH_MESSAGES and lost is not None:
+            while self._receive(side, endpoint, link) == _BATCH_MESSAGES and lost:
                 continue
         if side.links.get(endpoint) is not link:
             return  # the session has ended
-        if lost is not None:
-            self._tell(side.lost(endpoint, f"connection {lost.value}"))
+        if lost:
+            self._tell(side.lost(endpoint, "connection disconnected"))
         elif flags & zmq.POLLOUT:
             link.flush()
 
@@ -228,7 +249,7 @@ class Connection:
             try:
                 event = side.received(endpoint, decode(frames))
             except ProtocolError as error:
-                event = side.malformed(endpoint, error)
+                event = (side.garbled if _is_chunks(frames) else side.malformed)(endpoint, error)
             self._tell(event)
         return len(messages)
 
@@ -258,7 +279,8 @@ class Connection:
 
     def _open(self, action: Open) -> None:
         try:
-            self._brokers.links[action.endpoint] = Link(self._context, action.endpoint, self._pump)
+            curve = self._curves.get(action.endpoint)
+            self._brokers.links[action.endpoint] = Link(self._context, action.endpoint, self._pump, curve=curve)
         except (EndpointError, zmq.ZMQError) as error:  # out of file descriptors is what may pass, too
             self._tell(Lost(action.endpoint, str(error)))
 
@@ -275,7 +297,8 @@ class Connection:
 
     def _dial(self, action: Dial) -> None:
         try:
-            link = Link(self._context, action.endpoint, self._pump, heartbeats=True)
+            curve = Curve(self._pair, action.server_key) if self._pair and action.server_key else None
+            link = Link(self._context, action.endpoint, self._pump, heartbeats=True, curve=curve)
         except (EndpointError, zmq.ZMQError) as error:
             self._tell(Parted(action.endpoint, str(error)))
         else:

@@ -12,13 +12,16 @@ core knows no zmq, no thread and no clock: each call brings the time, in seconds
 
 from __future__ import annotations
 
+import logging
+import math
 import random as random_module
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from ..protocol.messages import Chunks, Disconnect, Error, Finish, Message, Reply, Started
+from ..protocol.messages import Chunks, Disconnect, DisconnectCode, Error, Finish, Message, Reply, Started
 from ..protocol.orders import Orders
+from ..protocol.refusal import AT_FRONTEND, Refusal, explain
 from ..transport.networks import Networks
 from .direct import Direct
 from .events import (
@@ -28,6 +31,7 @@ from .events import (
     Close,
     Connected,
     Event,
+    Garbled,
     Grant,
     Heard,
     Lost,
@@ -35,6 +39,7 @@ from .events import (
     Parted,
     Reached,
     Received,
+    Refused,
     Submit,
 )
 from .exchange import Exchange
@@ -43,6 +48,9 @@ from .session import Phase, Session, SessionOver
 from .sessions import Sessions
 from .settings import Settings
 from .streams import error_from
+
+#: One line about what a worker has sent that cannot be read is enough for so long.
+GARBLED_AGAIN_S = 10.0
 
 
 class ClientCore:
@@ -61,7 +69,9 @@ class ClientCore:
         """
         self._orders: Orders[Action] = Orders()
         self.sessions = Sessions(settings, self._orders, random)
-        self._direct = Direct(Networks.of(settings.direct), self._orders)
+        self._keyed = bool(settings.curves)
+        self._garbled_again_at = -math.inf
+        self._direct = Direct(Networks.of(settings.direct), self._orders, keyed=self._keyed)
         self._exchange = Exchange(settings, self.sessions, self._direct, self._orders, random)
         self._queries = Queries(settings, self.sessions, self._orders)
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
@@ -70,9 +80,11 @@ class ClientCore:
             Grant: self._exchange.grant,
             Ask: self._queries.ask,
             Connected: self._connected,
+            Refused: self._refused,
             Lost: self._lost,
             Received: self._received,
             Malformed: self._malformed,
+            Garbled: self._garbled,
             Reached: self._reached,
             Parted: self._parted,
             Heard: self._heard,
@@ -108,7 +120,8 @@ class ClientCore:
                 self._orders.add(heartbeat)
             if session.start_due(now):
                 self._orders.add(session.start(now))
-        if self.sessions.gathered(now):
+        gathered, reopened = self.sessions.gathered(now), self.sessions.reopened(now)
+        if gathered or reopened:
             self._exchange.send_waiting(now)
         for endpoint in self._direct.unreached(now):
             self._direct.part(endpoint, "not connected in time")
@@ -155,6 +168,12 @@ class ClientCore:
         if session.phase is Phase.CONNECTING:
             self._orders.add(session.greet(now))
 
+    def _refused(self, event: Refused, now: float) -> None:
+        session = self.sessions[event.endpoint]
+        if session.has_socket:
+            reason = explain(event.refusal, session.endpoint, keyed=self._keyed, place=AT_FRONTEND)
+            self._end_session(session, reason, now, farewell=False, handshake=event.refusal)
+
     def _lost(self, event: Lost, now: float) -> None:
         session = self.sessions[event.endpoint]
         if session.has_socket:
@@ -166,6 +185,20 @@ class ClientCore:
             reason = f"the broker sent what is no message: {event.error.message}"
             self._end_session(session, reason, now, farewell=True)
 
+    def _garbled(self, event: Garbled, now: float) -> None:
+        """Drop what a worker has sent and nobody can read: its streams miss it, and all others notice nothing."""
+        session = self.sessions[event.endpoint]
+        if not session.open:
+            return
+        session.heard(now)
+        self._exchange.dropped["garbled"] += 1
+        if now >= self._garbled_again_at:
+            self._garbled_again_at = now + GARBLED_AGAIN_S
+            self._orders.log(
+                "chunks_garbled", level=logging.WARNING, endpoint=event.endpoint, reason=event.error.message,
+                so_far=self._exchange.dropped["garbled"],
+            )  # fmt: skip
+
     def _received(self, event: Received, now: float) -> None:
         session = self.sessions[event.endpoint]
         # In any other phase it came through a socket that is closed already.
@@ -175,14 +208,18 @@ class ClientCore:
         try:
             about_request = session.hear(event.message, now)
         except SessionOver as over:
-            self._end_session(session, over.reason, now, farewell=not over.mutual)
+            handshake = Refusal.FORBIDDEN if over.code is DisconnectCode.FORBIDDEN else None
+            limited = over.code is DisconnectCode.RATE_LIMITED
+            self._end_session(
+                session, over.reason, now, farewell=not over.mutual, handshake=handshake, limited=limited
+            )
             return
         if about_request:
             self._take(event.message, event.endpoint, now)
         elif session.open and not was_open:
             self.sessions.opened(session, now)
             self._exchange.send_waiting(now)
-            self._queries.session_opened(now)
+            self._queries.send_waiting(now)
 
     def _reached(self, event: Reached, now: float) -> None:
         self._direct.connected(event.endpoint, now)
@@ -220,7 +257,7 @@ class ClientCore:
         elif isinstance(message, Started):
             taken = self._exchange.started(message, endpoint, now)
             if taken and message.direct and message.key is not None:
-                self._direct.offered(message.direct, message.key, endpoint, now)
+                self._direct.offered(message.direct, message.key, endpoint, now, message.server_key)
         elif isinstance(message, Error):
             if message.id in self._queries:
                 self._queries.answer(message.id, error=error_from(message))
@@ -229,13 +266,24 @@ class ClientCore:
         elif isinstance(message, Reply) and not self._queries.reply(message):
             self._exchange.dropped["unknown"] += 1
 
-    def _end_session(self, session: Session, reason: str, now: float, *, farewell: bool) -> None:
-        self.sessions.end(session, reason, now, farewell=farewell)
+    def _end_session(
+        self,
+        session: Session,
+        reason: str,
+        now: float,
+        *,
+        farewell: bool,
+        handshake: Refusal | None = None,
+        limited: bool = False,
+    ) -> None:
+        self.sessions.end(session, reason, now, farewell=farewell, handshake=handshake, limited=limited)
         self._session_ended(session, reason, now)
 
     def _session_ended(self, session: Session, reason: str, now: float) -> None:
         message = f"the session with the broker at {session.endpoint} ended: {reason}"
         self._direct.session_ended(session.endpoint)
         self._exchange.session_ended(session.endpoint, message, now)
-        self._exchange.send_waiting(now)  # what has waited for this one goes to another of its group
+        # What has waited for this one goes to another of its group, or fails where no other can be had.
+        self._exchange.send_waiting(now)
         self._queries.session_ended(session.endpoint, message)
+        self._queries.send_waiting(now)

@@ -54,13 +54,15 @@ class _Link:
 class Direct:
     """All links to workers, by endpoint."""
 
-    def __init__(self, networks: Networks, orders: Orders[Action]) -> None:
+    def __init__(self, networks: Networks, orders: Orders[Action], *, keyed: bool = False) -> None:
         """Have none.
 
         Args:
             networks: where workers may be that are dialled.
             orders: takes what is to be done.
+            keyed: the client has keys: then it dials only workers that have some, too, and else only others.
         """
+        self._keyed = keyed
         self._networks = networks
         self._orders = orders
         self._links: dict[str, _Link] = {}
@@ -80,11 +82,19 @@ class Direct:
         """Return the broker that has given the key of a link; None where none has, or has for another one."""
         return self._links[endpoint].keys.get(key)
 
-    def offered(self, endpoint: str, key: bytes, broker: str, now: float) -> None:
-        """Take a broker's word that chunks can be had at this endpoint, with this key."""
+    def offered(self, endpoint: str, key: bytes, broker: str, now: float, server_key: str = "") -> None:
+        """Take a broker's word that chunks can be had at this endpoint, with this key.
+
+        Args:
+            endpoint: the worker's own.
+            key: what is shown there.
+            broker: who says so.
+            now: the time.
+            server_key: the worker's public key; "" where it speaks no CURVE.
+        """
         link = self._links.get(endpoint)
         if link is None:
-            link = self._dial(endpoint, now)
+            link = self._dial(endpoint, server_key, now)
             if link is None:
                 return
         if link.open:
@@ -98,7 +108,10 @@ class Direct:
         if link.open:
             self._orders.add(Tell(endpoint, Attach(key)))
 
-    def _dial(self, endpoint: str, now: float) -> _Link | None:
+    def _dial(self, endpoint: str, server_key: str, now: float) -> _Link | None:
+        # What is encrypted elsewhere is not to leave in the clear, and without keys nobody would be let in.
+        if bool(server_key) is not self._keyed:
+            return None
         if len(self._links) >= MOST_LINKS or now < self._tried.get(endpoint, -REDIAL_S) + REDIAL_S:
             return None
         if not self._networks.has(endpoint):
@@ -108,7 +121,7 @@ class Direct:
         if len(self._tried) > _MOST_TRIED:
             self._tried.popitem(last=False)
         link = self._links[endpoint] = _Link(now + DIAL_S)
-        self._orders.add(Dial(endpoint))
+        self._orders.add(Dial(endpoint, server_key))
         return link
 
     def connected(self, endpoint: str, now: float) -> None:

@@ -11,6 +11,7 @@ from ..protocol.errors import ProtocolError, TokenmqError
 from ..protocol.limits import NORMAL_PRIORITY
 from ..protocol.log import Log
 from ..protocol.messages import Chunk, FinishReason, Message, Timings, Usage
+from ..protocol.refusal import Refusal
 from ..protocol.values import value
 
 # Events
@@ -85,6 +86,14 @@ class Connected:
 
 
 @value
+class Refused:
+    """The handshake with this broker failed; the present socket is of no more use."""
+
+    endpoint: str
+    refusal: Refusal
+
+
+@value
 class Lost:
     """The connection of the present socket to this broker is broken, or cannot be made."""
 
@@ -103,6 +112,14 @@ class Received:
 @value
 class Malformed:
     """Bytes came in on the present socket to this broker that are no message."""
+
+    endpoint: str
+    error: ProtocolError
+
+
+@value
+class Garbled:
+    """CHUNKS came in on the present socket to this broker that cannot be read: the broker forwards them unread."""
 
     endpoint: str
     error: ProtocolError
@@ -137,8 +154,9 @@ class Close:
 
 
 Event: TypeAlias = (
-    Submit | CancelStream | Grant | Ask | Connected | Lost | Received | Malformed | Reached | Parted | Heard | Close
-)
+    Submit | CancelStream | Grant | Ask | Connected | Refused | Lost | Received | Malformed | Garbled
+    | Reached | Parted | Heard | Close
+)  # fmt: skip
 
 
 # Actions
@@ -208,9 +226,10 @@ class Send:
 
 @value
 class Dial:
-    """Connect to a worker; tell Reached or Parted."""
+    """Connect to a worker, with CURVE where it has a public key; tell Reached or Parted."""
 
     endpoint: str
+    server_key: str = ""
 
 
 @value

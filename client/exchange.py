@@ -19,16 +19,25 @@ the way of a single attempt again.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 
-from ..protocol.errors import BadRequestError, BrokerLostError, ClientClosedError, ErrorCode, TokenmqError
+from ..protocol.errors import (
+    BadRequestError,
+    BrokerLostError,
+    ClientClosedError,
+    ErrorCode,
+    RateLimitedError,
+    TokenmqError,
+)
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
 from ..protocol.orders import Orders
 from ..protocol.timers import Timers
 from .attempt import OpenAttempt
 from .direct import Direct
 from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit, Tell
+from .line import Line
 from .recovery import cannot_resume, final_error, pause_s, too_late, unserved
 from .sessions import Sessions
 from .settings import Settings
@@ -63,6 +72,7 @@ class Exchange:
         self._orders = orders
         self._random = random
         self._streams: dict[bytes, OpenStream] = {}
+        self._line = Line()
         #: When each stream needs a look: the end of a wait or a rest, its deadline, its worker's silence.
         self._timers = Timers()
 
@@ -72,6 +82,7 @@ class Exchange:
         """Begin a stream."""
         kind = OpenTexts if event.texts else OpenStream
         stream = self._streams[event.id] = kind(event, now)
+        stream.turn = self._line.draw()
         if self._sessions.closed:
             self._end(stream, ClientClosedError("the client is closed", request_id=event.id.hex()))
         else:
@@ -114,6 +125,7 @@ class Exchange:
         if found is None:
             return False
         stream, attempt = found
+        self._sessions[endpoint].gate.moved(now)
         stream.started(attempt, message.worker, now)
         attempt.direct = message.direct
         self._orders.add(Attempted(stream.id, stream.attempts()))
@@ -159,6 +171,7 @@ class Exchange:
         found = self._find(message.id, message.attempt, endpoint)
         if found is None:
             return
+        self._sessions[endpoint].gate.moved(now)
         stream, attempt = found
         if message.chunks <= attempt.chunks:
             self._finish(stream, attempt, message, now)
@@ -205,12 +218,11 @@ class Exchange:
         return stream, attempt
 
     def send_waiting(self, now: float) -> None:
-        """Send what has waited for a broker, if one takes it now, in the order of submission."""
-        if self._sessions.best() is None:
-            return
-        for stream in list(self._streams.values()):
-            if stream.place is Place.WAITING:
-                self._send(stream, now)
+        """Send what has waited for a broker, as far as one takes it now, in the order of submission."""
+        while self._line and (self._sessions.best() or self._sessions.hopeless("")):
+            stream = self._streams[self._line.pop()]
+            stream.place = Place.RESTING
+            self._send(stream, now)
 
     def session_ended(self, endpoint: str, why: str, now: float) -> None:
         """Take the failure of all attempts that had left in it."""
@@ -244,9 +256,17 @@ class Exchange:
                 self._end(stream, too_late(stream))
             elif stream.place is Place.RESTING:
                 self._send(stream, now)
+            elif (until := self._held_until()) > now:
+                stream.waits_until = until
+                self._set_timer(stream, until, stream.deadline)
             else:
                 error = self._sessions.none_came(key.hex(), self._patience_s(stream))
                 self._end(stream, unserved(stream, error))
+
+    def _held_until(self) -> float:
+        """Return how long requests wait for a broker that limits this client, as long as it takes some of them."""
+        since = self._sessions.held_since()
+        return -math.inf if since is None else since + self._settings.recovery_timeout_s
 
     def _look_at_sent(self, stream: OpenStream, now: float) -> None:
         if stream.deadline is not None and now >= stream.deadline + DEADLINE_SLACK_S:
@@ -284,23 +304,43 @@ class Exchange:
         """Let the present attempt leave, or wait for a session."""
         session = self._sessions.best()
         if session is None:
-            stream.place = Place.WAITING
-            begun = now if stream.lost_at is None else stream.lost_at
-            stream.waits_until = begun + self._patience_s(stream)
-            self._set_timer(stream, stream.waits_until, stream.deadline)
+            self._wait(stream, now)
             return
+        if stream.held_at is not None:
+            # It stood in a broker's line; that is not being lost.
+            stream.lost_at = None if stream.lost_at is None else stream.lost_at + now - stream.held_at
+            stream.held_at = None
         try:
             request = stream.leave(session.endpoint, self._settings, now)
         except BadRequestError as error:  # only with tokens: what broke the stream is what its reader should know
             self._end(stream, cannot_resume(stream, error))
             return
-        self._sessions.send(session.endpoint, request, now)
+        self._sessions.submit(session.endpoint, request, now)
         self._watch(stream)
+
+    def _wait(self, stream: OpenStream, now: float) -> None:
+        """Let the present attempt wait for a session, if one may come."""
+        error = self._sessions.hopeless(stream.id.hex())
+        if error is not None:
+            self._end(stream, unserved(stream, error))
+            return
+        stream.place = Place.WAITING
+        self._line.join(stream.turn, stream.id)
+        begun = now if stream.lost_at is None else stream.lost_at
+        stream.waits_until = begun + self._patience_s(stream)
+        if self._sessions.held_since() is not None:
+            stream.held_at = now if stream.held_at is None else stream.held_at
+            stream.waits_until = max(stream.waits_until, now + self._settings.recovery_timeout_s)
+        self._set_timer(stream, stream.waits_until, stream.deadline)
 
     def _hedge(self, stream: OpenStream, now: float) -> None:
         """Ask for a second worker beside the one that is late."""
         late = stream.open[0]
-        self._sessions.send(stream.endpoint, stream.hedge(self._settings, now), now)
+        if not self._sessions[stream.endpoint].gate.open:
+            late.hedged = True  # it wants no more of us than it has to take
+            self._watch(stream)
+            return
+        self._sessions.submit(stream.endpoint, stream.hedge(self._settings, now), now)
         self._orders.log("request_hedged", stream.id, attempt=stream.last, late=late.worker)
         self._orders.add(Attempted(stream.id, stream.attempts()))
         self._watch(stream)
@@ -338,24 +378,28 @@ class Exchange:
 
     def _fault(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float) -> None:
         """Take the failure of an attempt: the other one goes on, or the next one repairs it, or the stream ends."""
+        limited = isinstance(error, RateLimitedError)
+        if limited:
+            self._sessions[stream.endpoint].gate.refused(error.retry_after_s, stream.left_at, now)
         if len(stream.open) > 1:
             # A hedge that no worker was free for is no failure.
             self._close(stream, attempt, error if attempt.served or not attempt.hedge else None)
             self._watch(stream)
             return
-        pause = pause_s(stream.barren_attempts, error.retry_after_s, self._random)
+        # Who has reached a limit waits in line with the others that have, and not for himself.
+        pause = 0.0 if limited else pause_s(stream.barren_attempts, error.retry_after_s, self._random)
         final = final_error(stream, error, self._settings, now, now + pause)
         if final is not None:
             self._end(stream, final)
             return
-        stream.fail(error, now)
+        stream.fail(error, now, limited=limited)
+        level = logging.DEBUG if limited else logging.WARNING  # of a burst it would be thousands of lines
         self._orders.log(
-            "request_resumed", stream.id, logging.WARNING, attempt=stream.last, tokens=len(stream.tokens),
+            "request_resumed", stream.id, level, attempt=stream.last, tokens=len(stream.tokens),
             code=error.code, why=error.message, pause_s=pause,
         )  # fmt: skip
         self._orders.add(Attempted(stream.id, stream.attempts()))
         if pause > 0:
-            stream.place = Place.RESTING
             self._set_timer(stream, now + pause, stream.deadline)
         else:
             self._send(stream, now)
@@ -378,6 +422,8 @@ class Exchange:
     def _end(self, stream: OpenStream, outcome: Ending | TokenmqError) -> None:
         del self._streams[stream.id]
         self._timers.drop(stream.id)
+        if stream.place is Place.WAITING:
+            self._line.leave(stream.id)
         error = None if isinstance(outcome, Ending) else outcome
         self._orders.add(Ended(stream.id, stream.attempts(error), outcome))
 
@@ -388,6 +434,8 @@ class Exchange:
             AssertionError: one is broken.
         """
         timed = 0
+        waiting = [stream for stream in self._streams.values() if stream.place is Place.WAITING]
+        assert len(waiting) == len(self._line), "something waits in no line, or is gone and still does"
         for key, stream in self._streams.items():
             window, sent = stream.order.window, stream.place is Place.SENT
             assert stream.id == key, "a stream under a foreign id"
@@ -405,6 +453,7 @@ class Exchange:
                 assert self._sessions[stream.endpoint].open, "sent without a session"
             if stream.place is Place.WAITING:
                 assert self._sessions.best() is None, "something waits although a session is open"
+                assert self._sessions.hopeless("") is None, "something waits in vain"
             for attempt in stream.open:
                 assert not attempt.link or self._direct.is_open(attempt.link), "chunks by a link that is no more"
                 assert attempt.finish is None or attempt.chunks < attempt.finish.chunks, "an end that is held back"

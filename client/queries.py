@@ -50,13 +50,15 @@ class Queries:
     def _send(self, query: _Open, now: float) -> None:
         session = self._sessions.any_open()
         if session is None:
+            if error := self._sessions.hopeless(query.question.id.hex()):
+                self.answer(query.question.id, error=error)
             return
         question, query.endpoint = query.question, session.endpoint
         self._sessions.send(session.endpoint, Query(question.id, question.method, question.arguments), now)
         self._timers.set(question.id, now + self._settings.query_timeout_s)
 
-    def session_opened(self, now: float) -> None:
-        """Send what has waited for it."""
+    def send_waiting(self, now: float) -> None:
+        """Send what has waited for a session, if there is one now; fail it where none can be had."""
         for query in list(self._open.values()):
             if not query.endpoint:
                 self._send(query, now)
@@ -113,3 +115,4 @@ class Queries:
                 assert self._sessions[query.endpoint].open, "asked without a session"
             else:
                 assert self._sessions.any_open() is None, "a question waits although a session is open"
+                assert self._sessions.hopeless("") is None, "a question waits in vain"

@@ -19,6 +19,7 @@ from ..protocol.liveness import Liveness
 from ..protocol.messages import (
     Chunks,
     Disconnect,
+    DisconnectCode,
     Draining,
     Error,
     Finish,
@@ -29,7 +30,9 @@ from ..protocol.messages import (
     Started,
     Welcome,
 )
+from ..protocol.refusal import Refusal
 from .events import Open, Send
+from .gate import Gate
 from .settings import Settings
 
 #: Pause before the next try; doubled each time, also after a session that was shorter than the longest pause. A
@@ -41,6 +44,8 @@ BACKOFF_MAX_S = 2.0
 ATTEMPT_S = 1.0
 #: Time for WELCOME after HELLO: a busy broker answers within its loop's lag.
 GREETING_S = 2.0
+#: Pause after a broker has cut us off for sending too much: longer than any back-off, so that it notices.
+LIMITED_PAUSE_S = 3.0
 
 _FROM_BROKER = (Chunks, Finish, Error, Started, Reply)
 
@@ -61,13 +66,15 @@ class SessionOver(Exception):  # noqa: N818 - a farewell is no error
     Attributes:
         reason: for a person.
         mutual: the broker knows that already, so it is told no GOODBYE.
+        code: what the broker's DISCONNECT says; None where there is none.
     """
 
-    def __init__(self, reason: str, *, mutual: bool = False) -> None:
+    def __init__(self, reason: str, *, mutual: bool = False, code: DisconnectCode | None = None) -> None:
         """Note why, and whether the broker knows."""
         super().__init__(reason)
         self.reason = reason
         self.mutual = mutual
+        self.code = code
 
 
 class Session:
@@ -81,6 +88,10 @@ class Session:
         tried: it has been open, or a try has failed.
         draining: the broker shuts down, and wants no new requests.
         failure: why the last try to get a session failed; "" while there is one.
+        refusal: how the broker refuses this client, whose keys it will not have as they are; None where it does not,
+            or may only have ended in the middle of a handshake.
+        limited: the broker has ended the session because this client sent too much; until the next one.
+        gate: how fast requests may leave for this broker.
         sent: messages sent in this session.
         received: messages received in this session.
     """
@@ -97,6 +108,8 @@ class Session:
         self._backoff_s = BACKOFF_S
         self._deadline: float = 0.0
         self._opened_at: float = 0.0
+        self._welcomed = False
+        self._broken_off = 0
         self._liveness: Liveness | None = None
         self.phase = Phase.PAUSED
         self.endpoint = endpoint
@@ -105,6 +118,9 @@ class Session:
         self.tried = False
         self.draining = False
         self.failure = ""
+        self.refusal: Refusal | None = None
+        self.limited = False
+        self.gate = Gate()
         self.sent = 0
         self.received = 0
 
@@ -115,8 +131,23 @@ class Session:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether the broker wants new requests."""
+        """Whether the broker wants new requests, and now."""
+        return self.phase is Phase.OPEN and not self.draining and self.gate.open
+
+    @property
+    def answers(self) -> bool:
+        """Whether the broker is the one to ask: it is there and stays."""
         return self.phase is Phase.OPEN and not self.draining
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing but the broker's limits keeps requests here."""
+        return self.limited or (self.answers and not self.gate.open)
+
+    @property
+    def absent(self) -> bool:
+        """Whether no broker was ever found there, and not at the last try either."""
+        return not self._welcomed and bool(self.failure)
 
     @property
     def has_socket(self) -> bool:
@@ -150,11 +181,9 @@ class Session:
             SessionOver: the session cannot go on.
         """
         before = self.received
-        self.received += 1
-        if self._liveness is not None:
-            self._liveness.heard(now)
-            if isinstance(message, _FROM_BROKER):
-                return True
+        self.heard(now)
+        if self._liveness is not None and isinstance(message, _FROM_BROKER):
+            return True
         if isinstance(message, Heartbeat):
             if message.sent != before:
                 raise SessionOver(f"the broker has sent {message.sent} messages, {before} arrived")
@@ -163,12 +192,19 @@ class Session:
         elif isinstance(message, Draining) and self.phase is Phase.OPEN:
             self.draining = True
         elif isinstance(message, Disconnect):
-            raise SessionOver(f"the broker ended the session: {message.code.value}: {message.message}", mutual=True)
+            reason = f"the broker ended the session: {message.code.value}: {message.message}"
+            raise SessionOver(reason, mutual=True, code=message.code)
         elif isinstance(message, Goodbye):
             raise SessionOver("the broker said goodbye", mutual=True)
         else:
             raise SessionOver(f"unexpected {message.command.name} while {self.phase.value}")
         return False
+
+    def heard(self, now: float) -> None:
+        """Count a message that came in, whatever it says."""
+        self.received += 1
+        if self._liveness is not None:
+            self._liveness.heard(now)
 
     def _welcome(self, message: Welcome, now: float) -> None:
         self.phase = Phase.OPEN
@@ -177,6 +213,10 @@ class Session:
         self.tried = True
         self.draining = False
         self.failure = ""
+        self.refusal = None
+        self.limited = False
+        self._welcomed = True
+        self._broken_off = 0
         self._opened_at = now
         self._liveness = Liveness(message.heartbeat_s, message.expiry_s, heard_at=now, spoke_at=now)
 
@@ -204,8 +244,18 @@ class Session:
         if self._liveness is not None:
             self._liveness.forgive(lag_s)
 
-    def pause(self, reason: str, now: float) -> None:
-        """Be without a session; `start` is due after a back-off."""
+    def pause(self, reason: str, now: float, *, handshake: Refusal | None = None, limited: bool = False) -> None:
+        """Be without a session; `start` is due after a back-off.
+
+        Args:
+            reason: for a person.
+            now: the time.
+            handshake: how it failed, or what a DISCONNECT says that means the same; None where neither did.
+            limited: the broker has enough of us for now.
+        """
+        self._broken_off = self._broken_off + 1 if handshake is Refusal.BROKEN_OFF else 0
+        self.refusal = self._judged(handshake)
+        self.limited = limited
         if self.open and now - self._opened_at >= BACKOFF_MAX_S:
             self._backoff_s = BACKOFF_S
         self.phase = Phase.PAUSED
@@ -213,8 +263,21 @@ class Session:
         self.failure = reason
         self.draining = False
         self._liveness = None
+        if limited:
+            self._deadline = now + LIMITED_PAUSE_S * (1 + self._random() / 2)
+            return
         self._deadline = now + self._backoff_s * (0.5 + self._random() / 2)
         self._backoff_s = min(2 * self._backoff_s, self._backoff_max_s)
+
+    def _judged(self, handshake: Refusal | None) -> Refusal | None:
+        """Return what a failed handshake says of our keys; None for nothing.
+
+        One that breaks off may be that of a broker that ends just then. Twice in a row, at a broker that has never
+        welcomed us, and with keys, it is a wrong public key: of that, libzmq tells no more.
+        """
+        if handshake is not Refusal.BROKEN_OFF:
+            return handshake
+        return handshake if self._settings.curves and self._broken_off > 1 and not self._welcomed else None
 
     def close(self) -> None:
         """Be done for good."""

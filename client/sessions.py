@@ -7,6 +7,8 @@ the one of the group that takes requests and comes first in an order that this c
 - all streams of one client are at one broker, whose worker sends the tokens of all in one message;
 - a broker that comes back gets its clients' next requests; what runs elsewhere ends there.
 
+A broker whose limits this client has reached takes no request for a while (`gate.py`): another one may.
+
 Questions go to the first in the client's order: they are about a broker, and not work to be spread.
 """
 
@@ -15,9 +17,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
-from ..protocol.errors import DrainingError, NoBrokerError, TokenmqError
-from ..protocol.messages import Goodbye, Message
+from ..protocol.errors import DrainingError, ForbiddenError, NoBrokerError, RateLimitedError, TokenmqError
+from ..protocol.messages import Goodbye, Message, Request
 from ..protocol.orders import Orders
+from ..protocol.refusal import Refusal
 from .events import Action, CloseSocket
 from .session import Phase, Session
 from .settings import Settings
@@ -66,7 +69,8 @@ class Sessions:
 
     def any_open(self) -> Session | None:
         """Return the session that questions go to: a broker that drains still answers them."""
-        return self._first() or next((session for session in self if session.open), None)
+        answering = (session for session in self if session.answers)
+        return next(answering, None) or next((session for session in self if session.open), None)
 
     def _first(self) -> Session | None:
         return next((session for session in self if session.takes_requests), None)
@@ -88,8 +92,40 @@ class Sessions:
         """Send in an open session."""
         self._orders.add(self._by_endpoint[endpoint].say(message, now))
 
-    def end(self, session: Session, reason: str, now: float, *, farewell: bool) -> None:
-        """End a session, or a try to get one; the next try comes after a pause."""
+    def submit(self, endpoint: str, request: Request, now: float) -> None:
+        """Send a request, which counts towards the broker's limits."""
+        self.send(endpoint, request, now)
+        self._by_endpoint[endpoint].gate.passed(now)
+
+    def reopened(self, now: float) -> bool:
+        """Tell whether a broker takes the next request now, after a pause that its limits have asked for."""
+        opened = [session.gate.tick(now) for session in self]  # of each one
+        return any(opened)
+
+    def held_since(self) -> float | None:
+        """Return since when no broker is known to take requests, where limits alone keep them here; else None."""
+        return max((session.gate.moved_at for session in self if session.held), default=None)
+
+    def end(
+        self,
+        session: Session,
+        reason: str,
+        now: float,
+        *,
+        farewell: bool,
+        handshake: Refusal | None = None,
+        limited: bool = False,
+    ) -> None:
+        """End a session, or a try to get one; the next try comes after a pause.
+
+        Args:
+            session: it.
+            reason: for a person.
+            now: the time.
+            farewell: the broker is to be told.
+            handshake: see `Session.pause`.
+            limited: see `Session.pause`.
+        """
         was_open = session.open
         if farewell:
             self._orders.add(session.say(Goodbye(), now))
@@ -98,7 +134,9 @@ class Sessions:
         level = logging.WARNING if was_open else logging.DEBUG
         name = "session_lost" if was_open else "connect_failed"
         self._orders.log(name, level=level, endpoint=session.endpoint, reason=reason)
-        session.pause(reason, now)
+        if limited:
+            session.gate.refused(None, now, now)  # and slowly then
+        session.pause(reason, now, handshake=handshake, limited=limited)
 
     def close(self, now: float) -> None:
         """End all sessions for good."""
@@ -110,9 +148,30 @@ class Sessions:
                 self._orders.add(CloseSocket(session.endpoint))
             session.close()
 
+    def hopeless(self, request_id: str) -> TokenmqError | None:
+        """Return the error where it is useless to wait: brokers refuse our keys, and the others were never there.
+
+        A broker that was there once may come back, so that is worth the wait.
+        """
+        refused = [session for session in self if session.refusal is not None]
+        if not refused or not all(session.refusal is not None or session.absent for session in self):
+            return None
+        message = "; ".join(
+            session.failure if session.refusal else f"{session.endpoint}: {session.failure}" for session in self
+        )
+        if any(session.refusal is Refusal.FORBIDDEN for session in refused):
+            return ForbiddenError(message, request_id=request_id)
+        return NoBrokerError(message, request_id=request_id)
+
     def none_came(self, request_id: str, waited_s: float) -> TokenmqError:
         """Return the error for what has waited for a session in vain."""
         seconds = f"{waited_s:g} s"
+        for session in self:
+            if session.held:
+                message = (
+                    f"the broker at {session.endpoint} limits this client, and has taken no request for {seconds}"
+                )
+                return RateLimitedError(message, retryable=True, request_id=request_id)
         for session in self:
             if session.draining:
                 message = (
@@ -129,6 +188,8 @@ class Sessions:
     def next_deadline(self) -> float | None:
         """Return when the first of them needs a `tick`, None for never."""
         times = [time for session in self if (time := session.next_deadline()) is not None]
+        if not self.closed:
+            times += [time for session in self if (time := session.gate.next_deadline()) is not None]
         if self._gather_until is not None and not self._gathered and not self.closed:
             times.append(self._gather_until)
         return min(times, default=None)

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..protocol import limits
@@ -14,7 +15,9 @@ from ..protocol.credit import WINDOW_TOKENS
 from ..protocol.errors import BadRequestError, ProtocolError
 from ..protocol.messages import Hello
 from ..protocol.version import SOFTWARE
+from ..transport.curves import curves
 from ..transport.endpoints import DEFAULT_FRONTEND, check_destination
+from ..transport.keys import Curve, KeyFileError
 from ..transport.networks import NetworkError, Networks
 from .defaults import (
     CONNECT_TIMEOUT_S,
@@ -43,6 +46,9 @@ def _integer(name: str, value: int, most: int) -> None:
 _OPTIONAL_SECONDS = (
     "heartbeat_s", "queue_timeout_s", "first_token_timeout_s", "inter_token_timeout_s", "hedge_after_s",
 )  # fmt: skip
+#: Where the keys come from that the program does not give.
+SERVER_KEY_VARIABLE = "TOKENMQ_CLIENT_SERVER_KEY"
+KEY_VARIABLE = "TOKENMQ_CLIENT_KEY"
 #: Nobody counts further, and pauses double only so often.
 _MOST_ATTEMPTS = 1_000_000
 
@@ -70,6 +76,8 @@ class Settings:
             answers first goes on. None for no such hedging.
         direct: where workers may be whose chunks come from them, past the broker: ranges of addresses, hosts, `ipc`.
             No worker elsewhere is dialled; without any, none is.
+        curves: the client's key pair and the broker's public key, for each endpoint in their order; empty where no
+            keys are used.
     """
 
     endpoints: tuple[str, ...] = (DEFAULT_FRONTEND,)
@@ -86,6 +94,7 @@ class Settings:
     inter_token_timeout_s: float | None = INTER_TOKEN_TIMEOUT_S
     hedge_after_s: float | None = None
     direct: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -102,6 +111,8 @@ class Settings:
             check_destination(endpoint)
         if len(set(self.endpoints)) < len(self.endpoints):
             raise BadRequestError("endpoints: each may stand there once")
+        if len(self.curves) not in (0, len(self.endpoints)):
+            raise BadRequestError(f"curves: expected none, or one for each of {len(self.endpoints)} endpoints")
         _seconds("connect_timeout_s", self.connect_timeout_s)
         _seconds("query_timeout_s", self.query_timeout_s)
         _seconds("recovery_timeout_s", self.recovery_timeout_s)
@@ -136,9 +147,11 @@ def settings_from(
     *,
     name: str | None,
     direct: str | Sequence[str] | None = None,
+    server_key: str | Path | Sequence[str | Path] | None = None,
+    key: str | Path | None = None,
     **settings: Any,
 ) -> Settings:
-    """Return the settings that the arguments of a client stand for; None for one of these three means the default.
+    """Return the settings that the arguments of a client stand for; None for one of these means the default.
 
     Raises:
         BadRequestError: a value is not valid; the message names it.
@@ -152,9 +165,31 @@ def settings_from(
         direct = ()
     if not isinstance(direct, Iterable):
         raise BadRequestError(f"direct: expected a string or several, got {direct!r:.80}")
+    endpoints = (endpoints,) if isinstance(endpoints, str) else tuple(endpoints)
     return Settings(
-        endpoints=(endpoints,) if isinstance(endpoints, str) else tuple(endpoints),
+        endpoints=endpoints,
+        curves=_curves(server_key, key, endpoints),
         name=_default_name() if name is None else name,
         direct=(direct,) if isinstance(direct, str) else tuple(direct),
         **settings,
     )
+
+
+def _curves(
+    server_key: str | Path | Sequence[str | Path] | None, key: str | Path | None, endpoints: Sequence[str]
+) -> tuple[Curve, ...]:
+    """Return the keys for each endpoint; what is None comes from the environment, and "" is nothing anyway."""
+    if server_key is None:
+        # Of several keys, as for an option that may be repeated. No key has a blank in it.
+        server_key = os.environ.get(SERVER_KEY_VARIABLE, "").split()
+    if key is None:
+        key = os.environ.get(KEY_VARIABLE, "")
+    given: Sequence[str | Path] = [server_key] if isinstance(server_key, (str, Path)) else server_key
+    if not isinstance(key, (str, Path)) or not isinstance(given, Sequence):
+        raise BadRequestError("server_key, key: expected strings or paths")
+    if not all(isinstance(each, (str, Path)) for each in given):
+        raise BadRequestError("server_key: expected a string or path, or several")
+    try:
+        return curves([str(each) for each in given if str(each)], str(key), endpoints)
+    except KeyFileError as error:
+        raise BadRequestError(f"server_key, key: {error}") from error

@@ -40,9 +40,9 @@ class StreamFaultError(Exception):
 class Place(Enum):
     """Where a request is."""
 
-    #: Here: no broker takes it at the moment.
+    #: Here, in line: no broker takes it at the moment.
     WAITING = "waiting"
-    #: Here: its last attempt has failed, and the next one comes after a pause.
+    #: Here: it is new, or its last attempt has failed and the next one comes at once or after a pause.
     RESTING = "resting"
     #: At a broker or a worker.
     SENT = "sent"
@@ -55,6 +55,7 @@ class OpenStream:
     Attributes:
         order: what the application asked for.
         submitted_at: when.
+        turn: its place among all that this client has submitted.
         place: where the request is.
         waits_until: how long it waits for a session; means something while WAITING.
         open: its attempts that have not ended, which chunks must name to count: one, or while SENT the one that is
@@ -67,6 +68,7 @@ class OpenStream:
         past: the attempts that have ended, in the order in which they did.
         served: how many of them a worker had, and failed.
         left_at: when it left for the broker; means something while SENT.
+        held_at: since when it waits because brokers limit this client; None where it does not.
         lost_at: since when nobody has taken it; None while a worker has it, and before the first fault.
         barren: how often, since the last token, it had to begin anew without one.
         avoid: names of workers that failed it at the place where it is now, the latest last.
@@ -74,7 +76,8 @@ class OpenStream:
 
     order: Submit
     submitted_at: float
-    place: Place = Place.WAITING
+    turn: int = 0
+    place: Place = Place.RESTING
     waits_until: float = 0.0
     open: list[OpenAttempt] = field(default_factory=lambda: [OpenAttempt(1)])
     last: int = 1
@@ -85,6 +88,7 @@ class OpenStream:
     past: list[Attempt] = field(default_factory=list)
     served: int = 0
     left_at: float = 0.0
+    held_at: float | None = None
     lost_at: float | None = None
     barren: int = 0
     avoid: list[str] = field(default_factory=list)
@@ -209,15 +213,19 @@ class OpenStream:
             self.avoid = self._avoiding(attempt.worker)
         self.served += attempt.served
 
-    def fail(self, error: TokenmqError, now: float) -> None:
-        """Close the only open attempt and begin the next one, here."""
-        self.barren = self.barren_attempts
-        self.lost_at = self.lost_since(now)
+    def fail(self, error: TokenmqError, now: float, *, limited: bool = False) -> None:
+        """Close the only open attempt and begin the next one, here.
+
+        One that has only reached a limit of its broker has lost nobody, and is no reason for longer pauses.
+        """
+        if not limited:
+            self.barren = self.barren_attempts
+            self.lost_at = self.lost_since(now)
         self.close(self.open[0], error)
         self.last += 1
         self.open = [OpenAttempt(self.last)]
         self.first_token = self.progress
-        self.place, self.endpoint = Place.WAITING, ""
+        self.place, self.endpoint = Place.RESTING, ""
 
     # What time brings
 

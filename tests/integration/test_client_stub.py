@@ -565,11 +565,11 @@ def test_no_descriptors_left_for_a_socket_is_a_failed_try(
 ) -> None:
     link, tries = connection.Link, [2]
 
-    def fail_twice(*arguments: Any) -> Any:
+    def fail_twice(*arguments: Any, **options: Any) -> Any:
         if tries[0]:
             tries[0] -= 1
             raise zmq.ZMQError(errno.EMFILE)
-        return link(*arguments)
+        return link(*arguments, **options)
 
     monkeypatch.setattr(connection, "Link", fail_twice)
     with Client(new_broker(2).endpoint) as client:
