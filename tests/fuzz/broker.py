@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -26,6 +26,7 @@ from tokenmq.broker.events import (
     ClientGone,
     FromClient,
     FromWorker,
+    StrayChunks,
     ToClient,
     ToWorker,
     WorkerGone,
@@ -68,15 +69,16 @@ from .weight import weight
 
 _MODEL, _WORKER = "honest-model", "honest-worker"
 _TOKENS = 8
-_FROM_CLIENTS = (
-    Command.HELLO, Command.REQUEST, Command.REQUEST, Command.REQUEST, Command.REQUEST, Command.CREDIT, Command.CANCEL,
-    Command.QUERY, Command.QUERY, Command.HEARTBEAT,
-)  # fmt: skip
+#: What a session's side may say; all else ends the session, and most stories are to go on for a while.
+_FROM_CLIENTS = (*[Command.REQUEST] * 8, Command.CREDIT, Command.CREDIT, Command.CANCEL, Command.QUERY)
 _FROM_WORKERS = (
-    Command.READY, Command.READY, Command.CHUNKS, Command.CHUNKS, Command.CHUNKS, Command.FINISH, Command.FINISH,
-    Command.ERROR, Command.PARKED, Command.STARTED, Command.REPLY, Command.HEARTBEAT, Command.DRAINING,
+    *[Command.CHUNKS] * 4, Command.READY, Command.FINISH, Command.ERROR, Command.PARKED, Command.STARTED,
+    Command.REPLY,
 )  # fmt: skip
+_OF_HELD = (Command.FINISH, Command.FINISH, Command.ERROR, Command.PARKED, Command.STARTED)
 _ANY = tuple(Command)
+#: What workers serve, and what clients ask for.
+_SERVED, _ASKED = ("m", "n"), ("m", "m", "m", "n", _MODEL)
 #: Containers that may be left behind: entries of timers that are found later, smoothed figures, a few names.
 _LEFT_BEHIND = 400
 #: Containers that hang on a broker while the hostile ones are there; a story has some hundred messages.
@@ -98,7 +100,7 @@ class Honest:
 
     def say(self, message: Message) -> None:
         self.said += 1
-        self.story.speaks(self, encode(message))
+        self.story.spoken.append((self, encode(message)))
 
     def beat(self) -> None:
         if self.session and self.story.now >= self._beat_at:
@@ -230,6 +232,8 @@ class Hostile:
 
     Attributes:
         said: ids that it has named, by which it may be answered.
+        sent: messages that it has sent.
+        ready: its first READY.
         given: of a worker: what it was given and has not ended, by id and attempt: the route.
     """
 
@@ -237,6 +241,8 @@ class Hostile:
     client: bool
     identity: Identity | None
     said: set[bytes] = field(default_factory=set)
+    sent: int = 0
+    ready: Ready | None = None
     given: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
 
 
@@ -257,10 +263,12 @@ class Story:
         self.core = BrokerCore(settings, software="fuzz", now=self.now, random=Random(random.getrandbits(30)))
         self.known = Known(
             names=("w1", "w2", _WORKER) if keys else ("w1", "w2"),
-            models=("m", "n", _MODEL),
             endpoints=("tcp://10.0.0.1:1", "tcp://127.0.0.1:22", "ipc:///etc/passwd", "nonsense", "x" * 256),
         )
         self.forger = Forger(random, self.known)
+        self._offered = {""}
+        #: What honest peers have said, and nobody has heard: it is heard when what was being done is done.
+        self.spoken: deque[tuple[Honest, list[bytes]]] = deque()
         self._keys = keys
         self._peers: dict[bytes, Honest | Hostile] = {}
         self._made = 0
@@ -279,8 +287,11 @@ class Story:
         """Let so many things happen, then calm."""
         self._finish_one()
         before = weight(self.core)
+        for client in (False, False, True):
+            self._come(client)
         for _ in range(steps):
             self._step()
+            self._hear()
         self.must(weight(self.core) < _MOST_WEIGHT, "what the broker keeps grows without bound")
         for peer in [each for each in self._peers.values() if isinstance(each, Hostile)]:
             self._leave(peer)
@@ -308,50 +319,59 @@ class Story:
         hostile = [each for each in self._peers.values() if isinstance(each, Hostile)]
         if kind < 0.12:
             self._pass(random.choice((0.0, 0.01, 0.1, 0.25)))
-        elif kind < 0.2 and hostile:
+        elif kind < 0.15 and hostile:
             self._leave(random.choice(hostile))
-        elif kind < 0.35 or not hostile:
-            self._come()
+        elif kind < 0.3 or not hostile:
+            self._come(random.random() < 0.4)
         else:
             peer = random.choice(hostile)
             frames = self._frames(peer)
             for _ in range(random.choice((1,) * 30 + (40,))):
                 self._say(peer, frames)
 
-    def _come(self) -> None:
+    def _come(self, client: bool) -> None:
         """A connection; most of them begin as they should."""
         random = self.random
         self._made += 1
-        client = random.random() < 0.5
         role = Role.CLIENT if client else Role.WORKER
         if random.random() < 0.1:
             role = random.choice((Role.CLIENT, Role.WORKER))
         peer = Hostile(b"\0" + self._made.to_bytes(4, "big"), client, self._identity(role, f"k{self._made % 3}"))
         self._peers[peer.peer] = peer
-        if random.random() < 0.85:
+        if random.random() < 0.95:
+            self.known.models = _ASKED if client else _SERVED
             self._say(peer, self.forger.frames((Command.HELLO,) if client else (Command.READY,), bent=0.1))
 
     def _frames(self, peer: Hostile) -> list[bytes]:
-        random = self.random
-        if not peer.client and peer.given and random.random() < 0.4:
-            # What it holds, and what it is not to say of it.
+        random, known = self.random, self.known
+        known.models = _ASKED if peer.client else _SERVED
+        if random.random() < 0.05:
+            return self.forger.frames(_ANY)
+        if random.random() < 0.05:
+            return encode(Heartbeat(peer.sent))
+        if peer.client:
+            return self.forger.frames(_FROM_CLIENTS, bent=0.1)
+        if peer.given and random.random() < 0.6:
+            # What it holds, and whatever it is to say of it, or not.
             (id, attempt), route = random.choice(list(peer.given.items()))
-            message = self.forger.message(random.choice((Command.FINISH, Command.ERROR, Command.PARKED)))
-            if random.random() < 0.4:
+            if random.random() < 0.3:
                 chunks = (Chunk(id, attempt, 0, 0, (1,), "x"),)
-                return encode(Chunks(random.choice((route, *self.known.routes)), chunks))
-            message.id, message.attempt = id, attempt  # type: ignore[union-attr,misc]
-            return encode(message)
-        if peer.client and random.random() < 0.1:
-            return encode(Heartbeat(random.choice((1, 2, 3))))
-        usual = _FROM_CLIENTS if peer.client else _FROM_WORKERS
-        return self.forger.frames(_ANY if random.random() < 0.05 else usual)
+                return encode(Chunks(random.choice((route, *known.routes)), chunks))
+            command = random.choice(_OF_HELD if peer.ready and peer.ready.brokers else _OF_HELD[:-1])
+            return encode(replace(self.forger.message(command), id=id, attempt=attempt))  # type: ignore[call-arg]
+        below = peer.ready is not None and peer.ready.brokers
+        command = random.choice(_FROM_WORKERS if below else _FROM_WORKERS[:-2])
+        if command is Command.READY and peer.ready is not None and random.random() < 0.9:
+            name, incarnation = peer.ready.worker, peer.ready.incarnation
+            return encode(replace(self.forger.message(command), worker=name, incarnation=incarnation))  # type: ignore[call-arg]
+        return self.forger.frames((command,), bent=0.1)
 
     def _say(self, peer: Hostile, frames: Sequence[bytes]) -> None:
         if peer.peer not in self._peers:
             return
         if frames and len(frames[0]) >= HEADER_BYTES:
             peer.said.add(frames[0][8:HEADER_BYTES])
+        peer.sent += 1
         self.known.learn(self.known.pasts, list(frames))
         self.speaks(peer, frames)
 
@@ -374,7 +394,9 @@ class Story:
             if found is not None:
                 self._forwarded(peer, found.peer, first)
                 self._validate()
-                return
+            else:
+                self._handle(StrayChunks(peer.peer))
+            return
         try:
             message = decode(list(frames))
         except ProtocolError as error:
@@ -385,6 +407,8 @@ class Story:
                 return  # whoever serves the model may answer as it likes
             if not self._keys and message.worker == _WORKER:
                 return  # without keys, names are anybody's
+            peer.ready = peer.ready or message
+            self._offered.add(message.direct)
         if isinstance(peer, Hostile) and isinstance(message, (Finish, Error)):
             peer.given.pop((message.id, message.attempt), None)
         self._handle((FromClient if client else FromWorker)(peer.peer, message, list(frames), peer.identity))
@@ -425,11 +449,13 @@ class Story:
 
     def _arrived(self, peer: Hostile, message: Message) -> None:
         known = self.known
+        if isinstance(message, Disconnect) and self.random.random() < 0.8:
+            self._peers.pop(peer.peer, None)  # it comes again, or it does not
         if isinstance(message, (Finish, Error, Started, Reply)):
             self.must(message.id in peer.said, f"{message.command.name} of an id that this client has never said")
         if isinstance(message, Started):
             self.must(not message.direct or message.key is not None, "an endpoint without a key")
-            self.must(message.direct in ("", *known.endpoints), "an endpoint that no worker has offered")
+            self.must(message.direct in self._offered, "an endpoint that no worker has offered")
         if isinstance(message, (Request, Query, Credit, Cancel)):
             known.learn(known.ids, message.id)
         if isinstance(message, Query):
@@ -453,6 +479,7 @@ class Story:
         self.client.go()
         self.client.again()
         self.worker.work()
+        self._hear()
 
     # Checks.
 
@@ -463,6 +490,10 @@ class Story:
             raise
         except BaseException as error:
             raise Broken.by(error, list(self.inputs)) from error
+
+    def _hear(self) -> None:
+        while self.spoken:
+            self.speaks(*self.spoken.popleft())
 
     def _validate(self) -> None:
         self._guarded(self.core.validate)

@@ -81,7 +81,7 @@ class Forger:
             "offset": lambda: one((0, 0, 1, 5, 2**40, limits.MAX_COUNT)),
             "index": lambda: one((0, 0, 0, 1, limits.MAX_COMPLETIONS - 1)),
             "model": lambda: one((*known.models, *known.models, "unknown", "\0" * 256)),
-            "worker": lambda: one((*known.names, *(f"{name}/x" for name in known.names), "", "z" * 256)),
+            "worker": lambda: one((*known.names, *(f"{name}/x" for name in known.names), "z" * 256)),
             "broker": lambda: one((*known.names, "b/b")),
             "client": lambda: one(("", "honest", "c" * 256)),
             "group": lambda: one(("", "", "group")),
@@ -89,20 +89,20 @@ class Forger:
             "message": lambda: one(("", "why", "\U0001f600" * limits.MAX_TEXT_CHARS)),
             "code": lambda: one(("bad_request", "worker_lost", "engine_failed", "cannot_resume", "x" * 256)),
             "retry_after_s": lambda: one((None, *_SECONDS)),
-            "deadline_s": lambda: one((None, None, *_SECONDS)),
-            "queue_s": lambda: one((None, None, *_SECONDS)),
+            "deadline_s": lambda: one((*[None] * 16, *_SECONDS)),
+            "queue_s": lambda: one((*[None] * 16, *_SECONDS)),
             "grace_s": lambda: one((None, *_SECONDS)),
-            "heartbeat_s": lambda: one((None, 0.001, 1.0, 60.0, limits.MAX_SECONDS)),
+            "heartbeat_s": lambda: one((0.001, 1.0, 60.0, limits.MAX_SECONDS)),
             "expiry_s": lambda: one((0.001, 5.0, limits.MAX_SECONDS)),
-            "prior_tokens": lambda: one((0, 0, 0, 3, limits.MAX_NEW_TOKENS)),
+            "prior_tokens": lambda: one((0, 0, 0, 0, 0, 3, limits.MAX_NEW_TOKENS)),
             "expected_tokens": lambda: one((0, 0, 7, 8, limits.MAX_NEW_TOKENS)),
             "priority": lambda: self._random.randrange(limits.MAX_PRIORITY + 1),
             "affinity": lambda: one(("", "", "a", "a" * 256)),
             "avoid": lambda: self._some((*known.names, "w/x"), limits.MAX_AVOIDED),
-            "path": lambda: one(((), (), (), ("x",) * limits.MAX_HOPS, known.names[:1])),
+            "path": lambda: one((*[()] * 8, ("x",) * limits.MAX_HOPS, known.names[:1])),
             "brokers": lambda: one(((), (), ("b1",), tuple(f"b{n}" for n in range(limits.MAX_BROKERS)))),
             "incarnation": lambda: one((0, 1, 2, limits.MAX_COUNT)),
-            "slots": lambda: one((1, 1, 4, limits.MAX_SLOTS)),
+            "slots": lambda: one((1, 4, limits.MAX_SLOTS)),
             "speed": lambda: one((None, None, limits.SLOWEST_TOKENS_PER_S, limits.FASTEST_TOKENS_PER_S)),
             "models": self._models,
             "load": self._load,
@@ -118,7 +118,8 @@ class Forger:
             "arguments": self._arguments,
             "result": self._result,
             "sent": lambda: one((0, 1, 2, 5, limits.MAX_COUNT)),
-            "hedge": lambda: self._random.random() < 0.3,
+            "hedge": lambda: self._random.random() < 0.1,
+            "explain": lambda: self._random.random() < 0.3,
         }
 
     def message(self, command: Command) -> Message:
@@ -155,6 +156,8 @@ class Forger:
                 changes[name] = self._one(tuple(DisconnectCode))
             elif name == "envelope" or name == "timings":
                 changes[name] = self._forged(getattr(value, name))
+            elif isinstance(getattr(value, name), bool) and name == "direct":
+                changes[name] = self._random.random() < 0.5
             elif name.endswith("_s") and maker is None:
                 changes[name] = self._one(_SECONDS)
             elif maker is not None and (self._random.random() < 0.6 or name in ("id", "models", "model", "route")):
@@ -200,10 +203,11 @@ class Forger:
 
     def _load(self) -> Load:
         one, part = self._one, self._random.choice((0.0, 0.5, 1.0))
-        state = one((WorkerState.READY, WorkerState.READY, *WorkerState))
-        if self._random.random() < 0.5:
+        state = one((*[WorkerState.READY] * 8, *WorkerState))
+        if self._random.random() < 0.7:
             return Load(state)
-        fields = [one(_COUNTS) for _ in range(4)]
+        held = one(_COUNTS)
+        fields = [held, 0, held, one(_COUNTS)] if self._random.random() < 0.5 else [one(_COUNTS) for _ in range(4)]
         return Load(state, *fields, one(_SECONDS), one((0.0, 1e12)), part, 1e12, part, part, part, one(_COUNTS))
 
     def _payload(self) -> bytes:
