@@ -7,6 +7,8 @@ business.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from ..protocol.errors import ErrorCode
 from ..protocol.identity import Allowed, Identity, Role
@@ -25,17 +27,18 @@ from ..protocol.messages import (
     Request,
     Welcome,
 )
-from .disconnects import REVOKED, Disconnects, foreign, lost, silent, unknown
+from .accounts import Accounts, ClientAccount
+from .disconnects import REVOKED, Disconnects, foreign, lost, outside, silent, unknown
 from .events import BadClient, ClientGone, FromClient
 from .exchange import Exchange
 from .management import Management
+from .meters import Refusal
 from .metrics import Counters
 from .outbox import Outbox, clip
 from .probe import CLIENT_DELAYS_S, Probe
 from .registry import ClientSession
 from .rota import Rota
 from .settings import BrokerSettings
-
 
 #: Whose keys open a session at a frontend.
 ROLES = (Role.CLIENT, Role.ADMIN)
@@ -71,6 +74,7 @@ class Clients:
             counters: what has happened so far.
         """
         self.by_peer: dict[bytes, ClientSession] = {}
+        self._accounts = Accounts(ClientAccount, settings.limits)
         self._rota = Rota(self.by_peer)
         self.probe = Probe(CLIENT_DELAYS_S)
         self._software = software
@@ -94,7 +98,15 @@ class Clients:
         client.received += 1
         client.liveness.heard(now)
         if isinstance(message, Request):
-            self._exchange.submit(client, message, now, event.frames)
+            self._request(client, message, event.frames, now)
+        elif isinstance(message, Query):
+            refusal = client.account.query(now)
+            if refusal is None:
+                self._management.ask(self._management.client(client), message, now)
+            else:
+                self._over(client, message.id, 0, refusal, 0, now)
+        elif not client.account.control(now):
+            self._cut(client, f"more than {self._settings.limits.messages_per_s} messages a second", now)
         elif isinstance(message, Credit):
             self._exchange.credit(client, message)
         elif isinstance(message, Cancel):
@@ -102,8 +114,6 @@ class Clients:
         elif isinstance(message, Heartbeat):
             if message.sent != client.received - 1:
                 self._disconnect(client, DisconnectCode.LOST_MESSAGES, lost(message, client))
-        elif isinstance(message, Query):
-            self._management.ask(self._management.client(client), message, now)
         elif isinstance(message, Goodbye):
             self._drop(client, "goodbye", level=logging.DEBUG)
         else:
@@ -121,7 +131,7 @@ class Clients:
             client.received += 1
             client.liveness.heard(now)
             answer = Error(error.subject, 0, ErrorCode.BAD_REQUEST.value, clip(error.message))
-            self._outbox.to_client(client, answer)
+            self._refuse(client, answer, event.size_bytes, now)
         else:
             self._disconnect(client, DisconnectCode.PROTOCOL, error.message)
 
@@ -134,6 +144,49 @@ class Clients:
                 self._counters.peers_stalled += 1
                 self._disconnects.client(client.peer, DisconnectCode.EXPIRED, event.why)
             self._drop(client, event.why, level=logging.WARNING if event.stalled else logging.INFO)
+
+    # Limits.
+
+    def _request(self, client: ClientSession, request: Request, frames: Sequence[bytes] | None, now: float) -> None:
+        """Let a request in that is within the limits."""
+        size_bytes = len(request.payload)
+        attachments = request.attachments
+        if attachments:
+            size_bytes += sum(map(len, attachments))
+        limits = self._settings.limits
+        if size_bytes > limits.message_bytes or len(attachments) > limits.attachments:
+            why = limits.too_large(size_bytes, len(attachments))
+            answer = Error(request.id, request.envelope.attempt, ErrorCode.BAD_REQUEST.value, why)
+            self._refuse(client, answer, size_bytes, now)
+            return
+        refusal = client.account.admit(size_bytes, now)
+        if refusal is None:
+            self._exchange.submit(client, request, now, frames)
+        else:
+            self._over(client, request.id, request.envelope.attempt, refusal, size_bytes, now)
+
+    def _over(
+        self, client: ClientSession, id: bytes, attempt: int, refusal: Refusal, size_bytes: int, now: float
+    ) -> None:
+        """Refuse what is beyond a limit for now."""
+        self._counters.rate_limited += 1
+        why = f"this broker takes no more of {client.name or 'this client'} now: {refusal.why}"
+        code = ErrorCode.RATE_LIMITED.value
+        answer = Error(id, attempt, code, clip(why), retryable=True, retry_after_s=refusal.retry_after_s)
+        self._refuse(client, answer, size_bytes, now)
+
+    def _refuse(self, client: ClientSession, answer: Error, size_bytes: int, now: float) -> None:
+        """Refuse something; who has it done again and again is cut off."""
+        if client.account.refused(now, size_bytes):
+            self._outbox.to_client(client, answer)
+        else:
+            self._cut(client, f"it goes on after thousands of refusals; the last: {answer.message}", now)
+
+    def _cut(self, client: ClientSession, why: str, now: float) -> None:
+        """End the session of a client that keeps on, and let its key not in for a while."""
+        self._counters.cut_off += 1
+        self._accounts.punish(client.identity, now)
+        self._disconnect(client, DisconnectCode.RATE_LIMITED, why)
 
     # What the core calls.
 
@@ -150,6 +203,7 @@ class Clients:
 
     def cut_off(self, allowed: Allowed) -> None:
         """End the sessions of those whose keys are not as they were any more."""
+        self._accounts.keep(allowed)
         for client in [client for client in self.by_peer.values() if not allowed.has(client.identity)]:
             self._disconnect(client, DisconnectCode.FORBIDDEN, REVOKED)
 
@@ -183,6 +237,9 @@ class Clients:
             if self._settings.curve and (identity is None or identity.role not in ROLES):
                 self._disconnects.client(peer, DisconnectCode.FORBIDDEN, foreign(identity, "a client or an admin"))
                 return
+            if outside_s := self._accounts.outside_s(identity, now):
+                self._disconnects.client(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
+                return
             self._connect(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.client(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "HELLO"))
@@ -196,6 +253,7 @@ class Clients:
             identity=identity,
             name=identity.name if identity else hello.client,
             route=self.new_route(),
+            account=self._accounts.of(identity),
             direct=hello.direct,
         )
         self.by_peer[peer] = client
@@ -203,7 +261,7 @@ class Clients:
         self._outbox.to_client(client, welcome)
         if self._exchange.draining:
             self._outbox.to_client(client, Draining())
-        calls_itself = {"calls_itself": hello.client} if identity else {}
+        calls_itself: dict[str, Any] = {"calls_itself": hello.client} if identity else {}
         self._outbox.log("client_connected", level=logging.DEBUG, client=client.name, **calls_itself)
 
     def _disconnect(self, client: ClientSession, code: DisconnectCode, why: str) -> None:

@@ -27,7 +27,7 @@ from .clients import Clients
 from .disconnects import Disconnects
 from .dispatch import find_policy
 from .errands import MAX_OF_PARENT, Asker
-from .events import Action, BadClient, BadWorker, ClientGone, Event, FromClient, FromWorker, WorkerGone
+from .events import Action, BadClient, BadWorker, ClientGone, Event, FromClient, FromWorker, StrayChunks, WorkerGone
 from .exchange import Exchange
 from .guests import Guest
 from .management import Management
@@ -147,6 +147,7 @@ class BrokerCore:
             ClientGone: self._frontend.gone,
             FromWorker: self.workers.received,
             BadWorker: self.workers.malformed,
+            StrayChunks: self.workers.stray,
             WorkerGone: self.workers.gone,
             **dict.fromkeys((Connected, Lost, Malformed, Received, Refused), self.uplink.handle),
         }
@@ -154,7 +155,9 @@ class BrokerCore:
     # In and out.
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take an event; return what to do, in order."""
+        """Take an event; return what to do, in order: nothing more once all have been told goodbye."""
+        if self.stopped:
+            return []
         self._outbox.now = now
         self._receivers[type(event)](event, now)
         self.uplink.touched(now)

@@ -71,6 +71,11 @@ def foreign(identity: Identity | None, expected: str) -> str:
     return f"this key is not admitted here: {found}; expected the key of {expected}"
 
 
+def outside(seconds: float) -> str:
+    """Tell a peer whose key was cut off when it may come again."""
+    return f"cut off, since it went on and on beyond its limits: let in again in {seconds:.1f} s"
+
+
 def lost(beat: Heartbeat, session: Session) -> str:
     """Tell a peer how many of its messages are missing."""
     return f"{beat.sent} messages were sent, {session.received - 1} arrived"

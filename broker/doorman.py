@@ -284,8 +284,13 @@ class Doorman:
         assert not set(self._early) & set(self._open)
         assert len(self._early) <= _MOST_EARLY
         assert len(self._open) <= self._most
-        for queue in (self._strangers, self._leaving):
-            assert list(queue.values()) == sorted(queue.values())
+        for times in (
+            self._strangers.values(),
+            self._leaving.values(),
+            (found.until for found in self._early.values()),
+        ):
+            in_order = list(times)
+            assert in_order == sorted(in_order)
         for peer, connection in self._by_peer.items():
             assert self._open[connection].peer == peer
         machines: dict[str, int] = {}

@@ -42,10 +42,11 @@ class FromWorker:
 
 @value
 class BadClient:
-    """A peer of the frontend sent something that is not a message."""
+    """A peer of the frontend sent something that is not a message, of so many bytes."""
 
     peer: bytes
     error: ProtocolError
+    size_bytes: int = 0
 
 
 @value
@@ -54,6 +55,13 @@ class BadWorker:
 
     peer: bytes
     error: ProtocolError
+
+
+@value
+class StrayChunks:
+    """A peer of the backend sent CHUNKS for a client that it holds no request of; nobody has read them."""
+
+    peer: bytes
 
 
 @value
@@ -74,7 +82,7 @@ class WorkerGone:
     stalled: bool = False
 
 
-Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | ClientGone | WorkerGone | LinkEvent
+Event: TypeAlias = FromClient | FromWorker | BadClient | BadWorker | StrayChunks | ClientGone | WorkerGone | LinkEvent
 
 
 @value

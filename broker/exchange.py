@@ -202,6 +202,7 @@ class Exchange:
     def client_lost(self, client: ClientSession) -> None:
         """Cancel everything that the client was waiting for."""
         for record in list(client.requests.values()):
+            client.drop(record)  # its account may be that of other sessions, too
             if record.worker is None:
                 self._counters.cancelled += 1
                 self._forget_waiting(record)

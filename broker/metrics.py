@@ -21,6 +21,8 @@ class Counters:
         chunk_messages_dropped: CHUNKS messages for a client that the worker has no request of.
         late_answers: FINISH and ERROR messages for requests that the worker does not hold.
         malformed: messages that could not be decoded.
+        rate_limited: requests and queries that were beyond a limit of their client.
+        cut_off: sessions that ended because the peer went on beyond its limits.
         disconnected: sessions that the broker ended with DISCONNECT.
         workers_lost: workers that died, fell silent or were cut off.
         workers_suspended: how often a worker got no requests for a while because its engine had failed.
@@ -39,6 +41,8 @@ class Counters:
     chunk_messages_dropped: int = 0
     late_answers: int = 0
     malformed: int = 0
+    rate_limited: int = 0
+    cut_off: int = 0
     disconnected: int = 0
     workers_lost: int = 0
     workers_suspended: int = 0

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from ..protocol.identity import Identity
 from ..protocol.liveness import Liveness
 from ..protocol.messages import Load, Ready, WorkerState
+from .accounts import ClientAccount
 from .breaker import Breaker
 from .dispatch import Policy
+from .limits import UNLIMITED
+from .meters import WorkerAccount
 from .pool import Place, Pool
 from .requests import RequestRecord, key_of
 from .speed import Speed
@@ -49,6 +52,7 @@ class ClientSession(Session):
     Attributes:
         name: what its key is called, or where there are no keys, what it calls itself.
         route: what workers put into the header of CHUNKS for it.
+        account: what it may do, and has under way; that of all sessions with its key.
         direct: it takes chunks from workers itself, where these offer it.
         requests: its submissions that have no answer yet, by key.
         attempts: the same by the request's id: one, or two where the client hedges.
@@ -56,6 +60,7 @@ class ClientSession(Session):
 
     name: str
     route: bytes
+    account: ClientAccount = field(default_factory=lambda: ClientAccount(UNLIMITED))
     direct: bool = False
     requests: dict[bytes, RequestRecord] = field(default_factory=dict)
     attempts: dict[bytes, list[RequestRecord]] = field(default_factory=dict)
@@ -63,6 +68,8 @@ class ClientSession(Session):
     def add(self, record: RequestRecord) -> None:
         """Note a submission."""
         self.requests[record.key] = record
+        self.account.open += 1
+        self.account.open_bytes += record.size_bytes
         alive = self.attempts.get(record.id)
         if alive is None:
             self.attempts[record.id] = [record]
@@ -72,6 +79,8 @@ class ClientSession(Session):
     def drop(self, record: RequestRecord) -> None:
         """Forget a submission: it is answered, or nobody waits for the answer."""
         del self.requests[record.key]
+        self.account.open -= 1
+        self.account.open_bytes -= record.size_bytes
         alive = self.attempts[record.id]
         alive.remove(record)
         if not alive:
@@ -105,6 +114,7 @@ class WorkerSession(Session):
 
     Attributes:
         name: the worker's name.
+        account: what it may do; that of all workers with its key.
         incarnation: which start of it.
         ready: its last READY: models, slots, speed.
         reported: its last load report; `report` takes a new one.
@@ -129,6 +139,7 @@ class WorkerSession(Session):
     incarnation: int
     ready: Ready
     reported: Load
+    account: WorkerAccount = field(default_factory=lambda: WorkerAccount(UNLIMITED))
     draining: bool = False
     in_flight: dict[bytes, RequestRecord] = field(default_factory=dict)
     parked: int = 0

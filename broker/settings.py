@@ -9,6 +9,7 @@ from ..protocol.limits import MAX_NAME_CHARS
 from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND, EndpointError, check_destination, is_local
 from .dispatch import DEFAULT_POLICY, find_policy
+from .limits import Limits
 from .ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
 
 DEFAULT_NAME = "broker"
@@ -52,6 +53,7 @@ class BrokerSettings:
         notice_s: seconds after which a client is told that its request runs, if it has not ended; 0 for at once.
         group: what it has in common with the brokers that share its work; "" for one that stands alone.
         model_order: how models are listed, one of ordering.MODEL_ORDERS.
+        limits: what one peer may ask of the broker.
         curve: the folder of the broker's keys and of those that it admits; "" for no keys, and no encryption.
         uplink_key: the file with the key that the uplinks know this broker by; "" for none.
         uplink_server_keys: the uplinks' public keys, as such or as files: one for all, or one for each.
@@ -74,6 +76,7 @@ class BrokerSettings:
     notice_s: float = NOTICE_S
     group: str = ""
     model_order: str = DEFAULT_MODEL_ORDER
+    limits: Limits = field(default_factory=Limits)
     curve: str = ""
     uplink_key: str = ""
     uplink_server_keys: tuple[str, ...] = ()

@@ -7,12 +7,12 @@ of its business. A broker below this one is a worker like any other, and may say
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from ..protocol.identity import Allowed, Identity, Role
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Accepted,
-    Chunks,
     DisconnectCode,
     Drain,
     Draining,
@@ -27,16 +27,21 @@ from ..protocol.messages import (
     Reply,
     Started,
 )
-from .disconnects import REVOKED, Disconnects, foreign, lost, silent, unknown
-from .events import BadWorker, FromWorker, WorkerGone
+from .accounts import Accounts
+from .disconnects import REVOKED, Disconnects, foreign, lost, outside, silent, unknown
+from .events import BadWorker, FromWorker, StrayChunks, WorkerGone
 from .exchange import Exchange
 from .management import Management
+from .meters import WorkerAccount
 from .metrics import Counters
 from .outbox import Outbox
 from .probe import WORKER_DELAYS_S, Probe
 from .registry import Registry, WorkerSession
 from .rota import Rota
 from .settings import BrokerSettings
+
+#: Whose keys open a session at a backend: those of brokers below this one, too.
+ROLES = (Role.WORKER,)
 
 
 class Workers:
@@ -72,6 +77,7 @@ class Workers:
             counters: what has happened so far.
         """
         self.probe = Probe(WORKER_DELAYS_S)
+        self._accounts = Accounts(WorkerAccount, settings.limits)
         self._id = id
         self._software = software
         self._settings = settings
@@ -94,7 +100,9 @@ class Workers:
             return
         worker.received += 1
         worker.liveness.heard_at = now
-        if isinstance(message, Finish):
+        if not worker.account.message(now):
+            self._cut(worker, f"more than {self._settings.limits.worker_messages_per_s} messages a second", now)
+        elif isinstance(message, Finish):
             self._exchange.answered(worker, message, now, event.frames)
         elif isinstance(message, Heartbeat):
             self._heartbeat(worker, message, now)
@@ -106,8 +114,6 @@ class Workers:
             self._exchange.parked(worker, message, now)
         elif isinstance(message, Started) and worker.is_broker:
             self._exchange.started(worker, message)
-        elif isinstance(message, Chunks):
-            self._counters.chunk_messages_dropped += 1  # `BrokerCore.route_chunks` would have found its client
         elif isinstance(message, Ready):
             self._ready_again(worker, message, now)
         elif isinstance(message, Reply) and worker.is_broker:
@@ -122,6 +128,28 @@ class Workers:
         else:
             why = f"{message.command.name} is not allowed from a worker in a session"
             self._disconnect(worker, DisconnectCode.PROTOCOL, why, now)
+
+    def stray(self, event: StrayChunks, now: float) -> None:
+        """Drop and count CHUNKS that `BrokerCore.route_chunks` has found no client for; some are honest."""
+        worker = self._registry.by_peer.get(event.peer)
+        if worker is None:
+            why = "no session with this peer: expected READY, got CHUNKS"
+            self._disconnects.worker(event.peer, DisconnectCode.UNKNOWN_PEER, why)
+            return
+        worker.received += 1
+        worker.liveness.heard_at = now
+        self._counters.chunk_messages_dropped += 1
+        if not worker.account.stray(now):
+            limit = self._settings.limits.stray_chunks_per_s
+            self._cut(
+                worker, f"more than {limit} messages a second with tokens of requests that it does not hold", now
+            )
+
+    def _cut(self, worker: WorkerSession, why: str, now: float) -> None:
+        """End the session of a worker that keeps on, and let its key not in for a while."""
+        self._counters.cut_off += 1
+        self._accounts.punish(worker.identity, now)
+        self._disconnect(worker, DisconnectCode.RATE_LIMITED, why, now)
 
     def malformed(self, event: BadWorker, now: float) -> None:
         """Take what is no message."""
@@ -158,6 +186,7 @@ class Workers:
 
     def cut_off(self, allowed: Allowed, now: float) -> None:
         """End the sessions of those whose keys are not as they were any more."""
+        self._accounts.keep(allowed)
         for worker in self._registry:
             if not allowed.has(worker.identity):
                 self._disconnect(worker, DisconnectCode.FORBIDDEN, REVOKED, now)
@@ -185,8 +214,11 @@ class Workers:
 
     def _from_new(self, peer: bytes, message: Message, identity: Identity | None, now: float) -> None:
         if isinstance(message, Ready):
-            if self._settings.curve and (identity is None or identity.role is not Role.WORKER):
+            if self._settings.curve and (identity is None or identity.role not in ROLES):
                 self._disconnects.worker(peer, DisconnectCode.FORBIDDEN, foreign(identity, "a worker"))
+                return
+            if outside_s := self._accounts.outside_s(identity, now):
+                self._disconnects.worker(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
                 return
             self._register(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
@@ -217,6 +249,7 @@ class Workers:
             liveness=Liveness(heartbeat_s, expiry_s, now, now),
             identity=identity,
             name=ready.worker,
+            account=self._accounts.of(identity),
             incarnation=ready.incarnation,
             ready=ready,
             reported=ready.load,
@@ -227,9 +260,10 @@ class Workers:
         models = [info.name for info in ready.models]
         self._exchange.registered(worker)
         self._outbox.to_worker(worker, Accepted(settings.name, self._software, heartbeat_s, expiry_s))
+        key: dict[str, Any] = {"key": identity.name} if identity else {}
         self._outbox.log(
             "worker_registered", worker=worker.name, engine=ready.engine, models=",".join(models)[:256],
-            slots=ready.slots, speed=ready.speed, state=worker.state.value, **({"key": identity.name} if identity else {}),
+            slots=ready.slots, speed=ready.speed, state=worker.state.value, **key,
         )  # fmt: skip
         if known is not None:
             # After the new one is known: what waits for a model that both serve goes on waiting.

@@ -19,6 +19,7 @@ from tokenmq.broker.events import (
     ClientGone,
     FromClient,
     FromWorker,
+    StrayChunks,
     ToClient,
     ToWorker,
     WorkerGone,
@@ -444,10 +445,10 @@ class BrokerMachine(BrokerStage, RuleBasedStateMachine):
         own = {request.envelope.route for request in worker.held.values()}
         message = Chunks(route, (Chunk(b"i" * 16, 1, 0, 0, (1,), "x"),))
         target = self.core.route_chunks(worker.id, route, self.now)
-        if target is None:
-            self.from_worker(worker, message)
-            return
         worker.said += 1
+        if target is None:
+            self.perform(self.core.handle(StrayChunks(worker.id), self.now))
+            return
         assert route in own, "chunks for a client that the worker works nothing for"
         client = self.peers[target.peer]
         if client.open:

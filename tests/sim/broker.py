@@ -181,7 +181,7 @@ class SimBroker(Peer):
         now = self.clock.now
         target = self.core.route_chunks(worker, message.route, now)
         if target is None:
-            self._perform(self.core.handle(events.FromWorker(worker, message), now))
+            self._perform(self.core.handle(events.StrayChunks(worker), now))
         elif isinstance(target, Guest):
             self.send(target.parent, replace(message, route=target.parent_route))
         elif (gone := self._send(events.ToClient(target.peer, message))) is not None:

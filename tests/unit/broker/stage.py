@@ -14,6 +14,7 @@ from tokenmq.broker.events import (
     ClientGone,
     FromClient,
     FromWorker,
+    StrayChunks,
     ToClient,
     ToWorker,
     WorkerGone,
@@ -24,6 +25,7 @@ from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
     Accepted,
     Cancel,
+    Chunks,
     Credit,
     Envelope,
     Error,
@@ -106,6 +108,8 @@ class WorkerPeer(Peer):
 
     def says(self, message: Message) -> list[Said]:
         self.said += 1
+        if isinstance(message, Chunks):  # of whose client `route_chunks` knows nothing
+            return self.stage.happens(StrayChunks(self.peer))
         return self.stage.happens(FromWorker(self.peer, message))
 
     def garbles(self) -> list[Said]:

@@ -157,6 +157,46 @@ def test_a_peer_that_is_heard_after_its_end_leaves_nothing() -> None:
     door.validate()
 
 
+def test_an_end_takes_an_early_introduction_with_it() -> None:
+    door = doorman()
+    door.introduced(conn(1), b"p1", "K", 0.0)
+    door.closed(conn(1))  # between two looks at the monitor: it was never seen to come
+    assert door.next_deadline() is None
+
+
+def test_a_repeated_early_introduction_is_as_good_as_new() -> None:
+    door = doorman()
+    for number, now in ((1, 0.0), (2, 1.0), (1, 5.0)):
+        door.introduced(conn(number), b"p%d" % number, None, now)
+        door.validate()
+    deadline = door.next_deadline()
+    assert deadline is not None
+    door.tick(deadline)  # of the second one
+    door.accepted(conn(1), HERE, deadline)
+    assert door.of_peer(b"p1") == conn(1)
+
+
+def test_a_clock_that_is_set_back_mixes_nothing_up() -> None:
+    door = doorman(greeting_s=5)
+    door.accepted(conn(1), HERE, 10.0)
+    door.accepted(conn(2), HERE, 8.0)
+    door.introduced(conn(3), b"p3", None, 7.0)
+    door.validate()
+    assert door.tick(9.0) == []
+    assert len(door.tick(15.0)) == 2
+
+
+def test_a_routing_id_is_of_the_connection_that_had_it_last() -> None:
+    door = doorman()
+    come(door, 1, 0.0)
+    door.accepted(conn(2), HERE, 0.0)
+    door.introduced(conn(2), b"p1", None, 0.0)
+    door.validate()
+    door.closed(conn(1))
+    assert door.of_peer(b"p1") == conn(2)
+    door.validate()
+
+
 def test_early_introductions_are_bounded() -> None:
     door = doorman()
     for number in range(20_000):
@@ -188,9 +228,10 @@ def test_who_is_sent_away_hears_the_last_words() -> None:
     door = doorman()
     come(door, 1, 0.0)
     door.dismiss(conn(1), 10.0)
+    deadline = door.next_deadline()
     door.dismiss(conn(1), 10.1)  # not later for being told twice
     door.dismiss(conn(2), 10.0)  # no such connection
-    deadline = door.next_deadline()
+    assert door.next_deadline() == deadline
     assert deadline is not None
     assert 10.0 < deadline < 11.0
     assert door.tick(10.0) == []

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from tokenmq.broker.core import BrokerCore
-from tokenmq.broker.events import ClientGone, FromClient, FromWorker, ToClient, ToWorker, WorkerGone
+from tokenmq.broker.events import ClientGone, FromClient, FromWorker, StrayChunks, ToClient, ToWorker, WorkerGone
 from tokenmq.broker.guests import Guest
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol.codec import HEADER_BYTES, decode, encode
@@ -273,7 +273,7 @@ class Tree:
         (frame,) = frames
         client = core.route_chunks(worker, frame[8:HEADER_BYTES], self.now)
         if client is None:
-            self._perform(name, core.handle(FromWorker(worker, decode(frames)), self.now))
+            self._perform(name, core.handle(StrayChunks(worker), self.now))
         elif isinstance(client, Guest):
             parent = client.parent.removeprefix("tcp://").removesuffix(":1")
             id = self._links[name, parent]
