@@ -211,6 +211,7 @@ def test_list_is_a_table_or_json_and_never_a_secret(made: Run) -> None:
 def test_list_tells_what_is_wrong_apart(made: Run) -> None:
     made("new", "alice", "--role", "client")
     Path("keys/workers/gpu.key").write_text("not a key")
+    os.chmod("keys/workers/gpu.key", 0o644)
     shown = made("list")
     assert len(shown.stdout.splitlines()) == 2
     assert "warning: keys/workers/gpu.key has no key in it" in shown.stderr

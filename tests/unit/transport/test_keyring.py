@@ -54,6 +54,12 @@ def add(folder: Path, role: str, name: str, key: str | None = None) -> str:
     return key
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def names(keyring: Keyring) -> set[str]:
     return {f"{one.role.value} {one.name}" for one in keyring.allowed.by_key.values()}
 
@@ -65,7 +71,8 @@ def test_a_new_folder_lets_nobody_in(folder: Path) -> None:
     assert not keyring.allowed.by_key
     assert keyring.complaints() == []
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())} == {
-        "keys": 0o700, "clients": 0o700, "workers": 0o700, "admins": 0o700, SERVER_PAIR: 0o600, SERVER_KEY: 0o644,
+        "keys": 0o700, "clients": 0o700, "workers": 0o700, "admins": 0o700, SERVER_PAIR: 0o600,
+        SERVER_KEY: 0o644 & ~umask(),
     }  # fmt: skip
 
 
