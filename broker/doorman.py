@@ -182,6 +182,10 @@ class Doorman:
         if connection in self._open and connection not in self._leaving:
             self._leaving[connection] = self._at(now) + _LAST_WORDS_S
 
+    def is_leaving(self, connection: ConnectionId) -> bool:
+        """Tell whether a connection was dismissed."""
+        return connection in self._leaving
+
     def tick(self, now: float) -> list[Close]:
         """Close those whose time is up."""
         now = self._at(now)

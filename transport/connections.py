@@ -73,6 +73,7 @@ class Entrance:
     """Watches a ROUTER. `socket` becomes readable when there is something to see.
 
     Attributes:
+        accepted: connections that have come so far, also those that had gone before anybody looked.
         failed: handshakes that failed so far, by what they failed of: "key", "protocol", "unfinished".
     """
 
@@ -85,6 +86,7 @@ class Entrance:
         self.socket.setsockopt(zmq.RCVHWM, _QUEUE_EVENTS)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(endpoint)
+        self.accepted = 0
         self.failed: dict[str, int] = dict.fromkeys(_FAILED.values(), 0)
         self._hand = _Hand()
         #: Those that have arrived, by descriptor.
@@ -97,24 +99,30 @@ class Entrance:
         the end of the first one was told before its descriptor was free: so that is read before anything is believed.
         """
         closed: list[ConnectionId] = []
-        arrived: dict[int, Arrival] = {}
+        arrived: dict[int, Arrival | None] = {}
         broken = False
         read = 0
         while read < _BATCH and (events := self._read(_BATCH - read)):
             read += len(events)
             for event, value in events:
                 if event == _ACCEPTED:
-                    arrival = self._hand.arrival(value)
-                    if arrival is not None:
-                        arrived[value] = arrival
+                    self.accepted += 1
+                    arrived[value] = None
                 elif event == _DISCONNECTED:
                     broken = True
-                    if arrived.pop(value, None) is None and value in self._open:
+                    if value in arrived:
+                        del arrived[value]
+                    elif value in self._open:
                         closed.append(self._open.pop(value).connection)
                 elif event in _FAILED:
                     self.failed[_FAILED[event]] += 1
-        self._open.update(arrived)
-        return Seen(closed, list(arrived.values()), broken)
+            # Not before: most connections of a storm are gone by now, and cost no more.
+            for fd, known in arrived.items():
+                if known is None:
+                    arrived[fd] = self._hand.arrival(fd)
+        new = {fd: arrival for fd, arrival in arrived.items() if arrival is not None}
+        self._open.update(new)
+        return Seen(closed, list(new.values()), broken)
 
     def _read(self, limit: int) -> list[tuple[int, int]]:
         """Return up to `limit` events that are there, each with its value: a descriptor, or an error."""
@@ -136,9 +144,11 @@ class Entrance:
 
     def close(self) -> None:
         """Stop watching; call it before the watched socket closes."""
-        # libzmq's I/O thread waits for room for an event with the lock that is needed here.
-        while self._read(_BATCH):
-            pass
+        # Where there is no room for an event, libzmq's I/O thread waits for it with the lock that is needed here. So
+        # all that can be there is read; a storm may go on, but not fill it again in a moment.
+        for _ in range(0, _QUEUE_EVENTS + _BATCH, _BATCH):
+            if not self._read(_BATCH):
+                break
         self._watched.disable_monitor()
         self.socket.close(linger=0)
         self._hand.close()
