@@ -8,12 +8,12 @@ from enum import Enum
 class Refusal(Enum):
     """How a handshake ended."""
 
-    #: The broker knows our key not, or has it in another list.
+    #: The broker does not know our key, or has it in another list.
     FORBIDDEN = "forbidden"
     #: One side speaks CURVE and the other does not.
     MISMATCH = "mismatch"
-    #: It broke off. Under CURVE a broker does that to who has another public key for it than its own; it also happens
-    #: when a broker ends at that moment, and with what is no broker.
+    #: It broke off. Under CURVE a broker does that to who has another public key for it than its own. It also happens
+    #: when a broker ends at that moment, with what is no broker, and in a mismatch that the other side saw first.
     BROKEN_OFF = "broken off"
 
 
@@ -42,7 +42,7 @@ def explain(refusal: Refusal, endpoint: str, *, keyed: bool, place: str) -> str:
         return f"the broker at {endpoint} wants keys: give --server-key and --key"
     if keyed:
         return (
-            f"the handshake with {endpoint} broke off: the broker's public key is another one than --server-key, "
-            "or no broker is there"
+            f"the handshake with {endpoint} broke off: the broker has no CURVE, "
+            "or its public key is another one than --server-key"
         )
-    return f"the handshake with {endpoint} broke off: the broker has just ended, or no broker is there"
+    return f"the handshake with {endpoint} broke off: the broker has just ended or wants keys, or is no broker"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 
 import zmq
@@ -65,9 +65,9 @@ def router(
     *,
     heartbeats: bool = False,
     most_bytes: int = MAX_FRAME_BYTES,
-    queue_messages: int = ROUTER_QUEUE_MESSAGES,
     curve: KeyPair | None = None,
     domain: str = "",
+    prepare: Callable[[zmq.Socket[bytes]], None] = lambda _socket: None,
 ) -> tuple[zmq.Socket[bytes], list[str]]:
     """Make a ROUTER bound to all endpoints.
 
@@ -76,9 +76,10 @@ def router(
         endpoints: what it listens on.
         heartbeats: ZMTP finds out when a peer is gone.
         most_bytes: a peer that sends a longer frame is cut off before it is read.
-        queue_messages: what libzmq queues for each peer, and from it.
         curve: its key pair: then only peers with CURVE get in, those that know its public half. None for no CURVE.
-        domain: by what name it is known to the ZAP handler of the context, which says whose keys are let in.
+        domain: by what name it is known to the ZAP handler of the context, which says whose keys are let in. In a
+            context without a handler all are.
+        prepare: what is to be done with the socket before it is bound.
 
     Returns:
         The socket and the endpoints as bound, with the port that was chosen where `*` was asked for.
@@ -89,7 +90,7 @@ def router(
     _unguessable_ids()
     socket = context.socket(zmq.ROUTER)
     try:
-        _common(socket, queue_messages)
+        _common(socket, ROUTER_QUEUE_MESSAGES)
         socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
         if heartbeats:
             _heartbeats(socket)
@@ -99,7 +100,9 @@ def router(
         if curve is not None:
             socket.setsockopt(zmq.CURVE_SERVER, 1)
             socket.setsockopt(zmq.CURVE_SECRETKEY, curve.secret.encode())
-            socket.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
+            if domain:
+                socket.setsockopt(zmq.ZAP_DOMAIN, domain.encode())
+        prepare(socket)
         bound = []
         for endpoint in endpoints:
             _family(socket, endpoint)

@@ -94,10 +94,14 @@ class StubBroker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
+        self._prepare(self._socket)
         self._socket.bind(endpoint)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def _prepare(self, socket: zmq.Socket[bytes]) -> None:
+        """Set what others have set on it."""
 
     def close(self) -> None:
         """Die: the ROUTER closes, without a goodbye."""
@@ -132,6 +136,7 @@ class StubBroker:
                 self.seen.put(message)
             for peer in list(self._sent):
                 while self.inject:
+                    self._sent[peer] += 1
                     self._socket.send_multipart([peer, *self.inject.pop()])
         self._socket.close()
         self._context.term()
@@ -615,6 +620,65 @@ def test_nonsense_ends_the_session_and_the_next_is_sound(new_broker: NewBroker, 
         broker.tokens = 600
         stream.text()
         assert stream.token_ids == list(range(600))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x93\x01\x02",
+        b"\x91" * 5000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\x91\x96\x01\x02\x03\x04\x05\x06",
+        b".",
+    ],
+)
+def test_chunks_that_cannot_be_read_are_the_problem_of_nobody_else(
+    new_broker: NewBroker, caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    """A broker forwards what a worker sends unread: what one of them makes up must not hurt another one's streams."""
+    broker = new_broker(None)
+    with caplog.at_level(logging.INFO, "tokenmq"), Client(broker.endpoint, window_tokens=8) as client:
+        stream = client.generate("m", "x", resume=False)
+        next(stream)
+        frames = encode(Chunks(b"r" * 16, ()))
+        for _ in range(50):
+            broker.inject.append([frames[0][:24] + body])
+        core = client._connection._core
+        wait_until(lambda: core.dropped["garbled"] == 50)
+        broker.kinds_until(Heartbeat)  # ours is answered with the number of messages that were sent so far
+        for position in range(1, 200):
+            assert next(stream).token_ids == (position,)
+        assert core.sessions[broker.endpoint].open
+        assert len(stream.attempts) == 1
+    assert sum("chunks_garbled" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_stream_whose_own_chunks_cannot_be_read_goes_on_elsewhere(new_broker: NewBroker) -> None:
+    broker = new_broker(4)
+    with Client(broker.endpoint, window_tokens=8) as client:
+        wait_for_sessions(client)
+        hold = threading.Event()
+        say, broken = broker._say, [True]
+
+        def break_one(peer: bytes, message: Message) -> None:
+            if isinstance(message, Chunks) and message.chunks[0].offset == 2 and broken.pop():
+                broken.append(False)
+                broker._sent[peer] += 1
+                broker._socket.send_multipart([peer, encode(message)[0][:-3]])
+                hold.set()
+            else:
+                say(peer, message)
+
+        broker._say = break_one  # type: ignore[method-assign]
+        stream = client.generate("m", "x")
+        assert stream.text() == "0 1 2 3 "
+        assert hold.is_set()
+        assert [(each.number, each.first_token, each.error and each.error.code) for each in stream.attempts] == [
+            (1, 0, "worker_lost"),
+            (2, 2, None),
+        ]
 
 
 # Credit, cancel, close
