@@ -75,10 +75,10 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     started = time.monotonic()
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed here
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
-    )
+    # What lies beside the file is not asked for code either.
+    how: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **how)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **how)
     # The weights are plain numbers now, but the model still says that it is quantised, and save_pretrained refuses.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -23,6 +23,13 @@ from .vision import has_eyes, load_processor
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+#: What is said of a model whose files bring Python code of their own.
+OWN_CODE = (
+    "it needs Python code from its own files, which is never run here; only models that transformers itself knows "
+    "are served"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model in eval mode on its device, its tokenizer, and where it looks at images its processor."""
@@ -66,9 +73,25 @@ def load(
     except EngineLoadError:
         raise
     except Exception as error:
+        if needs_code(error):
+            raise EngineLoadError(f"{model}: {OWN_CODE}") from error
         if is_out_of_memory(error):
             raise EngineLoadError(f"no memory on {on} for the weights of {model} in {number}") from error
         raise EngineLoadError(f"cannot load {model}: {first_line(error)}") from error
+
+
+def needs_code(error: BaseException) -> bool:
+    """Tell whether transformers refused to run code that a model brings."""
+    return "trust_remote_code" in str(error)
+
+
+def _refuse_kernels(source: str, config: Any) -> None:
+    """Refuse a config that names kernels at the hub: transformers would fetch them, and run what they bring."""
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    for part in parts:
+        named = getattr(part, "_attn_implementation", None)
+        if isinstance(named, str) and "/" in named:
+            raise EngineLoadError(f"{source}: its config.json asks for the kernels {named!r}: {OWN_CODE}")
 
 
 def _is_local(model: str) -> bool:
@@ -94,13 +117,16 @@ def _is_local(model: str) -> bool:
 def _load(
     kind: Any, source: str, device: torch.device, dtype: torch.dtype, *, local: bool, processes: int
 ) -> LoadedModel:
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
+    _refuse_kernels(source, config)
     if config.is_encoder_decoder:
         raise EngineLoadError(f"{source}: {config.model_type} is an encoder-decoder, which no engine here serves")
     processor = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:
+        if needs_code(error):
+            raise
         raise EngineLoadError(
             f"{source}: its tokenizer (tokenizer.json and others) is absent or damaged: "
             f"{first_line(error).rstrip(':')}"
@@ -115,7 +141,14 @@ def _load(
     elif getattr(config, "quantization_config", None) is not None:
         more["device_map"] = {"": device}  # quantised weights must be placed as they are read
     loaded: Any = kind.from_pretrained(
-        source, config=config, dtype=dtype, local_files_only=local, output_loading_info=True, **more
+        source,
+        config=config,
+        dtype=dtype,
+        local_files_only=local,
+        output_loading_info=True,
+        trust_remote_code=False,
+        weights_only=True,  # a pickle may bring tensors and nothing that runs
+        **more,
     )
     model, report = loaded
     # An encoder's pooler is for classifiers: no vector depends on it, and some are published without.

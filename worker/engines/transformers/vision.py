@@ -50,6 +50,8 @@ def load_processor(source: str, *, local: bool) -> Any:
             f"{source}: its processor for images (or videos) cannot be loaded without a package: {missing}"
         ) from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise  # `loading` says what it says of all such models
         raise EngineLoadError(
             f"{source}: its processor (processor_config.json and others) is absent or damaged: "
             f"{first_line(error).rstrip(':')}"

@@ -47,6 +47,10 @@ SLOTS = 16
 _HEALTH_S = 1.0
 #: vLLM's core gets so long to end by itself; less than the worker waits for its engine.
 _SHUTDOWN_S = 1.0
+_OWN_CODE = (
+    "it needs Python code from its own files, which is not run unless you say so: if you trust who wrote it, give "
+    "--engine-option trust_remote_code=true"
+)
 _DEAD = "vLLM's engine core has ended; what it has logged tells why"
 
 
@@ -120,6 +124,8 @@ class VllmEngine(AsyncEngine):
                 AsyncEngineArgs(**arguments), stat_loggers=[lambda _config, _index: self._figures]
             )
         except Exception as error:
+            if "trust_remote_code" in str(error) and not arguments.get("trust_remote_code"):
+                raise EngineLoadError(f"{self.served_name}: {_OWN_CODE}") from error
             raise EngineLoadError(f"vLLM does not start with {self.served_name}: {_reason(error)}") from error
         if "generate" not in await self._llm.get_supported_tasks():
             raise EngineLoadError(f"{self.served_name}: vLLM generates no text with this model")

@@ -34,6 +34,8 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
             raise EngineLoadError(f"engine option {text!r}: expected KEY=VALUE, such as gpu_memory_utilization=0.8")
         if key in options:
             raise EngineLoadError(f"engine option {key!r} is given twice")
+        if key == "hf_token":
+            raise EngineLoadError("engine option 'hf_token': all who can list processes would see it; set HF_TOKEN")
         try:
             options[key] = json.loads(value)
         except ValueError:
