@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..protocol.log import EventHandler, Log, shown
+from ..protocol.log import EventHandler, Log, printable, shown
 
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
@@ -28,6 +28,14 @@ def configure(log_format: str, level: str, **fields: Any) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("tokenmq").setLevel(level.upper())
     logging.captureWarnings(True)
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    """Return a JSON object on one line; what is not printable is escaped, also beyond what JSON asks for."""
+    text = json.dumps(values, ensure_ascii=False, default=str)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -73,7 +81,7 @@ class _Lines(EventHandler):
             values["request"] = log.request_id.hex()
         values.update(log.fields)
         values.update((field, value) for field, value in self._fields.items() if field not in log.fields)
-        return json.dumps(values, ensure_ascii=False, default=str) + "\n"
+        return _dumped(values) + "\n"
 
     def _time(self) -> str:
         """Return the time as in `_time`; its date is made once a second."""
@@ -100,12 +108,14 @@ class _Text(_WithFields):
 
     def format(self, record: logging.LogRecord) -> str:
         name = record.name.removeprefix("tokenmq.")
-        message = " ".join(record.getMessage().splitlines())  # of other libraries: ours has one line anyway
+        message = printable(" ".join(record.getMessage().splitlines()))  # of other libraries: ours is so anyway
         line = f"{_time(record)} {record.levelname.lower()} {name} {message}"
         for field, value in self._missing(record).items():
             line += f" {field}={shown(value)}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            # Indented: whatever its text has, no line of it can be taken for one of the log.
+            told = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n  {printable(one)}" for one in told)
         return line
 
 
@@ -119,4 +129,4 @@ class _Json(_WithFields):
         values.update(self._missing(record))
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(values, ensure_ascii=False, default=str)
+        return _dumped(values)

@@ -1,4 +1,8 @@
-"""What is worth a line in the log, as a value: the pure cores return it, the servers write it."""
+"""What is worth a line in the log, as a value: the pure cores return it, the servers write it.
+
+Much of what is logged was sent by others: names, reasons, errors. None of it may look like a line of its own, or
+reach the terminal as a command: whatever has no shape of its own on paper is written as an escape.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class Log:
 
     Attributes:
         event: its name, words joined by underscores: `worker_registered`.
-        fields: what belongs to it: plain values, never a prompt or a text.
+        fields: what belongs to it: plain values. No prompt and no text but where --log-prompts asks for it.
         request_id: the request that it is about.
         level: a level of the logging module.
     """
@@ -72,6 +76,13 @@ def _only_root_listens(logger: logging.Logger) -> bool:
             return False
         here = here.parent
     return True
+
+
+def printable(text: str) -> str:
+    """Return the text with escapes for its line ends, controls, marks of direction and lone surrogates."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(value: Any) -> str:

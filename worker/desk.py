@@ -34,6 +34,7 @@ from .answers import error, finish
 from .direct import Attachments
 from .engines.base import Done, Failed, Job, Output, Tokens
 from .events import Action, CancelJob, Hand, Submit
+from .prompt_line import begin_of_prompt
 from .settings import MOST_PARKED, MOST_PARKED_TOKENS, WorkerSettings
 from .streams import Stream, Streams, Way, batches
 
@@ -151,6 +152,8 @@ class Desk:
             max_tokens=generation.sampling.max_tokens,
             prior_tokens=envelope.prior_tokens,
         )
+        if self._settings.log_prompts:
+            self._orders.log("prompt", message.id, attempt=envelope.attempt, prompt=begin_of_prompt(generation))
 
     def credit(self, broker: str, message: Credit, now: float) -> None:
         """Raise a stream's credit and send what it covers; unknown streams have just ended."""

@@ -31,6 +31,9 @@ from .events import (
 )
 from .rates import Work, rates
 
+#: Characters of an engine's error that are told.
+MAX_ERROR_CHARS = 300
+
 EngineEvent = EngineLoaded | EngineOutputs | EngineFailed | EngineDied | Changed
 
 
@@ -222,4 +225,10 @@ class EngineThread:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Return what is told of an error of the engine's, to its clients and in the log: one line, not long.
+
+    What follows the first line is what a library had in its hands, and that may be somebody's prompt.
+    """
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return text if len(text) <= MAX_ERROR_CHARS else f"{text[:MAX_ERROR_CHARS]}..."

@@ -71,6 +71,7 @@ class WorkerSettings:
         insecure: that endpoint may be one that other machines can reach, without keys.
         curves: the worker's key pair and the broker's public key, for each broker in their order; empty where no
             keys are used. The worker's own endpoint has the pair, too.
+        log_prompts: the begin of each prompt is logged with its request's id; else no prompt is logged anywhere.
 
     Raises:
         ValueError: a value cannot be used; the message says which and why.
@@ -89,6 +90,7 @@ class WorkerSettings:
     direct: str = ""
     insecure: bool = False
     curves: tuple[Curve, ...] = ()
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what a broker would refuse, before anything is dialled."""

@@ -22,6 +22,8 @@ from ...protocol.messages import Details, FinishReason, ModelInfo
 from .base import Done, Engine, EngineStats, Failed, Job, Output, Tokens
 
 _T = TypeVar("_T")
+#: Characters of an error that are told.
+MAX_ERROR_CHARS = 300
 
 
 @dataclass(slots=True, eq=False)
@@ -197,7 +199,8 @@ class AsyncEngine(Engine):
         except TokenmqError as error:
             self._put(Failed(ticket, error.code, error.message, error.retryable))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this job's: the others go on)
-            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            lines = str(error).strip().splitlines()
+            text = f"{type(error).__name__}: {lines[0].strip()[:MAX_ERROR_CHARS]}" if lines else type(error).__name__
             self._put(Failed(ticket, ErrorCode.ENGINE_FAILED.value, f"engine {self.name!r}: {text}"))
         finally:
             await outputs.aclose()

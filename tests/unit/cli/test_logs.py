@@ -93,3 +93,56 @@ def test_a_closed_pipe_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     handler.setStream(Closed())
     monkeypatch.setattr(logging, "raiseExceptions", False)
     write(LOGGER, EVENTS[0])
+
+
+#: What somebody might call his worker, his model or his error, so that it looks like a line of the log, or clears the
+#: screen of whoever reads it.
+FORGED = [
+    "w1\n2026-11-21T04:52:16.123Z info broker worker_registered worker=good",
+    "w1\r\x1b[2J\x1b[1;1H",
+    "w1\x9b2J\x07\x7f",
+    "w1\u2028info\u2029\x85\x0b\x0c\x1c\x1e",
+    "w1\u202egnp.exe\u2066\u200b",
+    "w1 worker=good level=error",
+    'w1", "event": "worker_registered", "x": "',
+    "w1\ud800 \udfff",
+]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("forged", FORGED)
+def test_what_others_send_stays_within_its_line(log_format: str, forged: str) -> None:
+    stderr = configured(log_format, "debug", worker="own")
+    event = Log("worker_left", {"name": forged, "names": [forged], "of": {"name": forged}}, b"\0" * 16)
+    write(LOGGER, event)
+    logging.getLogger("another.library").warning("it was %s", forged)
+    logging.root.addHandler(logging.NullHandler())
+    write(LOGGER, event)
+    written = stderr.getvalue()
+    written.encode()  # no lone surrogate, on which the stream would fail
+    assert written.endswith("\n")
+    each = written[:-1].split("\n")
+    assert len(each) == 3
+    assert all(line.isprintable() for line in each)
+    for line in (each[0], each[2]):
+        if log_format == "json":
+            told = json.loads(line)
+            assert (told["event"], told["name"], told["names"]) == ("worker_left", forged, [forged])
+        else:
+            assert " name='" in line or ' name="' in line or " name=w1" in line
+            assert line.count(" worker=own") == 1
+            assert not re.search(r" worker=good(?![^']*')", line)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_traceback_cannot_be_taken_for_other_lines(log_format: str) -> None:
+    stderr = configured(log_format, "info")
+    try:
+        raise ValueError("bad\n2026-11-21T04:52:16.123Z info broker worker_registered worker=good\n\x1b[2J")
+    except ValueError:
+        LOGGER.exception("it failed")
+    first, *others = stderr.getvalue()[:-1].split("\n")
+    assert "it failed" in first
+    assert all(line.isprintable() for line in (first, *others))
+    assert all(line.startswith("  ") for line in others)
+    assert bool(others) is (log_format == "text")

@@ -11,7 +11,7 @@ import pytest
 
 from tokenmq.protocol.messages import FinishReason, ModelInfo
 from tokenmq.protocol.payload import Generation, Prior, Sampling
-from tokenmq.worker.engine_thread import EngineThread
+from tokenmq.worker.engine_thread import EngineThread, _told
 from tokenmq.worker.engines.base import (
     Done,
     Engine,
@@ -340,3 +340,19 @@ def test_a_long_step_blocks_neither_progress_nor_stop() -> None:
 
 def test_a_thread_that_never_began_is_stopped_at_once() -> None:
     assert EngineThread(ScriptedEngine(), lambda event: None).stop(WAIT_S)
+
+
+def test_of_an_engines_error_one_line_is_told() -> None:
+    def explode() -> Sequence[Output]:
+        raise RuntimeError("no kernel\nin the batch: the launch code is 0000")
+
+    def verbose() -> Sequence[Output]:
+        raise RuntimeError("x" * 5_000)
+
+    assert _told(RuntimeError()) == "RuntimeError"
+    for step, expected in ((explode, "RuntimeError: no kernel"), (verbose, "RuntimeError: " + "x" * 286 + "...")):
+        try:
+            step()
+        except RuntimeError as error:
+            told = _told(error)
+        assert told == expected
