@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -18,8 +18,8 @@ from ..protocol.errors import ProtocolError
 from ..protocol.limits import MAX_BODY_BYTES
 from ..protocol.log import Log, write
 from ..protocol.messages import Disconnect, Message
+from ..transport.curves import curves
 from ..transport.links import Links
-from ..transport.monitor import ConnectionEvent, Monitor
 from ..transport.pump import (
     DONTWAIT,
     SENT,
@@ -32,8 +32,10 @@ from ..transport.pump import (
     send,
 )
 from ..transport.sockets import router
+from .access import BACKEND, FRONTEND, Access
 from .backlog import Backlog, Loss
 from .core import BrokerCore
+from .entry import Entry
 from .events import (
     Action,
     BadClient,
@@ -42,6 +44,7 @@ from .events import (
     Event,
     FromClient,
     FromWorker,
+    StrayChunks,
     ToClient,
     ToWorker,
     WorkerGone,
@@ -65,6 +68,9 @@ _QUIET_S = 0.1
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
 _READ_ON_S = 0.5
 
+#: Who has no session has no use for a longer message: a READY names 1,024 models at most.
+_MOST_STRANGER_BYTES = {FRONTEND: 4096, BACKEND: 1024 * 1024}
+
 #: A longer CHUNKS message is refused.
 _MAX_CHUNKS = HEADER_BYTES + MAX_BODY_BYTES
 
@@ -84,22 +90,29 @@ class BrokerServer:
 
         Raises:
             EndpointError: an endpoint cannot be bound; nothing is left open.
+            KeyFileError: keys are asked for, and cannot be used.
         """
         self._clock = clock
         self._settings = settings
-        self._core = BrokerCore(settings, software=software, now=clock(), incarnation=time.time_ns())
+        now = clock()
+        self._core = BrokerCore(settings, software=software, now=now, incarnation=time.time_ns())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._drain_wish: float | None = None
+        self._pump = Pump()
+        #: The way in at each side.
+        self._entries: dict[str, Entry] = {}
         try:
-            self._clients, self.frontend = router(self._context, settings.frontend)
-            self._workers, self.backend = router(self._context, settings.backend)
+            keys = curves(settings.uplink_server_keys, settings.uplink_key, settings.uplinks)
+            uplinks = dict(zip(settings.uplinks, keys, strict=bool(keys)))
+            self._access = Access(self._context, self._pump, settings.curve, now) if settings.curve else None
+            self._clients, self.frontend = self._router(FRONTEND, settings.frontend, now)
+            self._workers, self.backend = self._router(BACKEND, settings.backend, now)
         except BaseException:
             self._context.destroy(linger=0)
+            self._pump.close()
             raise
         self._client_backlog = self._backlog(self._clients)
         self._worker_backlog = self._backlog(self._workers)
-        self._client_monitor = Monitor(self._clients)
-        self._worker_monitor = Monitor(self._workers)
         #: Workers that cannot be sent to any more, and of which the core does not know yet.
         self._gone: dict[bytes, Loss] = {}
         self._give_up_at = 0.0
@@ -108,10 +121,9 @@ class BrokerServer:
         self._deadline = 0.0
         self._quiet = False
         self._quiet_s = min(_QUIET_S, settings.heartbeat_s / 10)
-        self._pump = Pump()
-        for socket in (self._clients, self._workers, self._client_monitor.socket, self._worker_monitor.socket):
+        for socket in (self._clients, self._workers, *(entry.socket for entry in self._entries.values())):
             self._pump.watch(socket)
-        self._parents = Links(self._context, self._pump)
+        self._parents = Links(self._context, self._pump, uplinks)
 
     def run(self) -> None:
         """Serve until `drain` has been called and everything has ended; then close."""
@@ -135,13 +147,22 @@ class BrokerServer:
 
     def close(self) -> None:
         """Close all sockets; what was sent may still leave for as long as they linger."""
-        self._client_monitor.close()
-        self._worker_monitor.close()
+        for entry in self._entries.values():
+            entry.close()
         self._clients.close()
         self._workers.close()
         self._parents.close()
+        if self._access is not None:
+            self._access.close()
         self._context.term()
         self._pump.close()
+
+    def _router(self, side: str, endpoints: Sequence[str], now: float) -> tuple[zmq.Socket[bytes], list[str]]:
+        def watch(socket: zmq.Socket[bytes]) -> None:
+            self._entries[side] = Entry(socket, side, self._settings.limits, now)
+
+        pair = None if self._access is None else self._access.server
+        return router(self._context, endpoints, curve=pair, domain=side, prepare=watch)
 
     def _backlog(self, socket: zmq.Socket[bytes]) -> Backlog:
         settings = self._settings
@@ -167,6 +188,10 @@ class BrokerServer:
         self._retry(now)
         if self._gone:
             self._give_up_workers(now)
+        for entry in self._entries.values():
+            entry.tick(now)
+        if self._access is not None and (allowed := self._access.look(now)) is not None:
+            self._perform(self._core.allow(allowed, now), now)
         self._touched = False
         self._deadline = self._next_deadline()
         self._listen(now)
@@ -191,17 +216,23 @@ class BrokerServer:
         """See to what is rarer than messages of clients and workers."""
         for event in self._parents.events(ready):
             self._handle(event, now)
-        if self._worker_monitor.socket in ready and _broken(self._worker_monitor):
+        if self._access is not None and self._access.socket in ready:
+            self._access.answer(now)
+        clients, workers = self._entries[FRONTEND], self._entries[BACKEND]
+        if workers.socket in ready and workers.look(now):
             self._perform(self._core.probe_workers(now), now)
-        if self._client_monitor.socket in ready and _broken(self._client_monitor):
+        if clients.socket in ready and clients.look(now):
             self._perform(self._core.probe_clients(now), now)
         if self._drain_wish is not None:
             grace_s, self._drain_wish = self._drain_wish, None
             self._perform(self._core.drain(now, grace_s), now)
 
     def _next_deadline(self) -> float:
-        backlogs = (self._client_backlog.next_deadline(), self._worker_backlog.next_deadline())
-        return min([self._core.next_deadline(), *(time for time in backlogs if time is not None)])
+        others = [self._client_backlog.next_deadline(), self._worker_backlog.next_deadline()]
+        others += [entry.next_deadline() for entry in self._entries.values()]
+        if self._access is not None:
+            others.append(self._access.look_at)
+        return min([self._core.next_deadline(), *(time for time in others if time is not None)])
 
     def _retry(self, now: float) -> None:
         for loss in self._worker_backlog.retry(now):
@@ -230,7 +261,7 @@ class BrokerServer:
         function of our own but the one that knows where the chunk goes.
         """
         workers, clients, route_chunks = self._workers, self._clients, self._core.route_chunks
-        kept = self._client_backlog.peers
+        kept, sessions = self._client_backlog.peers, self._core.registry.by_peer
         until = None
         try:
             for number in range(_BATCH):
@@ -255,12 +286,20 @@ class BrokerServer:
                         except zmq.ZMQError:  # full, or gone: the backlog tries again and finds out which
                             self._forward(client, message, now)
                         continue
+                    if peer in sessions:
+                        self._handle(StrayChunks(peer), now)
+                        continue
                 frames = rest(workers, frame)
-                try:
-                    event: Event = FromWorker(peer, decode(frames), frames)
-                except ProtocolError as error:
-                    event = BadWorker(peer, error)
-                self._handle(event, now)
+                if peer not in sessions:
+                    self._from_stranger(BACKEND, peer, frame, frames, now)
+                else:
+                    try:
+                        event: Event = FromWorker(peer, decode(frames), frames)
+                    except ProtocolError as error:
+                        event = BadWorker(peer, error)
+                    self._handle(event, now)
+                    if peer not in sessions:
+                        self._entries[BACKEND].end(peer, now)
                 if until is None:
                     until = self._clock() + _BATCH_S
                 elif self._clock() >= until:
@@ -282,23 +321,54 @@ class BrokerServer:
 
     def _from_clients(self, now: float) -> None:
         """Take what clients have sent, up to a bound."""
-        clients = self._clients
+        clients, sessions = self._clients, self._core.clients
         until = self._clock() + _BATCH_S
         try:
             for number in range(_BATCH):
                 if number == 1 and not another(clients):
                     return
                 peer = raw_recv(clients, DONTWAIT)
-                frames = rest(clients, raw_recv(clients, DONTWAIT, False))
-                try:
-                    event: Event = FromClient(peer, decode(frames), frames)
-                except ProtocolError as error:
-                    event = BadClient(peer, error)
-                self._handle(event, now)
+                frame = raw_recv(clients, DONTWAIT, False)
+                frames = rest(clients, frame)
+                if peer not in sessions:
+                    self._from_stranger(FRONTEND, peer, frame, frames, now)
+                else:
+                    try:
+                        event: Event = FromClient(peer, decode(frames), frames)
+                    except ProtocolError as error:
+                        event = BadClient(peer, error, sum(map(len, frames)))
+                    self._handle(event, now)
+                    if peer not in sessions:
+                        self._entries[FRONTEND].end(peer, now)
                 if self._clock() >= until:
                     return
         except zmq.Again:
             return
+
+    def _from_stranger(self, side: str, peer: bytes, frame: zmq.Frame, frames: list[bytes], now: float) -> None:
+        """Take a message of a peer that has no session: it begins one, or loses its connection."""
+        entry = self._entries[side]
+        connection, wrong = entry.meet(peer, frame, now)
+        if connection is None:
+            return
+        frontend = side == FRONTEND
+        sessions: Container[bytes] = self._core.clients if frontend else self._core.registry.by_peer
+        identity = None if self._access is None else self._access.who(frame)
+        size_bytes = sum(map(len, frames))
+        if size_bytes > _MOST_STRANGER_BYTES[side]:
+            wrong = wrong or f"expected a peer to introduce itself, got {size_bytes} bytes"
+        try:
+            if wrong:
+                raise ProtocolError(wrong)
+            message = decode(frames)
+            event: Event = (FromClient if frontend else FromWorker)(peer, message, frames, identity)
+        except ProtocolError as error:
+            event = BadClient(peer, error) if frontend else BadWorker(peer, error)
+        self._handle(event, now)
+        if peer in sessions:
+            entry.introduce(connection, peer, identity, now)
+        else:
+            entry.dismiss(connection, now)
 
     def _handle(self, event: Event, now: float) -> None:
         self._touched = True
@@ -311,6 +381,8 @@ class BrokerServer:
         for action in actions:
             if isinstance(action, ToClient):
                 frames = action.frames or encode(action.message)
+                if type(action.message) is Disconnect:
+                    self._entries[FRONTEND].end(action.peer, now)
                 if not self._client_backlog.peers and send(self._clients, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._client_backlog, action.peer, frames, action.message, now)
@@ -318,6 +390,8 @@ class BrokerServer:
                     following += self._core.handle(_client_gone(loss), now)
             elif isinstance(action, ToWorker):
                 frames = action.frames or encode(action.message)
+                if type(action.message) is Disconnect:
+                    self._entries[BACKEND].end(action.peer, now)
                 if not self._worker_backlog.peers and send(self._workers, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._worker_backlog, action.peer, frames, action.message, now)
@@ -347,7 +421,3 @@ class BrokerServer:
 
 def _client_gone(loss: Loss) -> ClientGone:
     return ClientGone(loss.peer, loss.why, loss.stalled)
-
-
-def _broken(monitor: Monitor) -> bool:
-    return ConnectionEvent.DISCONNECTED in monitor.events()

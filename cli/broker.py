@@ -18,6 +18,7 @@ from ..protocol.liveness import EXPIRY_S, HEARTBEAT_S
 from ..protocol.version import SOFTWARE
 from ..transport.endpoints import DEFAULT_BACKEND, DEFAULT_FRONTEND
 from . import logs
+from .keys import keys
 from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals
 from .options import logging_options, option, settings
 
@@ -25,7 +26,7 @@ from .options import logging_options, option, settings
 MOST_SHARDS = 64
 
 
-@click.command(context_settings=settings("TOKENMQ_BROKER"))
+@click.group(context_settings=settings("TOKENMQ_BROKER"), invoke_without_command=True)
 @option(
     "--frontend", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
     help="Where clients connect: tcp://HOST:PORT or ipc://PATH. Repeatable.",
@@ -90,6 +91,19 @@ MOST_SHARDS = 64
     "Repeatable; needs a --name of its own.",
 )  # fmt: skip
 @option(
+    "--uplink-key", default="", metavar="FILE", show_default="none",
+    help="The secret key that the brokers above know this one by: one of their workers' keys.",
+)  # fmt: skip
+@option(
+    "--uplink-server-key", "uplink_server_keys", multiple=True, metavar="KEY", show_default="none",
+    help="Public key of the brokers above, as such or as a file. Repeatable: one for all, or one for each --uplink.",
+)  # fmt: skip
+@option(
+    "--curve", default="", metavar="DIR", show_default="none",
+    help="Encrypt everything, and let in only those whose keys lie in this folder, which `zmq-broker keys init` "
+    "makes. It is read anew all the time: whose key is gone is cut off within a second.",
+)  # fmt: skip
+@option(
     "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
 )
 @option(
@@ -97,7 +111,9 @@ MOST_SHARDS = 64
     help="Let all clients drain and remove workers and change the policy where other machines reach a frontend.",
 )  # fmt: skip
 @logging_options
+@click.pass_context
 def main(
+    context: click.Context,
     frontend: tuple[str, ...],
     backend: tuple[str, ...],
     name: str,
@@ -114,6 +130,9 @@ def main(
     write_timeout: float,
     model_order: str,
     uplink: tuple[str, ...],
+    uplink_key: str,
+    uplink_server_keys: tuple[str, ...],
+    curve: str,
     insecure: bool,
     insecure_admin: bool,
     log_format: str,
@@ -123,6 +142,8 @@ def main(
 
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     """
+    if context.invoked_subcommand is not None:
+        return  # the options are those of a broker that runs
     # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
     from ..broker.server import BrokerServer
 
@@ -147,6 +168,9 @@ def main(
             write_timeout_s=write_timeout,
             model_order=model_order,
             uplinks=uplink,
+            uplink_key=uplink_key,
+            uplink_server_keys=uplink_server_keys,
+            curve=curve,
             group=group,
             insecure=insecure,
             insecure_admin=insecure_admin,
@@ -154,12 +178,15 @@ def main(
         if shards > 1:
             from .shards import supervise  # another program, as good as
 
-            supervise(click.get_current_context(), broker_settings, shards)
+            supervise(context, broker_settings, shards)
         server = BrokerServer(broker_settings, software=SOFTWARE)
     except ValueError as error:
         fail(str(error))
     on_signals(server.drain, supervised=supervised)
     server.run()
+
+
+main.add_command(keys)
 
 
 def _weights(pairs: tuple[str, ...]) -> dict[str, float]:

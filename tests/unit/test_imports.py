@@ -13,6 +13,8 @@ PURE = (
     "tokenmq.protocol.liveness",
     "tokenmq.protocol.credit",
     "tokenmq.broker.core",
+    "tokenmq.broker.doorman",
+    "tokenmq.broker.meters",
     "tokenmq.worker.core",
     "tokenmq.cli.supervisor",
     "tokenmq.client.core",

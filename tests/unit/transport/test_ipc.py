@@ -35,7 +35,7 @@ def mode(path: Path) -> int:
 
 def test_socket_and_folder_are_the_users_alone(context: zmq.Context[zmq.Socket[bytes]], tmp_path: Path) -> None:
     path = tmp_path / "run" / "front"
-    with router(context, [f"ipc://{path}"])[0]:
+    with zmq.Context() as former, router(former, [f"ipc://{path}"])[0]:
         assert (mode(path), mode(path.parent)) == (0o600, 0o700)
     with router(context, [f"ipc://{path}"])[0]:  # and again, now that the folder is there
         assert mode(path) == 0o600
