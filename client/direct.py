@@ -41,11 +41,13 @@ class _Link:
     """A connection to a worker, or the try to make one.
 
     Attributes:
+        server_key: whom it is a connection to; "" where CURVE does not tell.
         look_at: when the try is given up, or when an open link is looked at for having become idle.
         open: it is connected.
         keys: what was offered for this endpoint, and by which broker, the latest last.
     """
 
+    server_key: str
     look_at: float
     open: bool = False
     keys: OrderedDict[bytes, str] = field(default_factory=OrderedDict)
@@ -97,6 +99,8 @@ class Direct:
             link = self._dial(endpoint, server_key, now)
             if link is None:
                 return
+        if link.server_key != server_key:
+            return  # who is there is somebody else
         if link.open:
             link.look_at = now + IDLE_S
         if key in link.keys:
@@ -120,7 +124,7 @@ class Direct:
         self._tried.move_to_end(endpoint)
         if len(self._tried) > _MOST_TRIED:
             self._tried.popitem(last=False)
-        link = self._links[endpoint] = _Link(now + DIAL_S)
+        link = self._links[endpoint] = _Link(server_key, now + DIAL_S)
         self._orders.add(Dial(endpoint, server_key))
         return link
 

@@ -28,7 +28,6 @@ from ..protocol.errors import (
     BrokerLostError,
     ClientClosedError,
     ErrorCode,
-    RateLimitedError,
     TokenmqError,
 )
 from ..protocol.messages import Chunk, Error, Finish, FinishReason, Started
@@ -203,7 +202,11 @@ class Exchange:
         if found := self._find(message.id, number, endpoint):
             stream, attempt = found
             attempt.worker = message.worker or attempt.worker
-            self._fault(stream, attempt, error_from(message), now)
+            # A worker that says so (brokers add its name) has no word in what the broker takes.
+            limited = message.code == ErrorCode.RATE_LIMITED.value and not message.worker
+            if limited:
+                self._sessions[endpoint].gate.refused(message.retry_after_s, stream.left_at, now)
+            self._fault(stream, attempt, error_from(message), now, limited=limited)
 
     def _find(self, key: bytes, number: int, endpoint: str) -> tuple[OpenStream, OpenAttempt] | None:
         """Return the stream and open attempt that a broker's message is for, None where it is late or foreign."""
@@ -376,11 +379,13 @@ class Exchange:
         self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
         self._fault(stream, attempt, error, now)
 
-    def _fault(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float) -> None:
-        """Take the failure of an attempt: the other one goes on, or the next one repairs it, or the stream ends."""
-        limited = isinstance(error, RateLimitedError)
-        if limited:
-            self._sessions[stream.endpoint].gate.refused(error.retry_after_s, stream.left_at, now)
+    def _fault(
+        self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float, *, limited: bool = False
+    ) -> None:
+        """Take the failure of an attempt: the other one goes on, or the next one repairs it, or the stream ends.
+
+        `limited`: it was only one request too many for its broker.
+        """
         if len(stream.open) > 1:
             # A hedge that no worker was free for is no failure.
             self._close(stream, attempt, error if attempt.served or not attempt.hedge else None)

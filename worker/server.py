@@ -105,9 +105,8 @@ class WorkerServer:
         try:
             self._engine.start()
             if self._door is not None:
-                keyed = self._settings.pair is not None
-                write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint, "curve": keyed}))
-                if not keyed and not is_local(self._door.endpoint):
+                write(LOGGER, Log("direct_offered", {"endpoint": self._door.endpoint}))
+                if self._settings.pair is None and not is_local(self._door.endpoint):
                     write(LOGGER, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
             self._rounds = Rounds(self._pump, self._clock)  # the time since it was made counts for nothing
             self._perform(self._core.start(self._rounds.now))

@@ -37,6 +37,7 @@ from tokenmq.protocol.messages import (
     Started,
 )
 from tokenmq.protocol.orders import Orders
+from tokenmq.transport.keys import Curve, KeyPair
 from tokenmq.transport.networks import Networks
 
 from .story import (
@@ -69,9 +70,16 @@ class DirectStory(Story):
         self.open_sessions()
 
     def offered(
-        self, number: int = 1, *, attempt: int = 1, door: str = DOOR, key_: bytes = KEY, at: str = ONE
+        self,
+        number: int = 1,
+        *,
+        attempt: int = 1,
+        door: str = DOOR,
+        key_: bytes = KEY,
+        at: str = ONE,
+        server_key: str = "",
     ) -> list[Action]:
-        return self.receive(Started(key(number), attempt, "w1", door, key_), at)
+        return self.receive(Started(key(number), attempt, "w1", door, key_, server_key), at)
 
     def begin(self, number: int = 1, **submit: Any) -> list[Action]:
         """Submit a request, have it offered and the link made."""
@@ -135,6 +143,34 @@ def test_nobody_outside_the_named_networks_is_dialled(story: DirectStory, door: 
     actions = story.offered(door=door)
     assert not any(isinstance(action, Dial) for action in actions)
     assert delivered(story.chunk(0)) == [0]
+
+
+WORKER, OTHER_WORKER = "w" * 40, "v" * 40
+CURVE = Curve(KeyPair("p" * 40, "s" * 40), "b" * 40)
+
+
+@pytest.mark.parametrize(
+    ("curves", "server_key", "dials"),
+    [((), "", True), ((CURVE,), WORKER, True), ((CURVE,), "", False), ((), WORKER, False)],
+)
+def test_keys_are_used_at_both_ends_or_at_none(curves: tuple[Curve, ...], server_key: str, dials: bool) -> None:
+    story = DirectStory(curves=curves)
+    story.submit()
+    actions = story.offered(server_key=server_key)
+    assert [action for action in actions if isinstance(action, Dial)] == [Dial(DOOR, server_key)] * dials
+    assert delivered(story.chunk(0)) == [0]
+
+
+def test_a_key_is_shown_only_to_the_worker_that_it_was_given_for() -> None:
+    story = DirectStory(curves=(CURVE,))
+    story.submit(1)
+    story.offered(1, server_key=WORKER)
+    assert told(story.handle(Reached(DOOR))) == [(DOOR, Attach)]
+    for server_key in (OTHER_WORKER, ""):
+        story.submit(number := 2 + bool(server_key))
+        assert story.offered(number, key_=OTHER_KEY, server_key=server_key)[1:] == []
+    story.submit(4)
+    assert told(story.offered(4, key_=OTHER_KEY, server_key=WORKER)) == [(DOOR, Attach)]
 
 
 def test_who_named_no_network_dials_nobody() -> None:

@@ -171,6 +171,14 @@ def test_new_requests_wait_behind_those_that_were_refused() -> None:
     assert request(story.tick(0.2)).id == key(1)
 
 
+def test_a_worker_has_no_word_in_what_its_broker_takes() -> None:
+    story = Story()
+    story.open_sessions()
+    story.submit(1)
+    story.error("rate_limited", retry_after_s=60.0, worker="w1")  # the broker has added the name
+    assert request(story.submit(2)).id == key(2)
+
+
 def test_another_broker_takes_requests_meanwhile() -> None:
     story = Story(ONE, TWO)
     story.open_sessions()

@@ -24,6 +24,7 @@ from tokenmq.protocol.messages import (
     Ready,
 )
 from tokenmq.transport.endpoints import EndpointError
+from tokenmq.transport.keys import Curve, KeyPair
 from tokenmq.worker import direct
 from tokenmq.worker.core import PART_AGAIN_S
 from tokenmq.worker.direct import Attachments
@@ -278,10 +279,14 @@ def test_all_interfaces_are_no_address_that_clients_can_reach(endpoint: str) -> 
         WorkerSettings(brokers=("tcp://b:1",), direct=endpoint, insecure=True)
 
 
-def test_other_machines_reach_it_only_with_insecure() -> None:
+def test_other_machines_reach_it_only_with_keys_or_insecure() -> None:
     with pytest.raises(EndpointError, match="--insecure"):
         WorkerSettings(brokers=("tcp://b:1",), direct="tcp://10.0.0.7:6000")
     WorkerSettings(brokers=("tcp://b:1",), direct="tcp://10.0.0.7:6000", insecure=True)
+    curve = Curve(KeyPair("p" * 40, "s" * 40), "b" * 40)
+    WorkerSettings(brokers=("tcp://b:1",), direct="tcp://10.0.0.7:6000", curves=(curve,))
+    with pytest.raises(ValueError, match="one for each of 2 brokers"):
+        WorkerSettings(brokers=("tcp://b:1", "tcp://b:2"), curves=(curve,))
     WorkerSettings(brokers=("tcp://b:1",), direct="ipc:///tmp/w")
 
 
