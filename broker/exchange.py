@@ -572,8 +572,13 @@ class Exchange:
 
     def _started(self, record: RequestRecord, worker: WorkerSession, key: bytes | None) -> None:
         assert record.client is not None
-        direct = worker.ready.direct if key else ""
-        self._outbox.to_client(record.client, Started(record.id, record.attempt, worker.name, direct, key))
+        direct = server_key = ""
+        if key:
+            direct = worker.ready.direct
+            # A worker that has a key here has it at its own endpoint, too.
+            server_key = worker.identity.key if worker.identity else ""
+        started = Started(record.id, record.attempt, worker.name, direct, key, server_key)
+        self._outbox.to_client(record.client, started)
 
     def _tell_late(self, now: float) -> None:
         """Say STARTED for what has run for a while."""

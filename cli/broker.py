@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
 
+from ..broker import limits
 from ..broker.dispatch import DEFAULT_POLICY, POLICIES
 from ..broker.ordering import DEFAULT_MODEL_ORDER, MODEL_ORDERS
 from ..broker.settings import (
@@ -22,8 +26,20 @@ from .keys import keys
 from .lifecycle import allow_many_files, end_with_supervisor, fail, on_signals
 from .options import logging_options, option, settings
 
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 #: More than the cores of any machine, and few enough for its ports, files and heartbeats.
 MOST_SHARDS = 64
+
+
+def limit_options(command: CommandT) -> CommandT:
+    """Add an option for each limit, in the order of their table."""
+    for each in reversed(limits.OPTIONS):
+        kind = click.FloatRange if isinstance(each.default, float) else click.IntRange
+        command = option(
+            each.name, each.field, type=kind(each.least, each.most), default=each.default, metavar=each.metavar,
+            help=each.help, envvar="TOKENMQ_BROKER" + each.name.removeprefix("-").replace("-", "_").upper(),
+        )(command)  # fmt: skip
+    return command
 
 
 @click.group(context_settings=settings("TOKENMQ_BROKER"), invoke_without_command=True)
@@ -103,6 +119,7 @@ MOST_SHARDS = 64
     help="Encrypt everything, and let in only those whose keys lie in this folder, which `zmq-broker keys init` "
     "makes. It is read anew all the time: whose key is gone is cut off within a second.",
 )  # fmt: skip
+@limit_options
 @option(
     "--insecure", is_flag=True, help="Allow endpoints that other machines can reach, unencrypted and open to all."
 )
@@ -111,9 +128,7 @@ MOST_SHARDS = 64
     help="Let all clients drain and remove workers and change the policy where other machines reach a frontend.",
 )  # fmt: skip
 @logging_options
-@click.pass_context
 def main(
-    context: click.Context,
     frontend: tuple[str, ...],
     backend: tuple[str, ...],
     name: str,
@@ -137,11 +152,13 @@ def main(
     insecure_admin: bool,
     log_format: str,
     log_level: str,
+    **limits_given: Any,
 ) -> None:
     """Run a broker: it takes requests from clients and gives them to the workers that have registered.
 
     The first SIGINT or SIGTERM lets running requests finish within the grace time; the second one exits at once.
     """
+    context = click.get_current_context()
     if context.invoked_subcommand is not None:
         return  # the options are those of a broker that runs
     # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
@@ -152,7 +169,7 @@ def main(
         logs.configure(log_format, log_level, shard=name)
     else:
         logs.configure(log_format, log_level)
-    allow_many_files()
+    files = allow_many_files()
     try:
         broker_settings = BrokerSettings(
             frontend=frontend,
@@ -171,6 +188,7 @@ def main(
             uplink_key=uplink_key,
             uplink_server_keys=uplink_server_keys,
             curve=curve,
+            limits=limits.Limits(**limits_given).within(files),
             group=group,
             insecure=insecure,
             insecure_admin=insecure_admin,

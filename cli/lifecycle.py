@@ -33,19 +33,25 @@ def leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def allow_many_files() -> None:
-    """Raise the limit of open files as far as this process may: each connection takes one.
+def allow_many_files() -> int:
+    """Raise the limit of open files as far as this process may, and return it: each connection takes one.
 
     The usual limit of 1,024 is there for programs that use select(). A broker that reaches it takes no more
     connections, and libzmq tries to without a pause (4.3.5: 100 % of a core).
     """
     if sys.platform == "win32":
-        return  # no such limit
+        return sys.maxsize  # no such limit
     import resource  # not there on Windows
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS takes no RLIM_INFINITY here
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return _files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _files(limit: int) -> int:
+    """Return a limit of open files; the system's word for none is less than any."""
+    return sys.maxsize if limit < 0 else limit
 
 
 def end_with_supervisor() -> None:
