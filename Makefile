@@ -33,6 +33,7 @@ lint: $(VENV)/.model
 	$(BIN)/ruff check .
 	scripts/types.sh
 	$(BIN)/lint-imports
+	scripts/audit.sh
 
 # What the broker costs beside other relays, about an hour, then docs/performance.md and its plots; it wants a machine
 # with nothing else to do. BENCH_ARGS=--quick to see that it runs, BENCH_ARGS="relay latency --rounds 9" for some of it.
