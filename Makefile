@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # With the default, OpenMP threads spin at their barriers: two torch processes on two cores then nearly stop each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: vllm-env test-vllm demo test lint bench engine-bench chaos gap recovery numerics routing soak coverage clean
+.PHONY: vllm-env test-vllm demo test lint bench engine-bench chaos gap recovery numerics routing soak fuzz coverage clean
 
 # Two workers serve SmolLM2-135M-Instruct to eight concurrent requests.
 demo: $(VENV)/.model
@@ -72,6 +72,11 @@ routing: $(VENV)/.bench
 soak: $(VENV)/.base
 	$(BIN)/python -m tests.sim.soak $(if $(SOAK_S),--seconds $(SOAK_S)) $(if $(SOAK_RUNS),--runs $(SOAK_RUNS)) \
 	    $(if $(SOAK_SEED),--seed $(SOAK_SEED))
+
+# Hostile bytes for the codec, the three cores and the ports of real processes: a minute of it, or
+# FUZZ_ARGS="--seconds 3600 --seed 7 --target ports"; --help tells all. A crash ends it with 1 and a way to see it again.
+fuzz: $(VENV)/.base
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 # Of what runs in the test process itself: the pure parts should show (almost) no missing line.
 coverage: $(VENV)/.model

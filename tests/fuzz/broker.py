@@ -441,7 +441,9 @@ class Story:
             peer = self._peers.get(action.peer)
             if peer is None:
                 gone = ClientGone if isinstance(action, ToClient) else WorkerGone
-                left.extend(self._guarded(lambda each=action, kind=gone: self.core.handle(kind(each.peer, ""), self.now)))
+                left.extend(
+                    self._guarded(lambda each=action, kind=gone: self.core.handle(kind(each.peer, ""), self.now))
+                )
             elif isinstance(peer, Honest):
                 peer.took(message)
             else:

@@ -1,9 +1,9 @@
 """Target: ClientCore with a hostile broker and hostile workers, beside an honest broker or without one.
 
-After each step `core.validate()` holds, nothing raises, and whatever the client says can be decoded again. A stream's
-reader gets each token once, in order, within its credit, and one end; the honest broker's streams come whole. Nothing
-is dialled that is in no network that the user has named. When the hostile ones have fallen silent, all ends in bounded
-time, and nothing is left.
+After each step `core.validate()` holds, nothing raises, and whatever the client says can be decoded again. A
+stream's reader gets each token once, in order, within its credit, and one end; the honest broker's streams come whole.
+Nothing is dialled that is in no network that the user has named. When the hostile ones have fallen silent, all ends in
+bounded time, and nothing is left.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ _FROM_BROKERS = (
 _ANY = tuple(Command)
 _ENDPOINTS = (
     "tcp://10.0.0.1:1", "tcp://10.0.0.2:65535", "tcp://192.168.0.1:22", "tcp://127.0.0.1:5555", "ipc:///etc/passwd",
-    "tcp://10.0.0.1:0", "tcp://10.0.0.1:*", "tcp://*:1", "tcp://10.0.0.1:1;tcp://10.0.0.1:1", "inproc://x", "nonsense",
-    "tcp://[::ffff:10.0.0.1]:1", "tcp://10.0.0.1:99999999999999999999", "tcp://\u0661\u0660.0.0.1:\u0661", "x" * 256,
+    "tcp://10.0.0.1:0", "tcp://10.0.0.1:*", "tcp://*:1", "tcp://10.0.0.1:1;tcp://10.0.0.1:1", "inproc://x",
+    "nonsense", "tcp://[::ffff:10.0.0.1]:1", "tcp://10.0.0.1:99999999999999999999", "tcp://\u0661\u0660.0.0.1:\u0661",
+    "x" * 256,
 )  # fmt: skip
 _LEFT_BEHIND, _MOST_WEIGHT = 300, 60_000
 #: By then everything has ended that hostile brokers have left open: a few times the longest timeout of the settings.
@@ -186,7 +187,13 @@ class Story:
         hedge_after_s = self.random.choice((None, None, 0.1))
         self._handle(
             Submit(
-                id, "m", payload, reader.window, deadline_s=deadline_s, max_tokens=_TOKENS, hedge_after_s=hedge_after_s
+                id,
+                "m",
+                payload,
+                reader.window,
+                deadline_s=deadline_s,
+                max_tokens=_TOKENS,
+                hedge_after_s=hedge_after_s,
             )
         )
 

@@ -132,7 +132,7 @@ class Forger:
         return dataclasses.replace(self.message(Command.CHUNKS), route=route)  # type: ignore[type-var,call-arg]
 
     def frames(self, commands: Sequence[Command], bent: float = 0.35) -> list[bytes]:
-        """Return the frames of a forged message of one of these commands: now and then an old one, or a broken one."""
+        """Return the frames of a forged message of one of these commands: now and then old or broken ones."""
         random = self._random
         if self.known.pasts and random.random() < 0.1:
             frames = random.choice(self.known.pasts)
@@ -245,5 +245,13 @@ class Forger:
         branch = {"path": "p", "broker": "b", "id": self._one(("i", "b1")), **figures}
         branches = [branch] * self._one((1, 3, limits.MAX_BROKERS))
         return self._one(
-            (deep, rows, rows * 50, {"tree": {"brokers": branches}}, {"tree": 1}, {"worker": deep}, {"worker": "x" * 999})
+            (
+                deep,
+                rows,
+                rows * 50,
+                {"tree": {"brokers": branches}},
+                {"tree": 1},
+                {"worker": deep},
+                {"worker": "x" * 999},
+            )
         )

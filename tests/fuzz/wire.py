@@ -19,7 +19,7 @@ from .mutate import mutated
 from .target import Broken
 
 #: Memory that decoding may take at its peak, by the bytes that came: an empty map takes 3 of them with its key, and
-#: 350 as a dict with the pairs that it was made of. What is below `_BELIEVED` of packing.py may take 2 MB, whatever it is.
+#: 350 as a dict with the pairs that it was made of. What is below `_BELIEVED` of packing.py may take 2 MB.
 _MOST_PER_BYTE = 160
 _MOST_MORE_BYTES = 2_500_000
 #: Far longer than any input of these lengths takes, also on a machine that does something else.

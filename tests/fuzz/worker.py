@@ -1,8 +1,8 @@
 """Target: WorkerCore with a hostile broker and hostile clients at its door. Its honest broker notices nothing.
 
-After each step `core.validate()` holds, nothing raises, and whatever the worker says can be decoded again. What leaves
-by a connection at the door was asked for there with the key in it. The honest broker's requests bring their tokens,
-whole and in order, and its session never ends. In the end nothing is left of what the others have sent.
+After each step `core.validate()` holds, nothing raises, and whatever the worker says can be decoded again. What
+leaves by a connection at the door was asked for there with the key in it. The honest broker's requests bring their
+tokens, whole and in order, and its session never ends. In the end nothing is left of what the others have sent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tokenmq.protocol.messages import (
 from tokenmq.protocol.payload import Generation, Sampling, pack_generation
 from tokenmq.worker.core import WorkerCore
 from tokenmq.worker.engines.base import Done, Output, Tokens
-from tokenmq.worker.events import CancelJob, Came, Deaf, EngineLoaded, EngineOutputs, Hand, Stop, Submit
+from tokenmq.worker.events import Came, CancelJob, Deaf, EngineLoaded, EngineOutputs, Hand, Stop, Submit
 from tokenmq.worker.settings import WorkerSettings
 
 from .forge import Forger, Known
@@ -259,7 +259,9 @@ class Story:
             elif isinstance(action, Hand):
                 message = self._said(action.message)
                 if isinstance(message, Chunks):
-                    self.must(message.route in self._doors.get(action.peer, ()), "chunks by a door that has no such key")
+                    self.must(
+                        message.route in self._doors.get(action.peer, ()), "chunks by a door that has no such key"
+                    )
             elif isinstance(action, Submit):
                 sampling = action.job.generation.sampling
                 count = min(sampling.max_tokens, _MOST_TOKENS)
