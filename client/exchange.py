@@ -263,7 +263,9 @@ class Exchange:
                 stream.waits_until = until
                 self._set_timer(stream, until, stream.deadline)
             else:
-                error = self._sessions.none_came(key.hex(), self._patience_s(stream))
+                held = self._sessions.held_since() is not None
+                waited_s = self._settings.recovery_timeout_s if held else self._patience_s(stream)
+                error = self._sessions.none_came(key.hex(), waited_s)
                 self._end(stream, unserved(stream, error))
 
     def _held_until(self) -> float:

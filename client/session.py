@@ -44,6 +44,8 @@ BACKOFF_MAX_S = 2.0
 ATTEMPT_S = 1.0
 #: Time for WELCOME after HELLO: a busy broker answers within its loop's lag.
 GREETING_S = 2.0
+#: Handshakes that have to break off before keys are taken for the reason: with the pauses between, 0.2 s.
+BREAKS_IN_A_ROW = 3
 #: Pause after a broker has cut us off for sending too much: longer than any back-off, so that it notices.
 LIMITED_PAUSE_S = 3.0
 
@@ -272,12 +274,13 @@ class Session:
     def _judged(self, handshake: Refusal | None) -> Refusal | None:
         """Return what a failed handshake says of our keys; None for nothing.
 
-        One that breaks off may be that of a broker that ends just then. Twice in a row, at a broker that has never
-        welcomed us, and with keys, it is a wrong public key: of that, libzmq tells no more.
+        One that breaks off may be that of a broker that ends just then, or has too many of them. Several in a row,
+        at a broker that has never welcomed us, and with keys, are a wrong public key: of that, libzmq tells no more.
         """
         if handshake is not Refusal.BROKEN_OFF:
             return handshake
-        return handshake if self._settings.curves and self._broken_off > 1 and not self._welcomed else None
+        sure = self._broken_off >= BREAKS_IN_A_ROW and not self._welcomed
+        return handshake if sure and self._settings.curves else None
 
     def close(self) -> None:
         """Be done for good."""

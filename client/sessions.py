@@ -161,16 +161,15 @@ class Sessions:
         )
         if any(session.refusal is Refusal.FORBIDDEN for session in refused):
             return ForbiddenError(message, request_id=request_id)
-        return NoBrokerError(message, request_id=request_id)
+        unsure = any(session.refusal is Refusal.BROKEN_OFF for session in refused)
+        return NoBrokerError(message, retryable=unsure, request_id=request_id)
 
     def none_came(self, request_id: str, waited_s: float) -> TokenmqError:
         """Return the error for what has waited for a session in vain."""
         seconds = f"{waited_s:g} s"
         for session in self:
             if session.held:
-                message = (
-                    f"the broker at {session.endpoint} limits this client, and has taken no request for {seconds}"
-                )
+                message = f"the broker at {session.endpoint} limits this client, and has taken nothing for {seconds}"
                 return RateLimitedError(message, retryable=True, request_id=request_id)
         for session in self:
             if session.draining:
