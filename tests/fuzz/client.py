@@ -1,9 +1,9 @@
 """Target: ClientCore with a hostile broker and hostile workers, beside an honest broker or without one.
 
 After each step `core.validate()` holds, nothing raises, and whatever the client says can be decoded again. A
-stream's reader gets each token once, in order, within its credit, and one end; the honest broker's streams come whole.
-Nothing is dialled that is in no network that the user has named. When the hostile ones have fallen silent, all ends in
-bounded time, and nothing is left.
+stream's reader gets each token once, in order, within its credit, and one end; the honest broker's streams come
+whole. Nothing is dialled that is in no network that the user has named. When the hostile ones have fallen silent, all
+ends in bounded time, and nothing is left.
 """
 
 from __future__ import annotations
