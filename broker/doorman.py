@@ -210,6 +210,10 @@ class Doorman:
         earliest = min(found, default=math.inf)
         return earliest if earliest < math.inf else None
 
+    def peers(self) -> list[tuple[ConnectionId, bytes | None]]:
+        """Return all connections, each with the peer that was introduced, None for a stranger."""
+        return [(connection, record.peer) for connection, record in self._open.items()]
+
     def of_peer(self, peer: bytes) -> ConnectionId | None:
         """Return the connection that was introduced with this routing id."""
         return self._by_peer.get(peer)

@@ -7,7 +7,7 @@ What still comes by it until then is dropped unread, so that nobody gains anythi
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import zmq
 
@@ -15,6 +15,7 @@ from ..protocol.identity import Identity
 from ..protocol.log import Log, write
 from ..transport.connections import ConnectionId, Entrance, id_of
 from .doorman import Close, Doorman, Why
+from .inflow import Inflow
 from .limits import Limits
 
 logger = logging.getLogger("tokenmq.broker")
@@ -47,6 +48,7 @@ class Entry:
         self._first_id = _draw_id(router)
         self._entrance = Entrance(router)
         self._doorman = Doorman(limits)
+        self._inflow = Inflow(self._entrance.bytes_in, now)
         self.socket = self._entrance.socket
         self._closed = 0
         self._closed_logged_at = now - _CLOSED_LOG_S
@@ -96,13 +98,27 @@ class Entry:
         if connection is not None:
             self._doorman.dismiss(connection, now)
 
-    def tick(self, now: float) -> None:
-        """Close the connections whose time is up."""
-        self._close(self._doorman.tick(now), now)
+    def tick(self, now: float, received: Callable[[bytes], int | None]) -> None:
+        """Close the connections whose time is up, and those that bring a message without an end.
 
-    def next_deadline(self) -> float | None:
-        """Return when to call `tick`, None for never."""
-        return self._doorman.next_deadline()
+        Args:
+            now: the time.
+            received: returns how many messages of a peer were read in its session, None where it has none.
+        """
+        self._close(self._doorman.tick(now), now)
+        for connection in self._inflow.look(now, lambda: self._received(received)):
+            self._entrance.cut(connection)
+            self._closed += 1
+            self._tell("it brings a message without an end", "", now)
+
+    def _received(self, received: Callable[[bytes], int | None]) -> Iterator[tuple[ConnectionId, int | None]]:
+        for connection, peer in self._doorman.peers():
+            yield connection, None if peer is None else received(peer)
+
+    def next_deadline(self) -> float:
+        """Return when to call `tick`."""
+        deadline = self._doorman.next_deadline()
+        return self._inflow.look_at if deadline is None else min(deadline, self._inflow.look_at)
 
     def figures(self) -> dict[str, int]:
         """Return how many connections there are, how many were closed, and how many handshakes have failed."""
@@ -131,10 +147,13 @@ class Entry:
             if close.why is Why.DISMISSED:
                 continue
             self._closed += 1
-            if now >= self._closed_logged_at + _CLOSED_LOG_S:
-                told = {"side": self._side, "why": close.why.value, "whose": close.who, "count": self._closed}
-                write(logger, Log("connections_closed", told, level=logging.WARNING))
-                self._closed, self._closed_logged_at = 0, now
+            self._tell(close.why.value, close.who, now)
+
+    def _tell(self, why: str, who: str, now: float) -> None:
+        if now >= self._closed_logged_at + _CLOSED_LOG_S:
+            told = {"side": self._side, "why": why, "whose": who, "count": self._closed}
+            write(logger, Log("connections_closed", told, level=logging.WARNING))
+            self._closed, self._closed_logged_at = 0, now
 
 
 def _draw_id(router: zmq.Socket[bytes]) -> int:

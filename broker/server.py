@@ -26,6 +26,7 @@ from ..transport.pump import (
     SNDMORE_DONTWAIT,
     Pump,
     another,
+    drop,
     raw_recv,
     raw_send,
     rest,
@@ -50,7 +51,7 @@ from .events import (
     WorkerGone,
 )
 from .guests import Guest
-from .registry import ClientSession
+from .registry import ClientSession, Session
 from .settings import BrokerSettings
 
 logger = logging.getLogger("tokenmq.broker")
@@ -188,8 +189,8 @@ class BrokerServer:
         self._retry(now)
         if self._gone:
             self._give_up_workers(now)
-        for entry in self._entries.values():
-            entry.tick(now)
+        self._entries[FRONTEND].tick(now, lambda peer: _received(self._core.clients.get(peer)))
+        self._entries[BACKEND].tick(now, lambda peer: _received(self._core.registry.by_peer.get(peer)))
         if self._access is not None and (allowed := self._access.look(now)) is not None:
             self._perform(self._core.allow(allowed, now), now)
         self._touched = False
@@ -289,10 +290,10 @@ class BrokerServer:
                     if peer in sessions:
                         self._handle(StrayChunks(peer), now)
                         continue
-                frames = rest(workers, frame)
                 if peer not in sessions:
-                    self._from_stranger(BACKEND, peer, frame, frames, now)
+                    self._from_stranger(BACKEND, workers, peer, frame, now)
                 else:
+                    frames = rest(workers, frame)
                     try:
                         event: Event = FromWorker(peer, decode(frames), frames)
                     except ProtocolError as error:
@@ -329,10 +330,10 @@ class BrokerServer:
                     return
                 peer = raw_recv(clients, DONTWAIT)
                 frame = raw_recv(clients, DONTWAIT, False)
-                frames = rest(clients, frame)
                 if peer not in sessions:
-                    self._from_stranger(FRONTEND, peer, frame, frames, now)
+                    self._from_stranger(FRONTEND, clients, peer, frame, now)
                 else:
+                    frames = rest(clients, frame)
                     try:
                         event: Event = FromClient(peer, decode(frames), frames)
                     except ProtocolError as error:
@@ -345,18 +346,22 @@ class BrokerServer:
         except zmq.Again:
             return
 
-    def _from_stranger(self, side: str, peer: bytes, frame: zmq.Frame, frames: list[bytes], now: float) -> None:
+    def _from_stranger(self, side: str, socket: zmq.Socket[bytes], peer: bytes, frame: zmq.Frame, now: float) -> None:
         """Take a message of a peer that has no session: it begins one, or loses its connection."""
         entry = self._entries[side]
         connection, wrong = entry.meet(peer, frame, now)
+        size_bytes = len(frame.buffer)
+        if connection is None or wrong or size_bytes > _MOST_STRANGER_BYTES[side]:
+            drop(socket, frame)  # without a copy of it
+            wrong = wrong or f"expected a peer to introduce itself, got {size_bytes} bytes or more"
+            frames = []
+        else:
+            frames = rest(socket, frame)
         if connection is None:
             return
         frontend = side == FRONTEND
         sessions: Container[bytes] = self._core.clients if frontend else self._core.registry.by_peer
         identity = None if self._access is None else self._access.who(frame)
-        size_bytes = sum(map(len, frames))
-        if size_bytes > _MOST_STRANGER_BYTES[side]:
-            wrong = wrong or f"expected a peer to introduce itself, got {size_bytes} bytes"
         try:
             if wrong:
                 raise ProtocolError(wrong)
@@ -417,6 +422,10 @@ class BrokerServer:
             backlog.send_last(whole)
             return None
         return backlog.send(whole, now)
+
+
+def _received(session: Session | None) -> int | None:
+    return None if session is None else session.received
 
 
 def _client_gone(loss: Loss) -> ClientGone:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket as sockets
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ _FAILED = {
 }
 _EVENTS = _ACCEPTED | _DISCONNECTED | sum(_FAILED)
 
+#: Where the kernel's answer about a TCP connection has tcpi_bytes_received (linux/tcp.h, since 4.1).
+_BYTES_AT = 128
+_BYTES_RECEIVED = struct.Struct("=Q")
 _SRCFD = int(zmq.SRCFD)
 _EVENT = struct.Struct("=HI")
 
@@ -142,6 +146,10 @@ class Entrance:
         """
         return self._hand.shut_down(connection)
 
+    def bytes_in(self, connection: ConnectionId) -> int | None:
+        """Return how many bytes a connection has brought so far; None where it is gone, no TCP, or not on Linux."""
+        return self._hand.bytes_in(connection)
+
     def close(self) -> None:
         """Stop watching; call it before the watched socket closes."""
         # Where there is no room for an event, libzmq's I/O thread waits for it with the lock that is needed here. So
@@ -182,6 +190,16 @@ class _Hand:
                 socket.shutdown(sockets.SHUT_RDWR)
                 return True
         return False
+
+    def bytes_in(self, connection: ConnectionId) -> int | None:
+        """Return what a TCP connection has brought."""
+        if sys.platform != "linux":
+            return None
+        with contextlib.suppress(OSError), self._held(connection[0]) as (inode, socket):
+            if inode == connection[1] and socket.family in (sockets.AF_INET, sockets.AF_INET6):
+                told = socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, _BYTES_RECEIVED.size + _BYTES_AT)
+                return int(_BYTES_RECEIVED.unpack_from(told, _BYTES_AT)[0])
+        return None
 
     @contextlib.contextmanager
     def _held(self, fd: int) -> Iterator[tuple[int, sockets.socket]]:

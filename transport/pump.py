@@ -55,6 +55,12 @@ def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes]:
     return frames
 
 
+def drop(socket: zmq.Socket[bytes], frame: Any) -> None:
+    """Take the frames of a message after this one off the socket, and look at none of them."""
+    while frame.more:
+        frame = raw_recv(socket, DONTWAIT, False)
+
+
 def another(socket: zmq.Socket[bytes]) -> bool:
     """Tell whether a message is there: half the price of the exception with which a receive says that none is."""
     return bool(int(raw_get(socket, _EVENTS)) & _POLLIN)
