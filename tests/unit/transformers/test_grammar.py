@@ -216,6 +216,11 @@ def test_white_space_is_bounded(book: RuleBook, tokenizer: Any) -> None:
         rules.accept(newline)
 
 
+LOOP = json.dumps({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}})
+#: A property may come or not, and so there are many places that are each followed by all others.
+MANY = json.dumps({"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(2_500)}})
+
+
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
@@ -234,6 +239,14 @@ def test_white_space_is_bounded(book: RuleBook, tokenizer: Any) -> None:
         ({"regex": "a?" * 1_000}, "regex: lexer"),
         ({"json_schema": PATTERNS}, "json_schema: its patterns have 3001 characters, more than the 2048 that"),
         ({"json_schema": '{"x-guidance": {"whitespace_pattern": "' + " ?" * 2_000 + '"}}'}, "4000 characters"),
+        ({"json_schema": '{"x-guidance": {"item_separator": "' + " ?" * 2_000 + '"}}'}, "4000 characters"),
+        ({"json_schema": '{"$ref": "#"}'}, r"no text can match it: a \$ref leads back to itself"),
+        ({"json_schema": LOOP}, r"no text can match it: a \$ref leads back to itself"),
+        ({"json_schema": '{"$ref": "http://127.0.0.1:1/x.json"}'}, "retrieving it failed"),
+        ({"json_schema": '{"$ref": "file:///etc/passwd"}'}, "retrieving it failed"),
+        ({"json_schema": '{"items":' * 900 + "{}" + "}" * 900}, "json_schema: .*recursion"),
+        ({"json_schema": '{"type": "integer", "multipleOf": 99999989}'}, "it takes too long to compile"),
+        ({"json_schema": MANY}, "it takes too long to compile"),
         ({"choice": ("a" * 40_000, "b" * 40_000)}, "choice: 80000 characters, more than the 65536 that"),
     ],
     ids=lambda value: str(value)[:40],
@@ -243,6 +256,36 @@ def test_what_cannot_be_followed_is_refused(book: RuleBook, wishes: dict[str, An
         book.make(Sampling(**wishes), ENDS)
     assert "\n" not in caught.value.message
     assert book.make(Sampling(regex="a"), ENDS) is not None, "the next one is served"
+
+
+#: Large numbers that cost nothing, since nothing is unrolled.
+CHEAP = {
+    "maxLength": {"type": "string", "maxLength": 10**9},
+    "minLength": {"type": "string", "minLength": 10**6},
+    "minItems": {"type": "array", "minItems": 10**9, "items": {"type": "integer"}},
+    "maxItems": {"type": "array", "maxItems": 10**6, "items": {"type": "array", "maxItems": 10**6}},
+    "minProperties": {"type": "object", "minProperties": 10**9},
+    "enum": {"enum": [f"v{number:05d}" for number in range(5_000)]},
+    "references": {
+        "$ref": "#/$defs/a0",
+        "$defs": {f"a{n}": {"$ref": f"#/$defs/a{n + 1}"} for n in range(1_000)} | {"a1000": {"type": "string"}},
+    },
+    "tree": {
+        "$ref": "#/$defs/n",
+        "$defs": {"n": {"type": "object", "properties": {name: {"$ref": "#/$defs/n"} for name in "abcdefghij"}}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_large_numbers_in_a_schema_cost_nothing(book: RuleBook, name: str) -> None:
+    text = json.dumps(CHEAP[name])
+    rules = book.make(Sampling(json_schema=text), ENDS)  # what the trial lets pass took no more than its limit
+    assert rules is not None
+    [choice] = choose(
+        torch.zeros(1, VOCABULARY + 8), [Draw(Sampling(json_schema=text), 3, PROMPT, [], ENDS, rules)]
+    ).fetch()
+    assert choice.problem is None
 
 
 @pytest.mark.parametrize("pattern", ["(((a{1000}){1000}){1000})", "[bc]{3}" + "a?" * 1_000])

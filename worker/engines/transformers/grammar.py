@@ -44,6 +44,10 @@ WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 #: The token that says "the grammar allows an end here". It is not the model's, of which a request may have several
 #: end tokens, others, or none.
 END = "<|end of structured output|>"
+#: Keys of regular expressions in a schema, the library's own options included.
+_PATTERN_KEYS = frozenset({"pattern", "whitespace_pattern", "item_separator", "key_separator"})
+#: What the library says of a schema whose references lead back to themselves.
+_ENDLESS = "NoExtensionBias"
 #: Characters of what the library says that a user is told.
 MAX_PROBLEM_CHARS = 400
 
@@ -205,7 +209,7 @@ def _pattern_chars(schema: Any) -> Iterator[int]:
     """Yield the length of each regular expression, wherever a schema may have one."""
     if isinstance(schema, dict):
         for key, value in schema.items():
-            if key in {"pattern", "whitespace_pattern"} and isinstance(value, str):
+            if key in _PATTERN_KEYS and isinstance(value, str):
                 yield len(value)
             elif key == "patternProperties" and isinstance(value, dict):
                 yield from map(len, value)
@@ -233,5 +237,7 @@ def _of_choice(choice: Sequence[str]) -> str:
 
 def _short(problem: str) -> str:
     """Return what the library says on one line, without where it came from."""
+    if _ENDLESS in problem:
+        return "no text can match it: a $ref leads back to itself"
     line = " ".join(problem.split("\n<state>")[0].split())
     return line if len(line) <= MAX_PROBLEM_CHARS else line[:MAX_PROBLEM_CHARS] + "..."
