@@ -1,0 +1,210 @@
+"""What happens to who asks for more than he may: refusals, the end of the session, and time outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tokenmq.broker.accounts import FORGET_S, MAX_PENALTY_S, Accounts, ClientAccount
+from tokenmq.broker.events import BadClient, FromClient, FromWorker
+from tokenmq.broker.limits import Limits
+from tokenmq.protocol.errors import ErrorCode, ProtocolError
+from tokenmq.protocol.identity import Allowed, Identity, Role
+from tokenmq.protocol.messages import (
+    Chunk,
+    Chunks,
+    Disconnect,
+    DisconnectCode,
+    Error,
+    Heartbeat,
+    Hello,
+    Query,
+    Welcome,
+)
+
+from .stage import ClientPeer, Said, Stage, kinds, request_id
+
+ANN = Identity(Role.CLIENT, "ann", "A" * 40)
+
+
+def make(stages: Callable[..., Stage], **limits: Any) -> Stage:
+    return stages(limits=Limits(**limits))
+
+
+def refused(said: list[Said]) -> Error:
+    [(_, message)] = said
+    assert isinstance(message, Error)
+    assert message.code == ErrorCode.RATE_LIMITED.value
+    assert message.retryable
+    assert message.retry_after_s is not None
+    assert message.retry_after_s > 0
+    return message
+
+
+def cut_off(said: list[Said]) -> Disconnect:
+    message = said[0][1]
+    assert isinstance(message, Disconnect)
+    assert message.code is DisconnectCode.RATE_LIMITED
+    return message
+
+
+def test_requests_beyond_the_rate_are_refused_and_told_when_to_come_back(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, requests_per_s=2)
+    stage.worker("w1", slots=9)
+    client = stage.client()
+    assert [kinds(client.asks(number)) for number in (1, 2)] == [[("w1", "REQUEST")]] * 2
+    answer = refused(client.asks(3))
+    assert (answer.id, answer.attempt) == (request_id(3), 1)
+    assert "more than 2 requests a second" in answer.message
+    assert answer.retry_after_s is not None
+    stage.passes(answer.retry_after_s)
+    assert kinds(client.asks(3)) == [("w1", "REQUEST")]
+    assert stage.core.counters.rate_limited == 1
+
+
+def test_requests_and_bytes_that_are_open_are_bounded(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, open_requests=2, open_bytes=100)
+    worker = stage.worker("w1", slots=9)
+    client, other = stage.client("ann"), stage.client("bob")
+    client.asks(1, payload=b"x" * 90)
+    assert "more than 100 bytes of open requests" in refused(client.asks(2, payload=b"x" * 11)).message
+    client.asks(2, payload=b"x" * 10)
+    assert "more than 2 requests open at a time" in refused(client.asks(3, payload=b"")).message
+    assert kinds(other.asks(4, payload=b"x" * 500)) == [("w1", "REQUEST")], "one alone always fits"
+    worker.finishes(1)
+    assert kinds(client.asks(3)) == [("w1", "REQUEST")]
+    client.cancels(2)
+    assert stage.core.clients[client.peer].account.open == 1
+    client.vanishes()
+    assert stage.core.counters.cancelled == 2
+
+
+def test_a_request_that_is_too_large_is_wrong_and_not_early(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, message_bytes=100, attachments=1)
+    stage.worker("w1", slots=9)
+    client = stage.client()
+    for fields in ({"payload": b"x" * 101}, {"payload": b"", "attachments": (b"", b"")}):
+        [(_, answer)] = client.asks(1, **fields)  # type: ignore[arg-type]
+        assert isinstance(answer, Error)
+        assert (answer.code, answer.retryable) == ("bad_request", False)
+        assert "this broker takes at most" in answer.message
+    assert kinds(client.asks(2, payload=b"x" * 60, attachments=(b"x" * 40,))) == [("w1", "REQUEST")]
+
+
+def test_questions_are_bounded(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, queries_per_s=1)
+    client = stage.client()
+    answers = [client.says(Query(request_id(9), "models"))[0][1] for _ in range(6)]
+    assert [answer.command.name for answer in answers] == ["REPLY"] * 5 + ["ERROR"]
+    assert "more than 1 questions a second" in refused([("", answers[-1])]).message
+
+
+def test_who_goes_on_after_refusals_loses_the_session(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, open_requests=1, refusals_per_s=1)
+    stage.worker("w1", slots=9)
+    client = stage.client()
+    client.asks(1)
+    for number in range(2, 12):
+        refused(client.asks(number, payload=b""))
+    said = client.asks(12, payload=b"")
+    assert "it goes on after thousands of refusals" in cut_off(said).message
+    assert kinds(said)[1:] == [("w1", "CANCEL")]
+    assert client.peer not in stage.core.clients
+    assert stage.core.counters.cut_off == 1
+
+
+def test_malformed_requests_are_refusals(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, refusals_per_s=1)
+    client = stage.client()
+
+    def garbles(size_bytes: int) -> list[Said]:
+        error = ProtocolError("garbled", subject=request_id(1))
+        return stage.happens(BadClient(client.peer, error, size_bytes))
+
+    assert [kinds(garbles(0)) for _ in range(5)] == [[("ann", "ERROR bad_request")]] * 5
+    garbles(4 * 256 * 1024)
+    assert kinds(garbles(0)) == [("ann", "DISCONNECT rate_limited")], "what is large counts for more"
+
+
+def test_messages_that_cannot_be_refused_end_the_session(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, messages_per_s=10)
+    client = stage.client()
+    for _ in range(10):
+        assert client.grants(1, 5) == []
+    assert "more than 10 messages a second" in cut_off(client.grants(1, 5)).message
+
+
+@pytest.mark.parametrize("kind", ["messages", "chunks"])
+def test_workers_are_bounded_too(stages: Callable[..., Stage], kind: str) -> None:
+    stage = make(stages, worker_messages_per_s=10, stray_chunks_per_s=1)
+    client = stage.client()
+    worker = stage.busy_worker("w1", client)
+    for _ in range(10):
+        if kind == "messages":
+            assert worker.finishes(77) == []
+        else:
+            assert worker.says(Chunks(b"?" * 16, (Chunk(request_id(1), 1, 0, 0, (1,), "a"),))) == []
+    last = worker.finishes(77) if kind == "messages" else worker.says(Chunks(b"?" * 16, ()))
+    assert kinds(last) == [("w1", "DISCONNECT rate_limited"), ("ann", "ERROR worker_lost")]
+    assert stage.core.counters.late_answers == (10 if kind == "messages" else 0)
+    assert stage.core.counters.chunk_messages_dropped == (0 if kind == "messages" else 11)
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+def keyed(stage: Stage, identity: Identity = ANN) -> tuple[ClientPeer, list[Said]]:
+    client = stage.stranger_client(identity.name)
+    client.said += 1
+    return client, stage.happens(FromClient(client.peer, Hello("self", "test/1"), None, identity))
+
+
+def test_connections_of_one_key_share_its_limits(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(open_requests=1, requests_per_s=3))
+    worker = stage.stranger_worker("w1")
+    stage.happens(FromWorker(worker.peer, worker.ready, None, Identity(Role.WORKER, "gpu", "G" * 40)))
+    (first, _), (second, _) = keyed(stage), keyed(stage)
+    assert kinds(first.asks(1)) == [("w1", "REQUEST")]
+    assert "1 requests open" in refused(second.asks(2)).message
+    first.vanishes()
+    assert kinds(second.asks(2)) in ([], [("w1", "REQUEST")]), "what has gone is not open"
+    assert stage.core.clients[second.peer].account.open == 1
+
+
+def test_a_key_that_was_cut_off_stays_outside_for_a_while_longer_each_time(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(messages_per_s=1, penalty_s=10), heartbeat_s=1000.0, expiry_s=5000.0)
+    for seconds in (10.0, 20.0, 40.0):
+        client, said = keyed(stage)
+        assert isinstance(said[0][1], Welcome)
+        client.says(Heartbeat(client.said))
+        cut_off(client.says(Heartbeat(client.said)))
+        stage.now += seconds - 0.5
+        assert "let in again in 0.5 s" in cut_off(keyed(stage)[1]).message
+        stage.now += 1.0
+
+
+def test_penalties_have_a_bound_and_are_forgotten() -> None:
+    accounts = Accounts(ClientAccount, Limits(penalty_s=100.0))
+    now = 0.0
+    for expected in (100.0, 200.0, MAX_PENALTY_S, MAX_PENALTY_S):
+        accounts.punish(ANN, now)
+        assert accounts.outside_s(ANN, now) == expected
+        now += expected
+        assert accounts.outside_s(ANN, now) == 0
+    now += FORGET_S
+    accounts.punish(ANN, now)
+    assert accounts.outside_s(ANN, now) == 100.0
+    accounts.keep(Allowed({}))
+    assert accounts.outside_s(ANN, now) == 0
+    accounts.punish(None, now)
+    assert accounts.outside_s(None, now) == 0
+    assert accounts.of(None) is not accounts.of(None)
+    assert accounts.of(ANN) is accounts.of(ANN)
+
+
+def test_no_penalty_lets_a_key_in_at_once() -> None:
+    accounts = Accounts(ClientAccount, Limits(penalty_s=0))
+    accounts.punish(ANN, 0.0)
+    assert accounts.outside_s(ANN, 0.0) == 0
