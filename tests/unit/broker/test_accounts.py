@@ -18,6 +18,7 @@ from tokenmq.protocol.messages import (
     Disconnect,
     DisconnectCode,
     Error,
+    FinishReason,
     Heartbeat,
     Hello,
     Query,
@@ -75,10 +76,13 @@ def test_requests_and_bytes_that_are_open_are_bounded(stages: Callable[..., Stag
     assert kinds(other.asks(4, payload=b"x" * 500)) == [("w1", "REQUEST")], "one alone always fits"
     worker.finishes(1)
     assert kinds(client.asks(3)) == [("w1", "REQUEST")]
+    account = stage.core.clients[client.peer].account
     client.cancels(2)
-    assert stage.core.clients[client.peer].account.open == 1
+    assert account.open == 2, "its worker has not said that it has ended"
+    worker.finishes(2, reason=FinishReason.CANCELLED)
+    assert (account.open, account.open_bytes) == (1, 1)
     client.vanishes()
-    assert stage.core.counters.cancelled == 2
+    assert (account.open, account.open_bytes) == (0, 0)
 
 
 def test_a_request_that_is_too_large_is_wrong_and_not_early(stages: Callable[..., Stage]) -> None:
