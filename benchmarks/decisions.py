@@ -22,6 +22,7 @@ from random import Random
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.dispatch import DEFAULT_POLICY, POLICIES
 from tokenmq.broker.events import FromClient, FromWorker, ToWorker
+from tokenmq.broker.limits import UNLIMITED
 from tokenmq.broker.registry import ClientSession
 from tokenmq.broker.requests import RequestRecord
 from tokenmq.broker.settings import BrokerSettings
@@ -74,7 +75,7 @@ class Broker:
         self._numbers = count(1)
         self._running: deque[tuple[bytes, bytes]] = deque()
         self._random = Random(7)
-        settings = BrokerSettings(policy=policy, heartbeat_s=10_000.0, expiry_s=80_000.0)
+        settings = BrokerSettings(policy=policy, heartbeat_s=10_000.0, expiry_s=80_000.0, limits=UNLIMITED)
         self.core = BrokerCore(settings, software="benchmark", now=0.0, random=self._random)
         self.core.handle(FromClient(_CLIENT, Hello("client", "benchmark")), 0.0)
         for number in range(workers):

@@ -19,6 +19,7 @@ from routing_rules import Outcome
 
 from tokenmq.broker.core import BrokerCore
 from tokenmq.broker.events import Action, FromClient, FromWorker, ToClient, ToWorker
+from tokenmq.broker.limits import UNLIMITED
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.client.recovery import pause_s
 from tokenmq.protocol.membership import REPORT_AGAIN_S
@@ -117,7 +118,9 @@ class Simulation:
         self._events: list[tuple[float, int, Any, tuple[Any, ...]]] = []
         self._order = count()
         self._random = Random(f"{seed}/peers")
-        settings = BrokerSettings(policy=policy, heartbeat_s=report_s, expiry_s=_EXPIRY_S, max_waiting=max_waiting)
+        settings = BrokerSettings(
+            policy=policy, heartbeat_s=report_s, expiry_s=_EXPIRY_S, max_waiting=max_waiting, limits=UNLIMITED
+        )
         self.cores = [
             BrokerCore(settings, software="sim", now=0.0, random=Random(f"{seed}/{number}"))
             for number in range(brokers)

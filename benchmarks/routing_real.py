@@ -25,6 +25,7 @@ from itertools import takewhile
 from random import Random
 
 from chaos_figures import percentile
+from relays import LIFTED
 from routing_broker import Simulation
 from routing_load import POISSON, Cluster, Job, arrival_times, jobs_of, mean_tokens
 
@@ -197,7 +198,7 @@ def fairness(requests: int, max_waiting: int, seed: str) -> None:
     """Compare what one client waits for with and without a flood of another one."""
     jobs = watched_jobs(requests, seed)
     print(f"{len(jobs)} requests of one client, alone; then while another sends {requests:,} at once", flush=True)
-    with LocalCluster("--max-waiting", str(max_waiting)) as cluster:
+    with LocalCluster("--max-waiting", str(max_waiting), *LIFTED) as cluster:
         start(cluster, FLOOD_SPEEDS, FLOOD_SLOTS)
         alone = asyncio.run(run_client(cluster.frontend, "watched", jobs))
         process = multiprocessing.get_context("spawn").Process(target=flood, args=(cluster.frontend, requests, seed))

@@ -35,7 +35,7 @@ from tempfile import TemporaryDirectory
 import rounds
 from closed_loop import ClosedLoop
 from kinds import ends_of
-from relays import BROKER, Relay, on_core
+from relays import BROKER, LIFTED, Relay, on_core
 from rounds import BenchmarkError
 from streams import Case, flat_out
 
@@ -90,7 +90,7 @@ def shards(on: Sequence[int]) -> Iterator[list[Relay]]:
         log = Path(folder) / "broker.log"
         listen = (f"--frontend=tcp://127.0.0.1:{port}", f"--backend=tcp://127.0.0.1:{port + 1}")
         process = LocalProcess(
-            "broker", [sys.executable, "-m", "tokenmq.cli.broker", "--shards", str(count), *listen], log
+            "broker", [sys.executable, "-m", "tokenmq.cli.broker", "--shards", str(count), *listen, *LIFTED], log
         )
         try:
             end = time.monotonic() + _START_S
