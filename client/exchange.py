@@ -37,7 +37,7 @@ from .attempt import OpenAttempt
 from .direct import Direct
 from .events import Action, Attempted, CancelStream, Deliver, Ended, Ending, Grant, Submit, Tell
 from .line import Line
-from .recovery import cannot_resume, final_error, pause_s, too_late, unserved
+from .recovery import MAX_PAUSE_S, cannot_resume, final_error, pause_s, too_late, unserved
 from .sessions import Sessions
 from .settings import Settings
 from .streams import OpenStream, Place, StreamFaultError, error_from
@@ -395,6 +395,8 @@ class Exchange:
             return
         # Who has reached a limit waits in line with the others that have, and not for himself.
         pause = 0.0 if limited else pause_s(stream.barren_attempts, error.retry_after_s, self._random)
+        # A worker may ask for 31 years. Behind the recovery timeout there is one more attempt, and it is the last.
+        pause = min(pause, max(self._settings.recovery_timeout_s, MAX_PAUSE_S))
         final = final_error(stream, error, self._settings, now, now + pause)
         if final is not None:
             self._end(stream, final)

@@ -40,14 +40,8 @@ def final_error(
     served, lost_s = stream.served_attempts, now - stream.lost_since(now)
     if served >= settings.max_attempts:
         return _reworded(error, f"{error.message} (that was the last of {served} attempts)")
-    rest_s = again_at - now
-    if lost_s + rest_s < settings.recovery_timeout_s:
-        return None
-    if lost_s:
+    if lost_s and lost_s + again_at - now >= settings.recovery_timeout_s:
         return _reworded(error, f"{error.message} (nobody has taken the request for {lost_s:.1f} s)")
-    if rest_s > MAX_PAUSE_S:  # not our own pause: a broker or a worker may ask for 31 years
-        why = f"it is to be tried again in {rest_s:.0f} s, and more than {settings.recovery_timeout_s:g} s are too long"
-        return _reworded(error, f"{error.message} ({why})")
     return None
 
 

@@ -26,11 +26,13 @@ from tokenmq.client.events import (
     Ended,
     Ending,
     Event,
+    Garbled,
     Grant,
     Lost,
     Malformed,
     Open,
     Received,
+    Refused,
     Send,
     Submit,
 )
@@ -41,6 +43,7 @@ from tokenmq.client.settings import Settings
 from tokenmq.protocol import limits
 from tokenmq.protocol.credit import ReceiveWindow
 from tokenmq.protocol.errors import ProtocolError
+from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
     NO_ID,
     Cancel,
@@ -66,6 +69,7 @@ from tokenmq.protocol.messages import (
     Welcome,
 )
 from tokenmq.protocol.payload import Generation, Prior, pack_generation, unpack_generation
+from tokenmq.protocol.refusal import Refusal
 
 ONE, TWO = "tcp://a:1", "tcp://b:2"
 PAYLOAD = pack_generation(Generation(prompt="x"))
@@ -95,8 +99,11 @@ FAREWELLS = [
     Disconnect(DisconnectCode.UNKNOWN_PEER, ""),
     Draining(),
     WELCOME,
+    Disconnect(DisconnectCode.FORBIDDEN, ""),
+    Disconnect(DisconnectCode.RATE_LIMITED, ""),
     Lost("", "disconnected"),
     Malformed("", ProtocolError("garbage")),
+    *(Refused("", refusal) for refusal in Refusal),
 ]
 
 
@@ -212,7 +219,8 @@ class Machine(RuleBasedStateMachine):
             assert endpoint == reader.at
             assert len(reader.open) == 1
         else:
-            takers = [name for name in (ONE, TWO) if self.takes_requests(name)]
+            # The request that is looked at may have been the last one for now.
+            takers = [name for name in (ONE, TWO) if self.takes_requests(name) or name == endpoint]
             if len({self.groups[name] for name in takers}) == 1 < len(takers) and self.groups[ONE]:
                 assert endpoint == (self.home or endpoint), "one client, two homes"
                 self.home = endpoint
@@ -249,9 +257,12 @@ class Machine(RuleBasedStateMachine):
             assert past[-1].broker == reader.at
             reader.at = ""
 
-    def takes_requests(self, endpoint: str) -> bool:
+    def is_there(self, endpoint: str) -> bool:
         socket = self.sockets.get(endpoint)
         return socket is not None and socket.welcomed and not socket.draining
+
+    def takes_requests(self, endpoint: str) -> bool:
+        return self.is_there(endpoint) and self.core.sessions[endpoint].gate.open
 
     def check_delivery(self, delivery: Deliver) -> None:
         reader, chunk = self.readers[delivery.id], delivery.chunk
@@ -305,6 +316,8 @@ class Machine(RuleBasedStateMachine):
             self.submit(None, True, 0.5)
             if self.core.sessions.best() is None:
                 self.tick(GATHER_S)  # it waits for the other one of its group
+            while not any(reader.at for reader in self.readers.values()):
+                self.sleep()  # it waits for what a limit has asked for
         known = sorted(request_id for request_id, reader in self.readers.items() if reader.at)
         request_id = known[number % len(known)]
         return request_id, self.readers[request_id]
@@ -391,7 +404,7 @@ class Machine(RuleBasedStateMachine):
     @rule(at=brokers)
     def up(self, at: str) -> None:
         """The shortest way to an open session that takes requests."""
-        if self.core.closed or self.takes_requests(at):
+        if self.core.closed or self.is_there(at):
             return
         if self.core.sessions[at].draining:
             self.says(at, Goodbye())
@@ -408,13 +421,25 @@ class Machine(RuleBasedStateMachine):
             self.says(at, Heartbeat(self.sockets[at].to_client + (not right)))
 
     @rule(at=brokers, how=st.sampled_from(FAREWELLS))
-    def breakdown(self, at: str, how: Message | Lost | Malformed) -> None:
+    def breakdown(self, at: str, how: Message | Lost | Malformed | Refused) -> None:
         """What ends a session, or makes it useless for new requests."""
-        if isinstance(how, (Lost, Malformed)):
+        if isinstance(how, (Lost, Malformed, Refused)):
             if at in self.sockets:
                 self.event(replace(how, endpoint=at))
         else:
             self.says(at, how)
+
+    @rule(at=brokers)
+    def garbage(self, at: str) -> None:
+        """Chunks that cannot be read: nothing comes of them, but that they are counted."""
+        socket = self.sockets.get(at)
+        if socket is not None and socket.welcomed:
+            socket.to_client += 1
+            before = self.core.sessions[at].received
+            assert not [
+                a for a in self.core.handle(Garbled(at, ProtocolError("?")), self.now) if not isinstance(a, Log)
+            ]
+            assert self.core.sessions[at].received == before + 1
 
     @living
     @rule(number=pick, worker=workers)
@@ -473,12 +498,13 @@ class Machine(RuleBasedStateMachine):
         known=st.booleans(),
         after_s=st.sampled_from([None, None, RETRY_AFTER_S]),
         worker=st.sampled_from(["", "v", "w"]),
+        code=st.sampled_from(["busy", "rate_limited", "rate_limited"]),
     )
-    def error(self, number: int, known: bool, after_s: float | None, worker: str) -> None:
+    def error(self, number: int, known: bool, after_s: float | None, worker: str, code: str) -> None:
         request_id, reader = self.running(number)
         reader.workers.add(worker)
         attempt = reader.some_attempt(number) if known else 0
-        self.says(reader.at, Error(request_id, attempt, "busy", "full", True, after_s, worker))
+        self.says(reader.at, Error(request_id, attempt, code, "full", True, after_s, worker))
 
     @rule(number=pick, at=brokers, known=st.booleans(), attempt=st.integers(0, 4), good=st.booleans())
     def wild_end(self, number: int, at: str, known: bool, attempt: int, good: bool) -> None:
@@ -530,6 +556,7 @@ class Machine(RuleBasedStateMachine):
         if self.core.sessions.best() is None:
             return
         end = self.now + SETTINGS.max_attempts * (4.0 + max(MAX_PAUSE_S, 1.25 * RETRY_AFTER_S)) + DEADLINE_SLACK_S
+        end += SETTINGS.max_attempts * len(self.readers) * RETRY_AFTER_S  # as far as they stand in line
         while self.readers or self.questions:
             for at, socket in list(self.sockets.items()):
                 if socket.welcomed:
@@ -546,6 +573,7 @@ class Machine(RuleBasedStateMachine):
     def silent_brokers(self) -> None:
         """Nobody says anything any more."""
         end = self.now + EXPIRY_S + SETTINGS.connect_timeout_s + max(MAX_PAUSE_S, 1.25 * RETRY_AFTER_S) + 3.0
+        end += SETTINGS.recovery_timeout_s  # in line
         while self.readers or self.questions:
             self.sleep()
             assert self.now <= end, "something waits for ever"

@@ -877,3 +877,14 @@ def test_an_old_brokers_word_on_an_unread_request_is_not_about_the_attempt_elsew
     assert requests(story.error("draining"))[0][0] == TWO
     assert story.error("bad_request", attempt=0, retryable=False, at=ONE) == []
     assert isinstance(failure(story.error("bad_request", attempt=0, retryable=False, at=TWO)), BadRequestError)
+
+
+def test_nobody_is_asked_to_wait_for_years() -> None:
+    """What a worker says comes to the client as it is: it must not be able to keep a request for ever."""
+    story = Story(recovery_timeout_s=10.0)
+    story.open_sessions()
+    story.submit()
+    story.error("busy", retry_after_s=1e9, worker="w1")
+    again = request(patience(story, 10.0))
+    assert again.envelope.attempt == 2
+    assert "nobody has taken the request for 10.0 s" in failure(story.error("busy", attempt=2)).message
