@@ -60,6 +60,7 @@ class BrokerCore:
         id: this broker's own, among brokers below brokers.
         counters: what has happened so far.
         pending: what peers have not taken at present, as the server writes it down.
+        connections: returns figures of the connections of each side, as the server counts them.
         stopped: everything is said; the loop may end.
     """
 
@@ -90,6 +91,7 @@ class BrokerCore:
         self.started_at = now
         self.counters = Counters()
         self.pending = Pending()
+        self.connections: Callable[[], dict[str, dict[str, int]]] = dict
         self.registry = Registry(find_policy(settings.policy))
         self.stopped = False
         self._outbox = Outbox()

@@ -112,6 +112,7 @@ class BrokerServer:
             self._context.destroy(linger=0)
             self._pump.close()
             raise
+        self._core.connections = lambda: {side: entry.figures() for side, entry in self._entries.items()}
         self._client_backlog = self._backlog(self._clients)
         self._worker_backlog = self._backlog(self._workers)
         #: Workers that cannot be sent to any more, and of which the core does not know yet.

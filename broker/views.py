@@ -104,6 +104,7 @@ def status(core: BrokerCore, now: float) -> dict[str, Any]:
         "remembered": _remembered(core),
         "waiting": core.exchange.rooms(now),
         "pending": dataclasses.asdict(core.pending),
+        "connections": core.connections(),
         "requests": core.exchange.tally(),
         "counters": dataclasses.asdict(core.counters),
     }

@@ -107,11 +107,11 @@ def status(tree: bool, as_json: bool, broker: tuple[str, ...]) -> None:
             return
         rooms, remembered, sums = values.pop("waiting"), values.pop("remembered"), values.pop("tree", None)
         for name, value in values.items():
-            click.echo(f"{name:<10} {_text(value)}")
+            click.echo(f"{name:<11} {_text(value)}")
         for room in rooms:
-            click.echo(f"{'waiting':<10} {_room_line(room)}")
+            click.echo(f"{'waiting':<11} {_room_line(room)}")
         for gone in remembered:
-            click.echo(f"{'remembered':<10} {_gone_line(gone)}")
+            click.echo(f"{'remembered':<11} {_gone_line(gone)}")
         if sums is not None:
             _print_tree(sums)
 
