@@ -106,7 +106,8 @@ def status(tree: bool, as_json: bool, broker: tuple[str, ...]) -> None:
             _print_json(values)
             return
         rooms, remembered, sums = values.pop("waiting"), values.pop("remembered"), values.pop("tree", None)
-        for name, value in values.items():
+        sides = values.pop("connections")
+        for name, value in [*values.items(), *sides.items()]:
             click.echo(f"{name:<11} {_text(value)}")
         for room in rooms:
             click.echo(f"{'waiting':<11} {_room_line(room)}")

@@ -105,6 +105,7 @@ def test_status(stage: Stage) -> None:
     assert status == {
         "broker": "broker", "software": "test/1", "uptime_s": 2.0, "draining": False, "policy": "shortest-queue",
         "clients": 1, "workers": 1, "models": ["a"], "slots": 2, "waiting": [], "pending": {"peers": 0, "bytes": 0},
+        "connections": {},
         "requests": {"waiting": 0, "running": 1, "orphaned": 0}, "remembered": [],
     }  # fmt: skip
     assert (counters["requests"], counters["refused"]) == (1, 1)
