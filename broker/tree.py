@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.errors import ProtocolError, WorkerLostError, exception_for
-from ..protocol.limits import MAX_BROKERS, MAX_COUNT
+from ..protocol.limits import MAX_BROKERS, MAX_CONTAINERS, MAX_COUNT
 from ..protocol.messages import Error, Reply
 from ..protocol.schema import boolean, count, listing, record, text
 from . import views
@@ -33,6 +33,9 @@ MOST_S = 10.0
 #: What a hop passes on of its time. A second is above LEAST_S for eight hops, the most that there are; where brokers
 #: are registered in a circle for a moment, this ends the questions.
 _PASSED_ON = 0.7
+
+#: Arrays and maps in an answer, without the few around it.
+_MOST_CONTAINERS = MAX_CONTAINERS - 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,16 @@ def workers_below(core: BrokerCore, now: float, within_s: float) -> Errand | lis
 
     def finish(answers: Mapping[str, Answer]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        # What each says is a message; all together must still be one, or the asker's session would end over it.
+        left = _MOST_CONTAINERS - sum(map(_containers, rows))
         for row in rows:
             found.append(row)
             if row["broker"]:
                 below = _rows(answers.get(row["name"]))
+                taken = 0 if below is None else _containers(below)
+                if taken > left:
+                    below, taken = None, 0
+                left -= taken
                 row["answered"] = below is not None
                 found += [_lowered(row["name"], inner) for inner in below or ()]
         return found
@@ -101,6 +110,17 @@ def _rows(answer: Answer | None) -> list[dict[str, Any]] | None:
         for row in answer.result
     )
     return answer.result if sound else None
+
+
+def _containers(value: Any) -> int:
+    """Return how many arrays and maps a value has, itself included."""
+    count, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, (dict, list, tuple)):
+            count += 1
+            left.extend(each.values() if isinstance(each, dict) else each)
+    return count
 
 
 def _lowered(child: str, row: Mapping[str, Any]) -> dict[str, Any]:
