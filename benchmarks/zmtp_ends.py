@@ -37,8 +37,8 @@ from tokenmq.protocol.messages import (
 _PEER_BYTES = 5
 #: The header of a REQUEST up to its id.
 _REQUEST = re.escape(PREFIX[Command.REQUEST])
-#: The return route stands in the envelope behind its key and the head of 16 octets.
-_ROUTED = re.compile(_REQUEST + rb"(?P<id>.{16}).*?\xa5route\xc4\x10(?P<way>.{16})", re.DOTALL)
+#: A request as a worker gets it: the return route stands in the envelope behind its key and the head of 16 octets.
+ROUTED = re.compile(_REQUEST + rb"(?P<id>.{16}).*?\xa5route\xc4\x10(?P<way>.{16})", re.DOTALL)
 _FRAMED = re.compile(rb"(?P<way>\x01\x05.{5})(?:\x01.|\x03.{8})" + _REQUEST + rb"(?P<id>.{16})", re.DOTALL)
 _STARTED = PREFIX[Command.STARTED]
 _Kind = TypeVar("_Kind")
@@ -84,7 +84,7 @@ class ZmtpEnds(Ends):
     @property
     def requests(self) -> re.Pattern[bytes]:
         """The way back is the route."""
-        return _ROUTED
+        return ROUTED
 
     @property
     def way(self) -> bytes:
