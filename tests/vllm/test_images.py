@@ -116,7 +116,7 @@ def test_marks_in_a_prompt(client: Client) -> None:
 
 
 def test_a_broken_or_too_large_image_is_told(client: Client) -> None:
-    with pytest.raises(TokenmqError, match="image 0: it is no PNG"):
+    with pytest.raises(TokenmqError, match="image 0: its PNG data are damaged"):
         asked(client, picture("red")[:60])
     huge = io.BytesIO()
     Image.new("L", (6000, 6000)).save(huge, "PNG")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ...protocol.errors import BadRequestError
-from .image_files import image_format, problem_of
+from .image_files import image_format, orientation, problem_of, without_metadata
 
 #: Images of one request. Each is some hundred to some thousand tokens of the prompt, so that few contexts have room
 #: for more.
@@ -29,6 +29,16 @@ MAX_PIXELS_TOGETHER = 4 * MAX_PIXELS
 #: How many times the longer side is the shorter one. Processors bring the shorter side to a few hundred pixels, and
 #: a long thin line would become gigabytes by that.
 MAX_ASPECT = 200
+#: What turns an image upright, by what EXIF calls its orientation.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Characters of what Pillow says that a user is told.
 _MAX_REASON_CHARS = 200
 
@@ -56,7 +66,8 @@ def decode(files: Sequence[bytes]) -> list[Image.Image]:
             f"all images have {MAX_PIXELS_TOGETHER - left:,} pixels together, "
             f"at most {MAX_PIXELS_TOGETHER:,} are allowed"
         )
-    return [_pixels(number, image) for number, image in enumerate(opened)]
+    turns = [orientation(data, image.format or "") for data, image in zip(files, opened, strict=True)]
+    return [_pixels(number, image, turn) for number, (image, turn) in enumerate(zip(opened, turns, strict=True))]
 
 
 def fingerprint(files: Sequence[bytes]) -> bytes:
@@ -82,7 +93,7 @@ def _open(number: int, data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Of many pixels, and of what is odd in a file but does no harm; the check of the size is below.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=(kind,))
+            image = Image.open(io.BytesIO(without_metadata(data, kind)), formats=(kind,))
     except Image.DecompressionBombError as error:
         raise BadRequestError(f"image {number}: more than the {MAX_PIXELS:,} pixels that are allowed") from error
     except Exception as error:  # Pillow raises many kinds for what is broken
@@ -97,11 +108,11 @@ def _open(number: int, data: bytes) -> Image.Image:
     return image
 
 
-def _pixels(number: int, image: Image.Image) -> Image.Image:
+def _pixels(number: int, image: Image.Image, turn: int) -> Image.Image:
     try:
         with warnings.catch_warnings(), image:
             warnings.simplefilter("ignore")
-            upright = ImageOps.exif_transpose(image)
+            upright = image.transpose(_TURNS[turn]) if turn in _TURNS else image
             if upright.mode.startswith("I"):
                 # Pillow cuts 16 bits off at 255 instead of scaling them: all would be white.
                 upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
