@@ -1,4 +1,4 @@
-"""What workers say of themselves and of their requests can be anything: whatever the broker makes of it is a message."""
+"""What workers say of themselves and their requests can be anything: what the broker makes of it is a message."""
 
 from __future__ import annotations
 
