@@ -15,6 +15,8 @@ from ..protocol.identity import Allowed, Identity
 from .limits import Limits
 from .meters import Account, Refusal, WorkerAccount
 
+#: Nobody knows when a worker will be free for what waits; it may ask again so often.
+_QUEUED_RETRY_S = 1.0
 #: Penalties double up to this: who has mended his program is not to wait for longer.
 MAX_PENALTY_S = 300.0
 #: A key that has behaved for so long begins with the first penalty again.
@@ -26,22 +28,22 @@ class ClientAccount(Account):
 
     Attributes:
         open: its requests that have no answer yet.
-        open_bytes: payloads and attachments of these.
+        queued_bytes: payloads and attachments of those that wait for a worker.
     """
 
-    __slots__ = ("_most_bytes", "open", "open_bytes")
+    __slots__ = ("_most_queued", "open", "queued_bytes")
 
     def __init__(self, limits: Limits) -> None:
         """Have used nothing."""
         super().__init__(limits)
-        self._most_bytes = limits.open_bytes
+        self._most_queued = limits.queued_bytes
         self.open = 0
-        self.open_bytes = 0
+        self.queued_bytes = 0
 
     def admit(self, size_bytes: int, now: float) -> Refusal | None:
         """Account for a request, or tell why it is refused."""
-        if self.open and self._most_bytes and self.open_bytes + size_bytes > self._most_bytes:
-            return Refusal(1.0, f"more than {self._most_bytes} bytes of open requests")
+        if self.queued_bytes and self._most_queued and self.queued_bytes + size_bytes > self._most_queued:
+            return Refusal(_QUEUED_RETRY_S, f"more than {self._most_queued} bytes of its requests wait already")
         return self.request(size_bytes, self.open, now)
 
 

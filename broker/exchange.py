@@ -37,6 +37,7 @@ from ..protocol.messages import (
     Usage,
 )
 from ..protocol.timers import Timers
+from .accounts import ClientAccount
 from .breaker import State
 from .chooser import Chooser
 from .guests import Guest
@@ -140,8 +141,10 @@ class Exchange:
                 self._refuse(record, self._busy(record))
             return
         self._accept(record)
+        _queued(record, record.size_bytes)
         for other in pushed_out:
             # It has left the room already.
+            _queued(other, -other.size_bytes)
             self._forget(other)
             other.message = None
             self._answer(other, self._busy(other))
@@ -321,6 +324,7 @@ class Exchange:
                 return
             (_, record), room = min(found, key=lambda each: each[0][0])
             room.serve(record, now)
+            _queued(record, -record.size_bytes)
             self._assign(record, wishes[record.model, record.resumed, record.avoid], now)
 
     # What time does.
@@ -408,6 +412,12 @@ class Exchange:
         assert len(self._deadlines) == len(timed), "a deadline of a request that has ended"
         running = {key: record for worker in self._registry for key, record in worker.in_flight.items()}
         assert not waiting.keys() & running.keys(), "a request waits and runs"
+        queued: Counter[ClientAccount] = Counter()
+        for record in waiting.values():
+            assert record.client is not None
+            queued[record.client.account] += record.size_bytes
+        accounts = {record.client.account for record in self.records.values() if record.client is not None}
+        assert all(account.queued_bytes == queued[account] for account in accounts), "who has how much queued"
         assert {**waiting, **running} == self.records, "a request is lost or left over"
         assert self._orphaned == sum(record.client is None for record in self.records.values()), "who is orphaned"
         assert self._running == Counter(record.share for record in running.values()), "what runs, by share"
@@ -633,6 +643,7 @@ class Exchange:
 
     def _forget_waiting(self, record: RequestRecord) -> None:
         self._rooms[record.model].remove(record)
+        _queued(record, -record.size_bytes)
         self._forget(record)
         record.message = None  # it goes to no worker any more
 
@@ -673,6 +684,12 @@ class Exchange:
 
     def _waited(self, record: RequestRecord) -> Timings:
         return Timings(broker_queue_s=self._outbox.now - record.arrived_at)
+
+
+def _queued(record: RequestRecord, size_bytes: int) -> None:
+    """Count what waits to the account of its client."""
+    assert record.client is not None
+    record.client.account.queued_bytes += size_bytes
 
 
 def _timings(record: RequestRecord, timings: Timings) -> Timings:

@@ -28,7 +28,7 @@ class Limits:
         message_bytes: payload and attachments of one request, 1 to limits.MAX_MESSAGE_BYTES.
         attachments: attachments of one request, 0 to limits.MAX_ATTACHMENTS; 0 allows none.
         open_requests: requests of one client that wait or run.
-        open_bytes: payloads and attachments of these; a single request always fits.
+        queued_bytes: payloads and attachments of those that wait; a single request always fits.
         requests_per_s: requests of one client.
         bytes_per_s: payloads and attachments of one client's requests; one whole request always fits.
         queries_per_s: management questions of one client; a burst of five seconds' worth.
@@ -48,8 +48,8 @@ class Limits:
     attachments: int = MAX_ATTACHMENTS
     #: More than the slots of a large pool and its waiting room; each costs the broker about two kilobytes.
     open_requests: int = 4_096
-    #: The broker keeps what waits: a thousand prompts of half a megabyte.
-    open_bytes: int = 512 * _MIB
+    #: The broker keeps what waits: a quarter of what may wait for one model.
+    queued_bytes: int = 256 * _MIB
     #: Half of what one core of a broker carries, so that one client alone cannot take it.
     requests_per_s: int = 5_000
     #: Two gigabits: more than most brokers' networks, less than what one core copies.
@@ -164,9 +164,9 @@ OPTIONS = (
         "Requests of one client that may wait or run at a time; more are refused as `rate_limited`. 0: no limit.",
     ),
     LimitOption(
-        "--max-open-bytes", "open_bytes", "BYTES",
-        "Bytes of the requests of one client that wait or run, which the broker keeps while they wait; more are "
-        "refused as `rate_limited`. 0: no limit.",
+        "--max-queued-bytes", "queued_bytes", "BYTES",
+        "Bytes of one client's requests that wait, which the broker keeps for it; more are refused as "
+        "`rate_limited`. 0: no limit.",
     ),
     LimitOption(
         "--requests-per-s", "requests_per_s", "N",

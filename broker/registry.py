@@ -69,7 +69,6 @@ class ClientSession(Session):
         """Note a submission."""
         self.requests[record.key] = record
         self.account.open += 1
-        self.account.open_bytes += record.size_bytes
         alive = self.attempts.get(record.id)
         if alive is None:
             self.attempts[record.id] = [record]
@@ -80,7 +79,6 @@ class ClientSession(Session):
         """Forget a submission: it is answered, or nobody waits for the answer."""
         del self.requests[record.key]
         self.account.open -= 1
-        self.account.open_bytes -= record.size_bytes
         alive = self.attempts[record.id]
         alive.remove(record)
         if not alive:

@@ -66,23 +66,29 @@ def test_requests_beyond_the_rate_are_refused_and_told_when_to_come_back(stages:
 
 
 def test_requests_and_bytes_that_are_open_are_bounded(stages: Callable[..., Stage]) -> None:
-    stage = make(stages, open_requests=2, open_bytes=100)
-    worker = stage.worker("w1", slots=9)
+    stage = make(stages, open_requests=3, queued_bytes=100)
     client, other = stage.client("ann"), stage.client("bob")
-    client.asks(1, payload=b"x" * 90)
-    assert "more than 100 bytes of open requests" in refused(client.asks(2, payload=b"x" * 11)).message
-    client.asks(2, payload=b"x" * 10)
-    assert "more than 2 requests open at a time" in refused(client.asks(3, payload=b"")).message
-    assert kinds(other.asks(4, payload=b"x" * 500)) == [("w1", "REQUEST")], "one alone always fits"
-    worker.finishes(1)
-    assert kinds(client.asks(3)) == [("w1", "REQUEST")]
+    worker = stage.busy_worker("w1", client)
     account = stage.core.clients[client.peer].account
+    assert client.asks(2, payload=b"x" * 90) == []
+    refusal = refused(client.asks(3, payload=b"x" * 11))
+    assert "more than 100 bytes of its requests wait already" in refusal.message
+    assert client.asks(3, payload=b"x" * 10) == []
+    assert (account.open, account.queued_bytes) == (3, 100)
+    assert "more than 3 requests open at a time" in refused(client.asks(4, payload=b"")).message
+    assert other.asks(5, payload=b"x" * 500) == [], "one alone always fits"
+    worker.finishes(1)
+    worker.finishes(5)  # it was Bob's turn first
+    assert (account.open, account.queued_bytes) == (2, 10)
     client.cancels(2)
     assert account.open == 2, "its worker has not said that it has ended"
+    client.cancels(3)
+    assert (account.open, account.queued_bytes) == (1, 0)
     worker.finishes(2, reason=FinishReason.CANCELLED)
-    assert (account.open, account.open_bytes) == (1, 1)
+    assert account.open == 0
+    client.asks(6)
     client.vanishes()
-    assert (account.open, account.open_bytes) == (0, 0)
+    assert (account.open, account.queued_bytes) == (0, 0)
 
 
 def test_a_request_that_is_too_large_is_wrong_and_not_early(stages: Callable[..., Stage]) -> None:
