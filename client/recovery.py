@@ -75,5 +75,6 @@ def _reworded(error: TokenmqError, message: str) -> TokenmqError:
 
 
 def _with_cause(message: str, stream: OpenStream) -> str:
-    """Return why a stream cannot go on, and what broke it."""
-    return message if stream.cause is None else f"{message}; it broke because: {stream.cause}"
+    """Return why a stream cannot go on, and what broke it, where that is something else."""
+    cause = stream.cause
+    return message if cause is None or message in cause.message else f"{message}; it broke because: {cause}"

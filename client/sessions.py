@@ -156,9 +156,7 @@ class Sessions:
         refused = [session for session in self if session.refusal is not None]
         if not refused or not all(session.refusal is not None or session.absent for session in self):
             return None
-        message = "; ".join(
-            session.failure if session.refusal else f"{session.endpoint}: {session.failure}" for session in self
-        )
+        message = "; ".join(map(_why, self))
         if any(session.refusal is Refusal.FORBIDDEN for session in refused):
             return ForbiddenError(message, request_id=request_id)
         unsure = any(session.refusal is Refusal.BROKEN_OFF for session in refused)
@@ -202,3 +200,12 @@ class Sessions:
         for session in self:
             assert (session.phase is Phase.CLOSED) == self.closed, session.endpoint
             assert session.open or not session.draining, session.endpoint
+
+
+def _why(session: Session) -> str:
+    """Return why there is no session, and with whom."""
+    if session.endpoint in session.failure:
+        return session.failure
+    if session.refusal is not None:  # it has said so in a session
+        return f"the session with the broker at {session.endpoint} ended: {session.failure}"
+    return f"{session.endpoint}: {session.failure}"

@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zmq
+from click.testing import CliRunner
 from zmq.auth import create_certificates
 from zmq.auth.thread import ThreadAuthenticator
 
-from tokenmq.client import AsyncClient, Client, ForbiddenError, NoBrokerError
+from tokenmq.cli.broker import main as broker_command
+from tokenmq.client import AsyncClient, Client, ForbiddenError, NoBrokerError, Stream
+from tokenmq.client.local import LocalCluster
 from tokenmq.protocol.codec import encode
 from tokenmq.protocol.messages import (
     NO_ID,
@@ -365,3 +368,35 @@ def test_who_has_keys_dials_no_door_without(keys: Keys, door_has_keys: bool, tol
             stream = client.generate("m", "x")
             assert stream.text() == "seven"
             assert stream.attempts[0].direct is direct
+
+
+# All of it, with real processes
+
+
+def test_client_broker_and_worker_with_keys_and_the_workers_own_door(
+    make_cluster: Callable[..., LocalCluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "keys"
+    assert CliRunner().invoke(broker_command, ["keys", "init", str(folder)]).exit_code == 0
+    for name, role in (("ann", "client"), ("worker-1", "worker")):
+        secret = str(tmp_path / f"{name}.key_secret")
+        made = ["keys", "new", name, "--role", role, "--curve", str(folder), "--out", secret]
+        assert CliRunner().invoke(broker_command, made).exit_code == 0
+        monkeypatch.setenv(f"TOKENMQ_{role.upper()}_KEY", secret)
+        monkeypatch.setenv(f"TOKENMQ_{role.upper()}_SERVER_KEY", str(folder / "server.key"))
+    cluster = make_cluster("--curve", str(folder))
+    cluster.start_worker("--engine", "synthetic", "--model", "m", "--direct", "tcp://127.0.0.1:*")
+    cluster.wait_ready("m")
+    with Client(cluster.frontend, direct="127.0.0.1") as client:
+
+        def came_by_the_door() -> bool:
+            stream: Stream = client.generate("m", "x", max_tokens=4, seed=1)
+            assert len(list(stream)) > 0
+            return stream.attempts[0].direct
+
+        eventually(came_by_the_door, "the link to the worker stands")
+    with (
+        Client(cluster.frontend, server_key="", key="", connect_timeout_s=FAR_S) as stranger,
+        pytest.raises(NoBrokerError, match="wants keys"),
+    ):
+        stranger.models()
