@@ -37,6 +37,8 @@ class TextReader:
         self._prompt = recipe.prompt
         self._lower = recipe.lower_case
         self.limit = 0
+        # The first call takes truncation and padding off the tokenizer, which must not fall into another's call.
+        self._tokenise([""])
         self.skip = 0 if recipe.pools_prompt or not recipe.prompt else self._prompt_tokens()
 
     def read(self, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoModel
 
-from ....protocol.errors import BadRequestError, ErrorCode
+from ....protocol.errors import BadRequestError, ErrorCode, TokenmqError
 from ....protocol.messages import Details, FinishReason, ModelInfo
 from ..base import Done, Engine, EngineLoadError, EngineStats, Failed, Job, Output, Tokens
 from .devices import Memory, first_line, is_out_of_memory, release_memory
@@ -23,6 +23,7 @@ from .embedding_queue import EmbeddingQueue, Text, TextsJob
 from .embedding_texts import TextReader
 from .encoder import Encoder
 from .loading import LoadedModel, load
+from .preparation import Preparation, refusal, takes_long
 from .sentence import Recipe, read_recipe, resolved
 
 _log = logging.getLogger("tokenmq.worker")
@@ -37,6 +38,8 @@ STEP_TOKENS_HOST = 1024
 MAX_UNBOUNDED = 8192
 #: What a text came to: its vector, or an end of its request.
 _Result: TypeAlias = bytes | Failed
+#: The token ids of a request's texts.
+_Ids: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 class EmbeddingEngine(Engine):
@@ -79,6 +82,7 @@ class EmbeddingEngine(Engine):
         self._encoder: Encoder | None = None
         self._texts: TextReader | None = None
         self._queue = EmbeddingQueue(1, 1)
+        self._preparation = Preparation(self._read, self._wake_up)
         self._prompt_tokens = 0
         self._busy_s = 0.0
         self._memory = Memory()
@@ -134,23 +138,25 @@ class EmbeddingEngine(Engine):
         return [ModelInfo(self.served_name, context_tokens=self._texts.limit, generates=False, embeds=True)]
 
     def submit(self, job: Job) -> list[Output]:
-        """Queue a request's texts, or answer with one Failed when it cannot run."""
-        reader = self._ready()[1]
+        """Queue a request's texts, or answer with one Failed when it cannot run.
+
+        Many or long ones are tokenised in another thread, where a worker can be woken when that is done.
+        """
+        self._ready()
+        came_at = time.monotonic()
+        if self.wake is not Engine.wake and takes_long(job):
+            self._preparation.put(job)
+            return []
         try:
-            if job.generation.texts is None:
-                raise BadRequestError(
-                    f"model {self.served_name!r} embeds texts and generates none: send texts, or ask another model"
-                )
-            if job.attachments:
-                raise BadRequestError(f"model {self.served_name!r} embeds texts only, no attachments")
-            texts = reader.read(job.generation.texts)
-        except BadRequestError as error:
-            return [Failed(job.ticket, error.code, error.message, error.retryable)]
-        self._queue.add(TextsJob(job.ticket, job.priority, texts, time.monotonic()))
-        return []
+            read: _Ids | BaseException = self._read(job)
+        except TokenmqError as error:
+            read = error
+        return self._enter(job, read, came_at)
 
     def cancel(self, ticket: int) -> list[Output]:
         """End a job at once; what it has been given stands."""
+        if self._preparation.drop(ticket):
+            return [Done(ticket, FinishReason.CANCELLED, 0, 0)]
         job = self._queue.find(ticket)
         if job is None:
             return []
@@ -161,12 +167,14 @@ class EmbeddingEngine(Engine):
         """Do one forward; give what is done."""
         encoder, _ = self._ready()
         began = time.monotonic()
+        outputs: list[Output] = []
+        for ready, read, came_at in self._preparation.take():
+            outputs += self._enter(ready, read, came_at)
         texts = self._queue.take()
         for text in texts:
             if text.job.begun_at is None:
                 text.job.begun_at = began
                 self._prompt_tokens += text.job.prompt_tokens
-        outputs: list[Output] = []
         failed: set[int] = set()
         for text, result in zip(texts, self._embed(encoder, texts), strict=True):
             job = text.job
@@ -186,8 +194,8 @@ class EmbeddingEngine(Engine):
         return outputs
 
     def next_step_in(self) -> float | None:
-        """Return 0 while there are jobs, else None."""
-        return 0.0 if self._queue.running or self._queue.waiting else None
+        """Return 0 while there are jobs that are not being read, else None."""
+        return 0.0 if self._queue.running or self._queue.waiting or self._preparation.ready else None
 
     def resize(self, slots: int) -> int:
         """Let as many requests share the forwards as asked for."""
@@ -196,6 +204,7 @@ class EmbeddingEngine(Engine):
 
     def reset(self) -> None:
         """Drop all jobs."""
+        self._preparation.clear()
         self._queue.clear()
 
     def stats(self) -> EngineStats:
@@ -203,7 +212,7 @@ class EmbeddingEngine(Engine):
         used, there = self._memory()
         return EngineStats(
             running=len(self._queue.running),
-            waiting=len(self._queue.waiting),
+            waiting=len(self._queue.waiting) + len(self._preparation),
             prefill_s=self._busy_s,
             prompt_tokens=self._prompt_tokens,
             memory_used_bytes=used,
@@ -220,10 +229,35 @@ class EmbeddingEngine(Engine):
 
     def close(self) -> None:
         """Free the model."""
+        self._preparation.close()
         if self._loaded is not None:
             device = self._loaded.model.device
             self._loaded = self._encoder = self._texts = None
             release_memory(device)
+
+    def _wake_up(self) -> None:
+        self.wake()  # by then the worker has put its own there
+
+    def _read(self, job: Job) -> _Ids:
+        """Tokenise a request's texts; in the engine's thread or in that of the preparation.
+
+        Raises:
+            BadRequestError: it cannot run.
+        """
+        if job.generation.texts is None:
+            raise BadRequestError(
+                f"model {self.served_name!r} embeds texts and generates none: send texts, or ask another model"
+            )
+        if job.attachments:
+            raise BadRequestError(f"model {self.served_name!r} embeds texts only, no attachments")
+        return self._ready()[1].read(job.generation.texts)
+
+    def _enter(self, job: Job, read: _Ids | BaseException, came_at: float) -> list[Output]:
+        """Queue a request that was read, or say why it cannot run."""
+        if isinstance(read, BaseException):
+            return [refusal(job, read)]
+        self._queue.add(TextsJob(job.ticket, job.priority, read, came_at))
+        return []
 
     def _ready(self) -> tuple[Encoder, TextReader]:
         if self._encoder is None or self._texts is None:

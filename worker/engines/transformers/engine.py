@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ....protocol.errors import BadRequestError, ErrorCode, TokenmqError
+from ....protocol.errors import BadRequestError, TokenmqError
 from ....protocol.messages import FinishReason, ModelInfo
-from ..base import Done, Engine, EngineLoadError, EngineStats, Failed, Job, Output
+from ..base import Done, Engine, EngineLoadError, EngineStats, Job, Output
 from ..echo import check_echo
 from .adapters import SEPARATOR, attach, parse
 from .batch import Batch, Manner
@@ -31,7 +31,7 @@ from .loading import LoadedModel, load
 from .packed import pack
 from .parallel import LeadingRunner, follow
 from .prefix import PrefixIndex
-from .preparation import Preparation, takes_long
+from .preparation import Preparation, refusal, takes_long
 from .prompt import PromptReader
 from .resume import AUTO, CHOICES, Resume, choose_way
 from .rules import RuleBook
@@ -59,7 +59,7 @@ class _Serving:
     """What a loaded engine serves with."""
 
     batch: Batch
-    preparation: Preparation
+    preparation: Preparation[Sequence]
     prompts: PromptReader
     tokenizer: Tokenizer
     rules: RuleBook
@@ -287,7 +287,9 @@ class TransformersEngine(Engine):
         """Advance every running row by a token; let waiting ones join."""
         serving = self._ready()
         outputs: list[Output] = []
-        for job, read in serving.preparation.take():
+        for job, read, came_at in serving.preparation.take():
+            if isinstance(read, Sequence):
+                read.submitted_at = came_at
             outputs += self._enter(serving, job, read)
         if serving.batch.busy:
             outputs += serving.batch.step()
@@ -385,14 +387,14 @@ class TransformersEngine(Engine):
     def _enter(serving: _Serving, job: Job, read: Sequence | BaseException) -> list[Output]:
         """Queue a job that was read, or say why it cannot run; return what `submit` does."""
         if isinstance(read, BaseException):
-            return [_failed(job, read)]
+            return [refusal(job, read)]
         prior = job.generation.prior
         if prior is not None:
             try:
                 serving.prompts.known(prior.token_ids)
                 ended = read.resume(prior, replay=serving.way is Resume.REPLAY)
             except TokenmqError as error:
-                return [_failed(job, error)]
+                return [refusal(job, error)]
             if ended:
                 return ended
         serving.batch.scheduler.add(read)
@@ -419,13 +421,6 @@ class TransformersEngine(Engine):
             raise
         except Exception as error:
             raise EngineLoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
-
-
-def _failed(job: Job, error: BaseException) -> Failed:
-    if isinstance(error, TokenmqError):
-        return Failed(job.ticket, error.code, error.message, error.retryable)
-    told = f"{type(error).__name__}: {first_line(error)}"
-    return Failed(job.ticket, ErrorCode.ENGINE_FAILED.value, f"the engine refused: {told}")
 
 
 def _name_of(model: str | os.PathLike[str]) -> str:

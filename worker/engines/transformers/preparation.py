@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from ....protocol.errors import ErrorCode, TokenmqError
 from ....protocol.payload import Generation
-from ..base import Job
-from .sequence import Sequence
+from ..base import Failed, Job
+from .devices import first_line
+
+#: What a request is when it was read.
+ReadT = TypeVar("ReadT")
 
 #: Characters that are tokenised in the engine's thread: 5 to 30 ms, about a step.
 SHORT_CHARS = 16_384
@@ -37,8 +42,8 @@ def takes_long(job: Job) -> bool:
 
 def _chars(generation: Generation, left: int) -> int:
     """Return what is left of so many characters behind those of the prompt; less than 0 where it has more."""
-    parts: tuple[Any, ...] = (generation.prompt, generation.messages, generation.tools, generation.template)
-    pending = [part for part in parts if part]
+    chat = (generation.messages, generation.tools, generation.template)
+    pending: list[Any] = [part for part in (generation.prompt, generation.texts, *chat) if part]
     while pending and left >= 0:
         item = pending.pop()
         left -= len(item) if isinstance(item, str) else _VALUE_CHARS
@@ -49,23 +54,31 @@ def _chars(generation: Generation, left: int) -> int:
     return left
 
 
-class Preparation:
+def refusal(job: Job, error: BaseException) -> Failed:
+    """Return the end of a request that could not be read."""
+    if isinstance(error, TokenmqError):
+        return Failed(job.ticket, error.code, error.message, error.retryable)
+    told = f"{type(error).__name__}: {first_line(error)}"
+    return Failed(job.ticket, ErrorCode.ENGINE_FAILED.value, f"the engine refused: {told}")
+
+
+class Preparation(Generic[ReadT]):
     """The thread, and what it has to read; all methods are the engine thread's."""
 
-    def __init__(self, read: Callable[[Job], Sequence], wake: Callable[[], None]) -> None:
+    def __init__(self, read: Callable[[Job], ReadT], wake: Callable[[], None]) -> None:
         """Start nothing yet.
 
         Args:
-            read: makes a sequence of a request, or raises; called in the thread.
+            read: makes of a request what the engine can run, or raises; called in the thread.
             wake: called there when there is something to `take`.
         """
         self._read = read
         self._wake = wake
-        #: By ticket, those that are being read or have been; only the engine thread writes it.
-        self._held: dict[int, Job] = {}
+        #: By ticket, those that are being read or have been, and when they came; only the engine thread writes it.
+        self._held: dict[int, float] = {}
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         #: Both ends of a deque may be used by different threads.
-        self._read_ones: deque[tuple[Job, Sequence | BaseException]] = deque()
+        self._read_ones: deque[tuple[Job, ReadT | BaseException]] = deque()
         self._thread = threading.Thread(target=self._run, name="tokenmq-reader", daemon=True)
 
     def __len__(self) -> int:
@@ -79,7 +92,7 @@ class Preparation:
 
     def put(self, job: Job) -> None:
         """Have a request read."""
-        self._held[job.ticket] = job
+        self._held[job.ticket] = time.monotonic()
         if self._thread.ident is None:
             self._thread.start()
         self._inbox.put(job)
@@ -88,10 +101,10 @@ class Preparation:
         """Forget a request; tell whether it was here."""
         return self._held.pop(ticket, None) is not None
 
-    def take(self) -> list[tuple[Job, Sequence | BaseException]]:
-        """Return what has been read since the last time, in order: the sequences, or why there is none."""
+    def take(self) -> list[tuple[Job, ReadT | BaseException, float]]:
+        """Return what has been read since the last time, in order, or why it cannot run; and when each came."""
         found = [self._read_ones.popleft() for _ in range(len(self._read_ones))]
-        return [(job, read) for job, read in found if self.drop(job.ticket)]
+        return [(job, read, self._held.pop(job.ticket)) for job, read in found if job.ticket in self._held]
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -109,7 +122,7 @@ class Preparation:
             if job.ticket not in self._held:
                 continue  # nobody waits for it any more
             try:
-                read: Sequence | BaseException = self._read(job)
+                read: ReadT | BaseException = self._read(job)
             except BaseException as error:  # noqa: BLE001 (a panic of the tokenizer's is no Exception: told to its client)
                 read = error
             self._read_ones.append((job, read))

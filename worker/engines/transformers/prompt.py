@@ -46,6 +46,8 @@ class PromptReader:
         self._name = name
         self._vocabulary = vocabulary
         self._context = context
+        # The first call takes truncation and padding off the tokenizer, which must not fall into another's call.
+        self._tokenise("", special=False)
 
     def read(self, generation: Generation, images: Sequence[bytes] = ()) -> Prompt:
         """Return the prompt: token ids, one or more, with room for at least one token after them, and their text.
