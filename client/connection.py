@@ -233,7 +233,8 @@ class Connection:
         if flags & zmq.POLLIN or lost:
             # What came before the connection broke is still there, and may hold the end of a stream.
             while self._receive(side, endpoint, link) == _BATCH_MESSAGES and lost:
-                continue
+                if side.links.get(endpoint) is not link:
+                    break  # one of these has ended the session, and its socket is closed
         if side.links.get(endpoint) is not link:
             return  # the session has ended
         if lost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from random import Random
 
 import pytest
 
+from tokenmq.client import Client, TokenmqError
 from tokenmq.protocol.codec import HEADER_BYTES, PREFIX, decode, encode
 from tokenmq.protocol.errors import ProtocolError
-from tokenmq.protocol.messages import Command, Heartbeat
+from tokenmq.protocol.messages import Command, Heartbeat, Welcome
 
 from . import corpus, wire
 from .__main__ import TARGETS, fuzz, random_of
@@ -21,11 +23,12 @@ from .mutate import bomb, mutated
 from .ports import PortsTarget
 from .target import Broken
 from .weight import weight
-from .zmtp import frame, greeting, message, ready
+from .zmtp import Raw, frame, greeting, message, ready
 
 #: Cases of each target, about a second or two.
 _CASES = {"messages": 4000, "payloads": 4000, "large": 6, "broker": 30, "worker": 40, "client": 40}
 ROOT = Path(__file__).parents[2]
+_ROUTER = ready(((b"Socket-Type", b"ROUTER"),))
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -143,3 +146,21 @@ def test_zmtp_frames_are_those_of_the_rfc() -> None:
     assert message([b"a", b""]) == b"\x01\x01a\x00\x00"
     assert ready()[:8] == b"\x04\x1c\x05READY"
     assert message(encode(Heartbeat(1)))[0] == 0
+
+
+def test_a_client_outlives_a_broker_that_says_much_and_hangs_up() -> None:
+    """The first message ends the session, and all the others are still to be read when the connection breaks."""
+    met = 0
+    much = message(encode(Heartbeat(77))) * 5000
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20.0)
+        with Client(f"tcp://127.0.0.1:{listener.getsockname()[1]}", connect_timeout_s=0.1) as client:
+            for _ in range(6):
+                raw = Raw.of(listener.accept()[0])
+                if raw.send(greeting()) and raw.take(64) and raw.send(_ROUTER) and raw.frame() and raw.message():
+                    met += raw.send(message(encode(Welcome("b", "b", 1.0, 5.0))) + much)
+                raw.close()
+            with pytest.raises(TokenmqError) as caught:
+                client.models()
+    assert met > 2
+    assert caught.value.code in ("no_broker", "broker_lost"), caught.value
