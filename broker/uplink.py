@@ -93,7 +93,7 @@ class Uplink:
         self._new_route = new_route
         self._query = query
         self._asker_lost = asker_lost
-        self._membership = Membership(settings.uplinks, self, outbox)
+        self._membership = Membership(settings.uplinks, self, outbox, keyed=bool(settings.uplink_key))
         #: Guests by their parent's route, by parent.
         self._guests: dict[str, dict[bytes, Guest]] = {parent: {} for parent in settings.uplinks}
         self._summarizer = Summarizer(id, registry)
