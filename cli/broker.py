@@ -45,8 +45,8 @@ def limit_options(command: CommandT) -> CommandT:
 @click.group(context_settings=settings("TOKENMQ_BROKER"), invoke_without_command=True)
 @option(
     "--frontend", multiple=True, default=(DEFAULT_FRONTEND,), metavar="ENDPOINT",
-    help="Where clients connect: tcp://HOST:PORT or ipc://PATH. Repeatable. An ipc socket is this user's alone; a folder "
-    "that others can write to is refused.",
+    help="Where clients connect: tcp://HOST:PORT or ipc://PATH. Repeatable. An ipc socket is this user's alone; "
+    "a folder that others can write to is refused.",
 )  # fmt: skip
 @option(
     "--backend", multiple=True, default=(DEFAULT_BACKEND,), metavar="ENDPOINT",
