@@ -177,6 +177,10 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     "--grace", type=click.FloatRange(min=0), default=GRACE_S, metavar="S",
     help="Seconds that running requests get after SIGINT or SIGTERM, or when a broker asks the worker to leave.",
 )  # fmt: skip
+@option(
+    "--log-prompts", is_flag=True,
+    help="Log the first 1,000 characters of each prompt, with its request's id. Else no prompt is logged.",
+)  # fmt: skip
 @logging_options
 def main(
     model: str,
@@ -216,6 +220,7 @@ def main(
     restart_after: float,
     reader_timeout: float,
     grace: float,
+    log_prompts: bool,
     log_format: str,
     log_level: str,
 ) -> None:
@@ -279,6 +284,7 @@ def main(
             speed=speed,
             heartbeat_s=heartbeat_interval,
             grace_s=grace,
+            log_prompts=log_prompts,
             stall_after_s=stall_after,
             restart_after_s=restart_after,
             reader_timeout_s=reader_timeout,
