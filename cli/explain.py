@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..protocol.log import printable
+
 if TYPE_CHECKING:
     from ..client import Considered, Decision
 
@@ -13,10 +15,10 @@ def decision_line(decision: Decision) -> str:
     head = f"{decision.broker}: {decision.policy} chose {decision.worker}"
     shown = "; ".join(map(_worker, decision.considered))
     if not shown:
-        return f"{head}, one of {decision.candidates}"
+        return printable(f"{head}, one of {decision.candidates}")
     hidden = decision.candidates - len(decision.considered)
     more = f"; and {hidden} more" if hidden > 0 else ""
-    return f"{head}, one of {decision.candidates}: {shown}{more}"
+    return printable(f"{head}, one of {decision.candidates}: {shown}{more}")
 
 
 def _worker(worker: Considered) -> str:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+from ..protocol.log import printable
+
 EXIT_FAILED = 1
 
 
 def fail(message: str, exit_code: int = EXIT_FAILED) -> NoReturn:
     """Print one line to standard error and exit with this code."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)  # others may have written it
     sys.exit(exit_code)
 
 

@@ -106,7 +106,7 @@ def status(tree: bool, as_json: bool, broker: tuple[str, ...]) -> None:
             _print_json(values)
             return
         rooms, remembered, sums = values.pop("waiting"), values.pop("remembered"), values.pop("tree", None)
-        sides = values.pop("connections")
+        sides = values.pop("connections", {})
         for name, value in [*values.items(), *sides.items()]:
             click.echo(f"{name:<11} {_text(value)}")
         for room in rooms:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..protocol.log import printable
 from .explain import decision_line
 from .tables import table
 
@@ -28,7 +29,7 @@ def print_stream(stream: Stream, *, as_json: bool, index: int = 0) -> str:
             if as_json:
                 print_json(_chunk_values(chunk, index))
             else:
-                click.echo(chunk.text, nl=False)
+                click.echo(_harmless(chunk.text), nl=False)
                 rows += [_logprob_row(chunk.offset + place, one) for place, one in enumerate(chunk.logprobs)]
             sys.stdout.flush()
     finally:
@@ -42,6 +43,13 @@ def print_stream(stream: Stream, *, as_json: bool, index: int = 0) -> str:
         for decision in stream.timings.routing if stream.timings else ():
             click.echo(decision_line(decision), err=True)
     return "".join(pieces)
+
+
+def _harmless(text: str) -> str:
+    """Return what a terminal may show of a text: what others wrote must not drive it (ESC and the like)."""
+    if text.isprintable() or not sys.stdout.isatty():
+        return text  # a file or a pipe gets what there is
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
 def print_json(values: Any) -> None:

@@ -49,8 +49,8 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_tells_what_still_holds_for_them() -> None:
     lines = CliRunner().invoke(manage.status, []).output.splitlines()
     assert lines[1:] == [
-        "remembered gpu-1, which is gone: held",
-        "remembered gpu-2, which is gone: held, speed set to 40",
+        "remembered  gpu-1, which is gone: held",
+        "remembered  gpu-2, which is gone: held, speed set to 40",
     ]
 
 
