@@ -44,10 +44,11 @@ class Tally:
 
 
 def fuzz(name: str, target: Target, tally: Tally, seed: int, seconds: float) -> list[tuple[int, Broken]]:
-    """Let a target go on for so long; return the cases that broke something, with what it was."""
+    """Let a target go on for so long, one case at least; return the one that broke something, with what it was."""
     found: list[tuple[int, Broken]] = []
     began = time.monotonic()
-    while time.monotonic() < began + seconds and not found:
+    first = tally.cases
+    while (tally.cases == first or time.monotonic() < began + seconds) and not found:
         number = tally.cases
         tally.cases += 1
         try:
@@ -94,7 +95,7 @@ def main() -> int:
                 tally = tallies[name]
                 if options.case is not None:
                     tally.cases = options.case
-                    found = fuzz(name, target, tally, options.seed, 1e-9)
+                    found = fuzz(name, target, tally, options.seed, 0.0)
                     tally.cases = 1
                 else:
                     left_s = began + options.seconds - time.monotonic()

@@ -18,7 +18,7 @@ from tokenmq.protocol.errors import ProtocolError
 from tokenmq.protocol.messages import Command, Heartbeat, Welcome
 
 from . import corpus, wire
-from .__main__ import TARGETS, fuzz, random_of
+from .__main__ import TARGETS, Tally, fuzz, random_of
 from .mutate import bomb, mutated
 from .ports import PortsTarget
 from .target import Broken
@@ -105,8 +105,6 @@ class _Breaks:
 
 
 def test_a_crash_is_counted_and_ends_the_turn() -> None:
-    from .__main__ import Tally
-
     tally = Tally()
     ((number, broken),) = fuzz("breaks", _Breaks(), tally, 1, 60.0)
     assert (broken.what, tally.crashes, tally.cases, tally.inputs) == ("it broke", 1, number + 1, 2 * number)
@@ -164,3 +162,9 @@ def test_a_client_outlives_a_broker_that_says_much_and_hangs_up() -> None:
                 client.models()
     assert met > 2
     assert caught.value.code in ("no_broker", "broker_lost"), caught.value
+
+
+def test_one_case_is_run_even_in_no_time() -> None:
+    tally = Tally()
+    assert fuzz("messages", TARGETS["messages"](), tally, 1, 0.0) == []
+    assert (tally.cases, tally.inputs) == (1, 1)
