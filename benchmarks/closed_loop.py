@@ -35,6 +35,21 @@ _ENDS = re.compile(
 _BEFORE_HEADER = 64
 
 
+def answers(chunks_for: bytes, finish_for: bytes, id: bytes, worker: int = 0) -> tuple[bytes, bytes]:
+    """Return the messages that answer a request.
+
+    Args:
+        chunks_for: what stands in the header of CHUNKS.
+        finish_for: what stands in that of FINISH.
+        id: the request's.
+        worker: the worker's number.
+    """
+    timings = Timings(worker_queue_s=0.001, prefill_s=0.02)
+    chunks = Chunks(chunks_for, (Chunk(id, 1, 0, 0, (12345,), " Paris"),))
+    finish = Finish(finish_for, 1, FinishReason.LENGTH, Usage(8, 1), timings, worker_name(worker))
+    return encode(chunks)[0], encode(finish)[0]
+
+
 def answer_form(ends: Ends, worker: int, *, finish: bool) -> bytes:
     """Return the form of what a worker writes for a request: fill in `id` and `way` by the % operator.
 
@@ -43,13 +58,12 @@ def answer_form(ends: Ends, worker: int, *, finish: bool) -> bytes:
         worker: its number; an end tells the worker's name, as a real one's does.
         finish: it is CHUNKS and FINISH, in two messages; else CHUNKS alone.
     """
-    route = ends.way if ends.chunks_by_route else _ID
-    wire = ends.answer(ends.way, encode(Chunks(route, (Chunk(_ID, 1, 0, 0, (12345,), " Paris"),)))[0])
+    chunks, end = answers(
+        ends.way if ends.chunks_by_route else _ID, ends.way if ends.finish_by_route else _ID, _ID, worker
+    )
+    wire = ends.answer(ends.way, chunks)
     if finish:
-        id = ends.way if ends.finish_by_route else _ID
-        timings = Timings(worker_queue_s=0.001, prefill_s=0.02)
-        end = Finish(id, 1, FinishReason.LENGTH, Usage(8, 1), timings, worker_name(worker))
-        wire += ends.answer(ends.way, encode(end)[0])
+        wire += ends.answer(ends.way, end)
     return wire.replace(b"%", b"%%").replace(_ID, b"%(id)b").replace(ends.way, b"%(way)b")
 
 

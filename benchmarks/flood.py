@@ -143,10 +143,10 @@ def measure(case: str, how: str, seconds: float) -> Mapping[str, float]:
     Raises:
         BenchmarkError: one of those that take part does not do so.
     """
-    with relay(BROKER, limits=True) as running:
+    with relay(BROKER, ()) as running:
         if how != NEIGHBOUR:
             return observe(running, case, running if how == FLOODED else None, seconds)
-        with relay(BROKER, limits=True) as other:
+        with relay(BROKER, ()) as other:
             return observe(running, case, other, seconds)
 
 

@@ -93,12 +93,12 @@ def on_core(core: int) -> Iterator[None]:
 
 
 @contextmanager
-def relay(name: str, *, limits: bool = False) -> Iterator[Relay]:
+def relay(name: str, options: Sequence[str] = LIFTED) -> Iterator[Relay]:
     """Start a relay on its core, and hold this process to the other one, until both have done their work.
 
     Args:
         name: one of RELAYS.
-        limits: zmq-broker keeps its limits for one peer.
+        options: of zmq-broker.
 
     Raises:
         NotHereError: this machine does not have it.
@@ -108,7 +108,7 @@ def relay(name: str, *, limits: bool = False) -> Iterator[Relay]:
     with tempfile.TemporaryDirectory(prefix="tokenmq-bench-") as folder, on_core(ends_core):
         if name == BROKER:
             with on_core(relay_core):
-                cluster = LocalCluster(*(() if limits else LIFTED), folder=Path(folder))
+                cluster = LocalCluster(*options, folder=Path(folder))
             with cluster:
                 frontend, backend = (int(each.rpartition(":")[2]) for each in (cluster.frontend, cluster.backend))
                 _await(cluster.broker, frontend, backend)
