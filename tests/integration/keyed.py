@@ -28,9 +28,9 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 )
-#: The ends of a connection, in a test's words. The first two are handshakes that failed: because of the peer's key, or
-#: before the broker has seen one. Where one side speaks no CURVE, both see it, and who is first closes the connection;
-#: so a peer without keys may see the reason, or only that it breaks off.
+#: The ends of a connection, in a test's words. The first two are handshakes that failed: because of the peer's key,
+#: or before the broker has seen one. Where one side speaks no CURVE, both see it, and the first one closes the
+#: connection; so a peer without keys sees the reason, or only that it breaks off.
 NO_SUCH_KEY = "refused: key"
 NO_HANDSHAKE = "refused: handshake"
 ENDS = "ends"
@@ -165,7 +165,9 @@ class RawPeer:
         return heard
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; once more does no harm."""
+        if self.socket.closed:
+            return
         self.socket.disable_monitor()
         self._monitor.close()
         self.socket.close()
