@@ -107,10 +107,10 @@ def ready(model: str = HOSTILE, slots: int = _SLOTS, models: int = 1, incarnatio
 HELLO = wire(Hello("hostile", SOFTWARE))
 
 
-def repeated(message: bytes, block_bytes: int = _BLOCK_BYTES) -> Block:
-    """Return a block of the same message."""
-    count = max(1, block_bytes // len(message))
-    return Block(bytearray(message * count), count)
+def repeated(once: bytes, messages: int = 1, block_bytes: int = _BLOCK_BYTES) -> Block:
+    """Return a block of the same bytes, which are so many messages, again and again."""
+    count = max(1, block_bytes // len(once))
+    return Block(bytearray(once * count), count * messages)
 
 
 def numbered(message: Message, block_bytes: int = _BLOCK_BYTES) -> Block:
@@ -138,7 +138,7 @@ def _malformed() -> Block:
 
 def _controls() -> Block:
     id = os.urandom(ID_BYTES)
-    return repeated(wire(Credit(id, 1, 1000), Cancel(id, 1)))
+    return repeated(wire(Credit(id, 1, 1000), Cancel(id, 1)), 2)
 
 
 def large(model: str) -> Block:
@@ -161,8 +161,8 @@ def _ends() -> Block:
 
 
 ATTACKS: Mapping[str, Attack] = {
-    "requests": Attack(FRONTEND, lambda: numbered(request(MODEL)), HELLO),
-    "requests-unread": Attack(FRONTEND, lambda: numbered(request(MODEL)), HELLO, reads=False),
+    "shared": Attack(FRONTEND, lambda: numbered(request(MODEL)), HELLO),
+    "shared-unread": Attack(FRONTEND, lambda: numbered(request(MODEL)), HELLO, reads=False),
     "nobody": Attack(FRONTEND, lambda: numbered(request("nobody")), HELLO),
     "malformed": Attack(FRONTEND, _malformed, HELLO),
     "garbage": Attack(FRONTEND, lambda: repeated(zmtp.frame(os.urandom(64)))),
@@ -171,13 +171,16 @@ ATTACKS: Mapping[str, Attack] = {
     "queries": Attack(FRONTEND, lambda: numbered(Query(bytes(ID_BYTES), "status")), HELLO),
     "large": Attack(FRONTEND, lambda: large("nobody"), HELLO),
     "images": Attack(FRONTEND, _images, HELLO),
-    "hellos": Attack(FRONTEND, lambda: repeated(wire(Goodbye(), Hello("hostile", SOFTWARE))), HELLO),
+    "hellos": Attack(FRONTEND, lambda: repeated(wire(Goodbye(), Hello("hostile", SOFTWARE)), 2), HELLO),
     "strays": Attack(BACKEND, _strays, wire(ready())),
     "ends": Attack(BACKEND, _ends, wire(ready())),
-    "readies": Attack(BACKEND, lambda: repeated(wire(ready(models=1000), ready(models=999))), wire(ready())),
+    "readies": Attack(BACKEND, lambda: repeated(wire(ready(models=1000), ready(models=999)), 2), wire(ready())),
     "frames": Attack(FRONTEND, lambda: repeated(zmtp.frame(b"x", more=True)), HELLO, most_bytes=_FILL_SMALL_BYTES),
     "frames-large": Attack(
-        FRONTEND, lambda: repeated(zmtp.frame(bytes(_MIB), more=True), _MIB), HELLO, most_bytes=_FILL_BYTES
+        FRONTEND,
+        lambda: repeated(zmtp.frame(bytes(_MIB), more=True), block_bytes=_MIB),
+        HELLO,
+        most_bytes=_FILL_BYTES,
     ),
 }
 """By what flood.py calls them; those that need more than one connection are in flooder.py."""
@@ -194,4 +197,5 @@ def streams(ids: list[bytes]) -> bytes:
 
 def tokens(route: bytes, ids: list[bytes]) -> Block:
     """Return what the hostile worker then sends: a token of each stream, a message each, as fast as it can."""
-    return repeated(wire(*(Chunks(route, (Chunk(id, 1, 0, 0, (12345,), " Paris"),)) for id in ids)))
+    made = [Chunks(route, (Chunk(id, 1, 0, 0, (12345,), " Paris"),)) for id in ids]
+    return repeated(wire(*made), len(made))

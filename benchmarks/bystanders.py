@@ -50,7 +50,7 @@ class Bystanders:
         self._prefix = os.urandom(ID_BYTES - _NUMBER_BYTES)
         self._asking = [ends.asking(client.number) for client in ends.clients]
         self._asked: dict[bytes, int] = {}
-        self._missing_tokens = 0
+        self._sent_ns: list[int] = []
         self._clients = {client.socket.fileno(): client for client in ends.clients}
         self._worker = ends.workers[0]
         self._worker_fd = self._worker.socket.fileno()
@@ -82,13 +82,17 @@ class Bystanders:
                 done[1] += 1
             self._ends.beat()
         cpu_s, lasted = relay.cpu_s() - cpu_s, (time.perf_counter_ns() - began) / _NS
-        sent = sum(1 for number in range(done[0]) if began + number * gaps[0] >= self._measured_from)
         until = time.perf_counter() + _PATIENCE_S
-        while (self._asked or len(self.tokens_ns) < sent) and time.perf_counter() < until:
+        while (self._asked or len(self.tokens_ns) < len(self._sent_ns)) and time.perf_counter() < until:
             self._receive(_PATIENCE_S / 100)
+            self._worker.flush()
             self._ends.beat()
+        now = time.perf_counter_ns()
         unanswered = [asked for asked in self._asked.values() if asked >= self._measured_from]
-        self.requests_ns += [time.perf_counter_ns() - asked for asked in unanswered]
+        self.requests_ns += [now - asked for asked in unanswered]
+        # All tokens take the same way, so those that are missing are the last ones.
+        missing = self._sent_ns[len(self.tokens_ns) :]
+        self.tokens_ns += [now - sent for sent in missing]
         tokens, requests = percentiles_ms(self.tokens_ns), percentiles_ms(self.requests_ns)
         return {
             "p50_ms": tokens["p50_ms"],
@@ -97,12 +101,16 @@ class Bystanders:
             "request_p99_ms": requests["p99_ms"],
             "max_ms": max(tokens["max_ms"], requests["max_ms"]),
             "unanswered": len(unanswered) + self.refused,
+            "missing": len(missing),
             "relay_cpu_share": cpu_s / lasted,
         }
 
     def _bring(self, number: int) -> None:
         part = self._bursts[number % len(self._bursts)]
-        part.stamp(time.perf_counter_ns())
+        now = time.perf_counter_ns()
+        if now >= self._measured_from:
+            self._sent_ns.append(now)
+        part.stamp(now)
         self._worker.send(part.data, part.messages)
 
     def _ask(self, number: int) -> None:

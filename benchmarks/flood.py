@@ -1,10 +1,11 @@
 """What a flood by one hostile peer costs all others: their latency, quiet and meanwhile, in turns.
 
 The others are 32 clients with a stream each, a token each 20 ms, evenly spread, and 200 requests of one token a
-second, all at one worker: times are from write to read, p50 and p99. Broker and ends are as in latency.py, each on a
-core of its own, and the broker has its default limits. The flooder is a process of its own (flooder.py) on the core
-of the ends, with the policy SCHED_IDLE: it takes only what these leave, which is nearly all. It comes back as soon as
-it is cut off.
+second, all at one worker: times are from write to read, p50 and p99. The ends are as in latency.py. The broker has
+its default limits. Its loop has a core of its own, and libzmq's I/O thread is on that of the ends: where the two
+share one, each waits for the other for as long as the kernel's slices last, some milliseconds. The flooder is a
+process of its own (flooder.py) on the core of the ends, with the policy SCHED_IDLE: it takes only what these leave,
+which is nearly all. It comes back as soon as it is cut off.
 
 quiet      without the flooder
 neighbour  the flooder floods another broker, which runs on the same core as ours: what of the harm is the machine's
@@ -12,8 +13,9 @@ flooded    it floods ours
 
 As many messages as it can of each kind, by one connection (frontend, without reading what it should not send for):
 
-requests         good requests for the model of the others, without a wait for refusals; all that comes is read
-requests-unread  the same, and nothing is read
+requests         good requests for a worker of its own, without a wait for refusals; all that comes is read
+shared           the same for the model and the worker of the others, which then have that to wait for, too
+shared-unread    the same, and nothing is read
 nobody           requests for a model that nobody has
 malformed        requests whose envelopes are none
 controls         CREDIT and CANCEL of no request
@@ -41,6 +43,7 @@ Run: python benchmarks/flood.py.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -52,13 +55,13 @@ import rounds
 from attacks import ATTACKS
 from bystanders import Bystanders
 from kinds import ends_of
-from relays import BROKER, Relay, notes, relay
+from relays import BROKER, Relay, cores, notes, relay
 from rounds import BenchmarkError
 
 QUIET, NEIGHBOUR, FLOODED = "quiet", "neighbour", "flooded"
 #: Those that are no blocks of messages by one connection after the other.
-_OTHERS = ("large-kept", "unread", "tokens", "greets", "connects", "silent", "half")
-CASES = (*ATTACKS, *_OTHERS)
+_OTHERS = ("requests", "large-kept", "unread", "tokens", "greets", "connects", "silent", "half")
+CASES = (*_OTHERS, *ATTACKS)
 CLIENTS, SLOTS = 32, 64
 COLUMNS = {
     "p50_ms": "token p50 ms",
@@ -66,6 +69,7 @@ COLUMNS = {
     "request_p50_ms": "request p50 ms",
     "request_p99_ms": "request p99 ms",
     "unanswered": "unanswered",
+    "missing": "tokens missing",
     "relay_cpu_share": "broker's core",
     "peak_mib": "broker's peak MiB",
     "flood_messages_per_s": "messages/s",
@@ -118,6 +122,14 @@ def peak_bytes(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
+def apart(running: Relay) -> None:
+    """Move libzmq's threads of a broker to the core of the ends."""
+    ends_core, _ = cores()
+    for thread in os.listdir(f"/proc/{running.pid}/task"):
+        if int(thread) != running.pid:
+            os.sched_setaffinity(int(thread), {ends_core})
+
+
 def observe(running: Relay, kind: str, victim: Relay | None, seconds: float) -> dict[str, float]:
     """Return the figures of the bystanders of a broker, while somebody floods the victim."""
     with ends_of(running, clients=CLIENTS, streams=1, slots=CLIENTS + SLOTS) as ends:
@@ -144,9 +156,11 @@ def measure(case: str, how: str, seconds: float) -> Mapping[str, float]:
         BenchmarkError: one of those that take part does not do so.
     """
     with relay(BROKER, ()) as running:
+        apart(running)
         if how != NEIGHBOUR:
             return observe(running, case, running if how == FLOODED else None, seconds)
         with relay(BROKER, ()) as other:
+            apart(other)
             return observe(running, case, other, seconds)
 
 

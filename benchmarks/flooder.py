@@ -30,12 +30,14 @@ from attacks import (
     Attack,
     Block,
     large,
+    numbered,
     ready,
     request,
     streams,
     tokens,
     wire,
 )
+from closed_loop import answers, find
 from zmtp_ends import ROUTED
 
 from tokenmq.protocol.messages import ID_BYTES, Goodbye
@@ -46,6 +48,12 @@ _SHAKE_S = 2.0
 #: Connections that are left open at a time; a broker takes fewer of them in a second.
 _HELD = 2_000
 _STREAMS = 16
+_SLOTS = 256
+#: Small, so that its worker gets its turns.
+_PIECE_BYTES = 16 * 1024
+_ID, _WAY = b"\xf1" * ID_BYTES, b"\xf0" * ID_BYTES
+_ANSWER = b"".join(zmtp.frame(each.replace(b"%", b"%%")) for each in answers(_WAY, _ID, _ID))
+_ANSWER = _ANSWER.replace(_ID, b"%(id)b").replace(_WAY, b"%(way)b")
 #: Between two tries of a connection that is not taken, so that the broker and not the flooder is measured.
 _PAUSE_S = 0.001
 
@@ -107,6 +115,31 @@ class Flooder:
             block = tokens(self._route(worker), ids)
             while True:
                 self._write(worker, block.data, others=[client] if reads else [])
+                self.counts.messages += block.messages
+
+    def serve(self) -> None:
+        """Make good requests as fast as it can, which a worker of its own answers as fast as that can."""
+        block = self._block = self._block or numbered(request(HOSTILE))
+        with self._pair(_SLOTS, HELLO) as (worker, client):
+            rest, unsent = b"", b""
+            while True:
+                self._renew(block)
+                left = memoryview(block.data)
+                while left:
+                    self._look()
+                    wanted = [client, worker] if unsent else [client]
+                    readable, writable, _ = select.select([client, worker], wanted, [], _LOOK_S)
+                    if client in readable and not client.recv_into(self._scratch):
+                        raise ConnectionResetError
+                    if worker in readable:
+                        requests, rest = find(ROUTED, rest + self._await(worker))
+                        unsent += b"".join([_ANSWER % each for each in requests])
+                    if worker in writable:
+                        unsent = unsent[worker.send(unsent) :]
+                    if client in writable:
+                        count = client.send(left[:_PIECE_BYTES])
+                        self.counts.bytes += count
+                        left = left[count:]
                 self.counts.messages += block.messages
 
     def store(self) -> None:
@@ -265,6 +298,7 @@ def kinds(flooder: Flooder) -> Mapping[str, Callable[[], None]]:
     """Return all floods by name; each goes on until it is told to stop."""
     visits: dict[str, Callable[[], None]] = {name: partial(flooder.flood, each) for name, each in ATTACKS.items()}
     visits |= {
+        "requests": flooder.serve,
         "large-kept": flooder.store,
         "unread": partial(flooder.keep, reads=False),
         "tokens": partial(flooder.keep, reads=True),

@@ -14,7 +14,7 @@ from rounds import BenchmarkError, Row, brief, figures_of
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: In this order they are measured and told.
-NAMES = ("relay", "request_rate", "latency", "startup", "scale", "shards", "direct")
+NAMES = ("relay", "request_rate", "latency", "startup", "scale", "shards", "direct", "curve", "flood")
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,4 +76,38 @@ TABLES: Mapping[str, Sequence[Table]] = {
             "way",
         ),
     ),
+    "curve": (
+        Table(
+            (),
+            (
+                Column("per_s", "a second", compared=True),
+                Column("cpu_us_each", "broker's CPU us for each", compared=True),
+                Column("loop_us_each", "of its loop", compared=True),
+                Column("io_us_each", "of libzmq's threads", compared=True),
+                _P50,
+                _P99,
+            ),
+            "plain",
+            "keys",
+        ),
+    ),
+    "flood": (
+        Table(
+            (),
+            (
+                _P50,
+                _P99,
+                Column("request_p50_ms", "request p50 ms", compared=True),
+                Column("request_p99_ms", "request p99 ms", compared=True),
+                Column("unanswered", "without answer"),
+                Column("peak_mib", "MiB at most"),
+                Column("flood_messages_per_s", "messages/s of the flood"),
+                Column("flood_mib_per_s", "MiB/s"),
+                Column("flood_connections_per_s", "connections/s"),
+                Column("flood_cut_per_s", "cut/s"),
+            ),
+            "quiet",
+            "meanwhile",
+        ),
+    ),
 }

@@ -111,6 +111,13 @@ def grown(name: str, last: str, first: str, relay: str = BROKER) -> Measure:
     return lambda rows: ratios(rows, name, (last, relay), (first, relay))
 
 
+def flood_harm(rows: Sequence[Row], name: str) -> Spread | None:
+    """Return a figure of bystanders in a flood by that of the same round without one, of the kind that is worst."""
+    kinds = dict.fromkeys(row.case for row in rows)
+    found = [harm for kind in kinds if (harm := ratios(rows, name, (kind, "flooded"), (kind, "quiet")))]
+    return max(found, key=lambda harm: harm.median, default=None)
+
+
 def scaled(bound: scale.Bound) -> Target:
     """Return the target that a bound of scale.py is."""
     return Target(
@@ -193,6 +200,29 @@ TARGETS: Sequence[Target] = (
     Target(
         "growth: all CPU for a token, heartbeats too, 1,000 workers against 1", "times", "scale",
         grown("cpu_us_per_token", "workers-1000", "workers-1"), below(1.5), case="workers-1000",
+    ),
+    Target(
+        "the worst of all kinds of flood by one peer: p99 of the others' tokens", "times quiet", "flood",
+        lambda rows: flood_harm(rows, "p99_ms"), at_most(2),
+    ),
+    Target(
+        "the worst of all kinds of flood by one peer: p99 of the others' requests", "times quiet", "flood",
+        lambda rows: flood_harm(rows, "request_p99_ms"), at_most(2),
+    ),
+    Target(
+        "CURVE: tokens/s, one stream for each client connection", "of those without", "curve",
+        share("flat", "per_s", "plain", "curve"),
+    ),
+    Target(
+        "CURVE: the broker's CPU for a token, paced at 20 ms", "times that without", "curve",
+        share("paced", "cpu_us_each", "plain", "curve"),
+    ),
+    Target(
+        "CURVE: requests/s", "of those without", "curve", share("requests", "per_s", "plain", "curve"),
+    ),
+    Target(
+        "CURVE: time of a new connection until its session, p50", "times that without", "curve",
+        share("connect", "p50_ms", "plain", "curve"),
     ),
     Target(
         "start-up: a program with a client until its first token", "times `import zmq`", "startup",

@@ -85,6 +85,45 @@ def test_every_kind_of_scale_is_measured(tmp_path: Path) -> None:
     assert "cpu_us_above_idle against" not in done.stdout
 
 
+def test_what_curve_costs_is_measured_by_thread(tmp_path: Path) -> None:
+    used = {"per_s", "cpu_us_each", "loop_us_each", "io_us_each"}
+    waits = {"p50_ms", "p99_ms"}
+    cases = {"flat": used, "flat-16": used, "paced": used | waits, "requests": used, "connect": used | waits}
+    path = tmp_path / "rows.json"
+    done = run("curve.py", "--quick", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    rows = json.loads(path.read_text())["rounds"]
+    assert {(row["case"], row["relay"]) for row in rows} == {
+        (case, how) for case in cases for how in ("plain", "curve")
+    }
+    for row in rows:
+        figures = row["figures"]
+        assert set(figures) == cases[row["case"]]
+        assert all(figure > 0 for figure in figures.values()), row
+        assert figures["cpu_us_each"] == pytest.approx(figures["loop_us_each"] + figures["io_us_each"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sends"),
+    [("requests", True), ("unread", True), ("strays", True), ("noise", True), ("greets", True), ("half", False)],
+)
+def test_a_flood_and_what_others_notice_of_it(kind: str, sends: bool, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    done = run("flood.py", "--quick", "--cases", kind, "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    rows = {row["relay"]: row["figures"] for row in json.loads(path.read_text())["rounds"]}
+    assert set(rows) == {"quiet", "neighbour", "flooded"}
+    for how, figures in rows.items():
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["max_ms"]
+        assert 0 < figures["request_p50_ms"] <= figures["request_p99_ms"]
+        assert figures["peak_mib"] > 0
+        if how != "quiet":
+            assert figures["flood_connections_per_s"] > 0
+            assert (figures["flood_messages_per_s"] > 0) is sends
+
+
 def test_more_connections_than_files_may_be_open_are_not_tried() -> None:
     script = f"ulimit -n 150 && exec {sys.executable} {BENCHMARKS / 'scale.py'} --quick --cases held-8000 idle-1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
