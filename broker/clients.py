@@ -40,6 +40,8 @@ from .registry import ClientSession
 from .rota import Rota
 from .settings import BrokerSettings
 
+#: As what a message without any meaning counts among refusals at least: a key may try some twenty in a row.
+GARBAGE_BYTES = 25 * 1024 * 1024
 #: Whose keys open a session at a frontend.
 ROLES = (Role.CLIENT, Role.ADMIN)
 
@@ -132,8 +134,10 @@ class Clients:
             client.liveness.heard(now)
             answer = Error(error.subject, 0, ErrorCode.BAD_REQUEST.value, clip(error.message))
             self._refuse(client, answer, event.size_bytes, now)
-        else:
+        elif client.account.refused(now, max(event.size_bytes, GARBAGE_BYTES)):
             self._disconnect(client, DisconnectCode.PROTOCOL, error.message)
+        else:
+            self._cut(client, error.message, now)
 
     def gone(self, event: ClientGone, _now: float) -> None:
         """Take the news that nothing can be sent to a client."""
@@ -240,6 +244,9 @@ class Clients:
             if outside_s := self._accounts.outside_s(identity, now):
                 self._disconnects.client(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
                 return
+            if not self._accounts.of(identity).refused(now):
+                # Handshakes cost much: a key that begins session after session does nothing else.
+                self._accounts.punish(identity, now)
             self._connect(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.client(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "HELLO"))

@@ -316,15 +316,19 @@ class BrokerCore:
         asker = Asker(parent, parent, lambda answer: self.uplink.answer(parent, answer), True, MAX_OF_PARENT)
         self.management.ask(asker, query, now)
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """Take so many seconds, which are just over, off all peers' silence: they were not listened to."""
+        for session in self._sessions():
+            # At most up to now: who was heard since is not to be taken for alive in times to come.
+            session.liveness.forgive(max(0.0, min(seconds, now - session.liveness.heard_at)))
+
     def _forgive_lag(self, now: float) -> None:
         """Take the time by which this tick is late off everybody's silence: nobody listened then."""
         lag_s = now - self._next_tick
         if lag_s > self._tick_s:
             self._outbox.log("loop_late", level=logging.WARNING, s=lag_s)
             self.uplink.forgive(lag_s)
-            for session in self._sessions():
-                # At most up to now: who was heard since is not to be taken for alive in times to come.
-                session.liveness.forgive(max(0.0, min(lag_s, now - session.liveness.heard_at)))
+            self.excuse(lag_s, now)
 
     def _sessions(self) -> list[Session]:
         return [*self.clients.values(), *self.registry]

@@ -19,6 +19,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from .limits import Limits
+from .meters import TokenBucket
 
 #: A connection: file descriptor and inode. The first may be used again at once, the second is not.
 ConnectionId = tuple[int, int]
@@ -28,6 +29,10 @@ ConnectionId = tuple[int, int]
 _PATIENCE_S = 1.0
 #: Whoever looks this much later than it should have was busy or asleep, and has not read what strangers sent.
 _LATE_S = 0.5
+#: The burst of new connections from one address, in seconds' worth of their rate; and for how many addresses it is
+#: remembered.
+_RATE_BURST_S = 10
+_MOST_RATES = 16_384
 #: Last words are to leave before the connection does.
 _LAST_WORDS_S = 0.2
 #: An introduction without a connection waits so long for it: the monitor is never as far behind. It is kept for so
@@ -43,6 +48,7 @@ class Why(str, Enum):
     STRANGERS = "too many connections that have not introduced themselves"
     SILENT = "it has not introduced itself in time"
     ADDRESS = "too many connections from its address"
+    RATE = "too many new connections a second from its address"
     ACCOUNT = "too many connections with its key"
     DISMISSED = "it was sent away"
 
@@ -97,6 +103,9 @@ class Doorman:
         self._most_strangers = limits.handshakes or math.inf
         self._most_of_one = limits.connections_per_peer or math.inf
         self._greeting_s = limits.greeting_s or math.inf
+        self._rate = limits.connections_per_s
+        #: How quickly connections came from each machine, the latest last.
+        self._rates: OrderedDict[str, TokenBucket] = OrderedDict()
         #: No stranger has had its time before; it moves on when the doorman was late.
         self._lenient_until = -math.inf
         self._now = -math.inf
@@ -130,6 +139,8 @@ class Doorman:
             self._by_machine[record.machine] = self._by_machine.get(record.machine, 0) + 1
             if self._by_machine[record.machine] > self._most_of_one:
                 return [self._close(connection, Why.ADDRESS)]
+            if self._rate and self._bucket(record.machine).take(1, now):
+                return [self._close(connection, Why.RATE)]
         early = self._early.pop(connection, None)
         found = self.introduced(connection, early.peer, early.account, now) if early else []
         if len(self._open) > self._most:
@@ -140,6 +151,15 @@ class Doorman:
             else:
                 found.append(self._close(connection, Why.FULL))
         return found
+
+    def _bucket(self, machine: str) -> TokenBucket:
+        bucket = self._rates.get(machine)
+        if bucket is None:
+            bucket = self._rates[machine] = TokenBucket(self._rate, self._rate * _RATE_BURST_S)
+            if len(self._rates) > _MOST_RATES:
+                self._rates.popitem(last=False)
+        self._rates.move_to_end(machine)
+        return bucket
 
     def introduced(self, connection: ConnectionId, peer: bytes, account: str | None, now: float) -> list[Close]:
         """Note that a connection is a peer's; the latest such news counts.

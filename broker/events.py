@@ -51,10 +51,11 @@ class BadClient:
 
 @value
 class BadWorker:
-    """A peer of the backend sent something that is not a message."""
+    """A peer of the backend sent something that is not a message, of so many bytes."""
 
     peer: bytes
     error: ProtocolError
+    size_bytes: int = 0
 
 
 @value

@@ -38,6 +38,7 @@ class Limits:
         stray_chunks_per_s: CHUNKS of one worker for requests that it does not hold; a burst of ten seconds' worth.
         connections: connections of one side, frontend or backend.
         connections_per_peer: connections of one key, and of one address of another machine.
+        connections_per_s: new connections from one address of another machine; a burst of ten seconds' worth.
         handshakes: connections of one side that have not introduced themselves by HELLO or READY.
         greeting_s: seconds that a connection has for that.
         penalty_s: seconds for which a key that was cut off is not let in again; 0 lets it in at once.
@@ -68,6 +69,8 @@ class Limits:
     connections: int = 16_384
     #: Many processes on one machine, or behind one address translator; 16 of them cannot fill a broker.
     connections_per_peer: int = 1_024
+    #: A thousand programs start again together, and then stay.
+    connections_per_s: int = 200
     #: An honest peer introduces itself in its first milliseconds.
     handshakes: int = 256
     greeting_s: float = 5.0
@@ -211,6 +214,11 @@ OPTIONS = (
         "--max-connections-per-peer", "connections_per_peer", "N",
         "Connections of one key, and of one address of another machine, so that one peer cannot keep others out. "
         "0: no limit.",
+    ),
+    LimitOption(
+        "--connections-per-s", "connections_per_s", "N",
+        "New connections a second from one address of another machine, ten seconds' worth at once: handshakes cost "
+        "time. 0: no limit.",
     ),
     LimitOption(
         "--max-handshakes", "handshakes", "N",

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import zmq
 
-from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, decode, encode
-from ..protocol.errors import ProtocolError
-from ..protocol.limits import MAX_BODY_BYTES
+from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, encode
+from ..protocol.limits import MAX_BODY_BYTES, MAX_CLIENT_BYTES
 from ..protocol.log import Log, write
 from ..protocol.messages import Disconnect, Message
 from ..transport.curves import curves
@@ -26,10 +25,8 @@ from ..transport.pump import (
     SNDMORE_DONTWAIT,
     Pump,
     another,
-    drop,
     raw_recv,
     raw_send,
-    rest,
     send,
 )
 from ..transport.sockets import router
@@ -53,6 +50,7 @@ from .events import (
 from .guests import Guest
 from .registry import ClientSession, Session
 from .settings import BrokerSettings
+from .side import Side
 
 logger = logging.getLogger("tokenmq.broker")
 
@@ -69,8 +67,9 @@ _QUIET_S = 0.1
 #: that one held. Tokens that are lost here are made again elsewhere, so no longer.
 _READ_ON_S = 0.5
 
-#: Who has no session has no use for a longer message: a READY names 1,024 models at most.
-_MOST_STRANGER_BYTES = {FRONTEND: 4096, BACKEND: 1024 * 1024}
+#: Who has no session has no use for longer messages: a HELLO has a name, a READY those of 1,024 models at most.
+_MOST_HELLO_BYTES = 4096
+_MOST_READY_BYTES = 1024 * 1024
 
 #: A longer CHUNKS message is refused.
 _MAX_CHUNKS = HEADER_BYTES + MAX_BODY_BYTES
@@ -100,19 +99,26 @@ class BrokerServer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._drain_wish: float | None = None
         self._pump = Pump()
-        #: The way in at each side.
-        self._entries: dict[str, Entry] = {}
         try:
             keys = curves(settings.uplink_server_keys, settings.uplink_key, settings.uplinks)
             uplinks = dict(zip(settings.uplinks, keys, strict=bool(keys)))
             self._access = Access(self._context, self._pump, settings.curve, now) if settings.curve else None
-            self._clients, self.frontend = self._router(FRONTEND, settings.frontend, now)
-            self._workers, self.backend = self._router(BACKEND, settings.backend, now)
+            self._frontend = Side(
+                *self._router(FRONTEND, settings.frontend, now), self._access, self._core.clients,
+                FromClient, BadClient, MAX_CLIENT_BYTES, _MOST_HELLO_BYTES,
+            )  # fmt: skip
+            self._backend = Side(
+                *self._router(BACKEND, settings.backend, now), self._access, self._core.registry.by_peer,
+                FromWorker, BadWorker, _MAX_CHUNKS, _MOST_READY_BYTES,
+            )  # fmt: skip
         except BaseException:
             self._context.destroy(linger=0)
             self._pump.close()
             raise
-        self._core.connections = lambda: {side: entry.figures() for side, entry in self._entries.items()}
+        self._clients, self.frontend = self._frontend.socket, self._frontend.endpoints
+        self._workers, self.backend = self._backend.socket, self._backend.endpoints
+        clients, workers = self._frontend.entry, self._backend.entry
+        self._core.connections = lambda: {FRONTEND: clients.figures(), BACKEND: workers.figures()}
         self._client_backlog = self._backlog(self._clients)
         self._worker_backlog = self._backlog(self._workers)
         #: Workers that cannot be sent to any more, and of which the core does not know yet.
@@ -123,7 +129,7 @@ class BrokerServer:
         self._deadline = 0.0
         self._quiet = False
         self._quiet_s = min(_QUIET_S, settings.heartbeat_s / 10)
-        for socket in (self._clients, self._workers, *(entry.socket for entry in self._entries.values())):
+        for socket in (self._clients, self._workers, clients.socket, workers.socket):
             self._pump.watch(socket)
         self._parents = Links(self._context, self._pump, uplinks)
 
@@ -149,8 +155,8 @@ class BrokerServer:
 
     def close(self) -> None:
         """Close all sockets; what was sent may still leave for as long as they linger."""
-        for entry in self._entries.values():
-            entry.close()
+        self._frontend.entry.close()
+        self._backend.entry.close()
         self._clients.close()
         self._workers.close()
         self._parents.close()
@@ -159,12 +165,15 @@ class BrokerServer:
         self._context.term()
         self._pump.close()
 
-    def _router(self, side: str, endpoints: Sequence[str], now: float) -> tuple[zmq.Socket[bytes], list[str]]:
-        def watch(socket: zmq.Socket[bytes]) -> None:
-            self._entries[side] = Entry(socket, side, self._settings.limits, now)
-
+    def _router(self, side: str, endpoints: Sequence[str], now: float) -> tuple[zmq.Socket[bytes], list[str], Entry]:
+        """Return a ROUTER, where it listens, and who watches its connections."""
+        made: list[Entry] = []
         pair = None if self._access is None else self._access.server
-        return router(self._context, endpoints, curve=pair, domain=side, prepare=watch)
+        socket, bound = router(
+            self._context, endpoints, curve=pair, domain=side,
+            prepare=lambda socket: made.append(Entry(socket, side, self._settings.limits, now)),
+        )  # fmt: skip
+        return socket, bound, made[0]
 
     def _backlog(self, socket: zmq.Socket[bytes]) -> Backlog:
         settings = self._settings
@@ -190,8 +199,8 @@ class BrokerServer:
         self._retry(now)
         if self._gone:
             self._give_up_workers(now)
-        self._entries[FRONTEND].tick(now, lambda peer: _received(self._core.clients.get(peer)))
-        self._entries[BACKEND].tick(now, lambda peer: _received(self._core.registry.by_peer.get(peer)))
+        self._frontend.entry.tick(now, lambda peer: _received(self._core.clients.get(peer)))
+        self._backend.entry.tick(now, lambda peer: _received(self._core.registry.by_peer.get(peer)))
         if self._access is not None and (allowed := self._access.look(now)) is not None:
             self._perform(self._core.allow(allowed, now), now)
         self._touched = False
@@ -220,7 +229,7 @@ class BrokerServer:
             self._handle(event, now)
         if self._access is not None and self._access.socket in ready:
             self._access.answer(now)
-        clients, workers = self._entries[FRONTEND], self._entries[BACKEND]
+        clients, workers = self._frontend.entry, self._backend.entry
         if workers.socket in ready and workers.look(now):
             self._perform(self._core.probe_workers(now), now)
         if clients.socket in ready and clients.look(now):
@@ -231,7 +240,7 @@ class BrokerServer:
 
     def _next_deadline(self) -> float:
         others = [self._client_backlog.next_deadline(), self._worker_backlog.next_deadline()]
-        others += [entry.next_deadline() for entry in self._entries.values()]
+        others += [self._frontend.entry.next_deadline(), self._backend.entry.next_deadline()]
         if self._access is not None:
             others.append(self._access.look_at)
         return min([self._core.next_deadline(), *(time for time in others if time is not None)])
@@ -265,6 +274,8 @@ class BrokerServer:
         workers, clients, route_chunks = self._workers, self._clients, self._core.route_chunks
         kept, sessions = self._client_backlog.peers, self._core.registry.by_peer
         until = None
+        if self._is_deaf(self._backend, now):
+            return
         try:
             for number in range(_BATCH):
                 if number == 1 and not another(workers):
@@ -291,20 +302,10 @@ class BrokerServer:
                     if peer in sessions:
                         self._handle(StrayChunks(peer), now)
                         continue
-                if peer not in sessions:
-                    self._from_stranger(BACKEND, workers, peer, frame, now)
-                else:
-                    frames = rest(workers, frame)
-                    try:
-                        event: Event = FromWorker(peer, decode(frames), frames)
-                    except ProtocolError as error:
-                        event = BadWorker(peer, error)
-                    self._handle(event, now)
-                    if peer not in sessions:
-                        self._entries[BACKEND].end(peer, now)
+                self._hear(self._backend, peer, frame, now)
                 if until is None:
                     until = self._clock() + _BATCH_S
-                elif self._clock() >= until:
+                elif self._clock() >= until or self._backend.deaf:
                     return
         except zmq.Again:
             return
@@ -323,58 +324,33 @@ class BrokerServer:
 
     def _from_clients(self, now: float) -> None:
         """Take what clients have sent, up to a bound."""
-        clients, sessions = self._clients, self._core.clients
+        side, clients = self._frontend, self._clients
         until = self._clock() + _BATCH_S
+        if self._is_deaf(side, now):
+            return
         try:
             for number in range(_BATCH):
                 if number == 1 and not another(clients):
                     return
                 peer = raw_recv(clients, DONTWAIT)
-                frame = raw_recv(clients, DONTWAIT, False)
-                if peer not in sessions:
-                    self._from_stranger(FRONTEND, clients, peer, frame, now)
-                else:
-                    frames = rest(clients, frame)
-                    try:
-                        event: Event = FromClient(peer, decode(frames), frames)
-                    except ProtocolError as error:
-                        event = BadClient(peer, error, sum(map(len, frames)))
-                    self._handle(event, now)
-                    if peer not in sessions:
-                        self._entries[FRONTEND].end(peer, now)
-                if self._clock() >= until:
+                self._hear(side, peer, raw_recv(clients, DONTWAIT, False), now)
+                if self._clock() >= until or side.deaf:
                     return
         except zmq.Again:
             return
 
-    def _from_stranger(self, side: str, socket: zmq.Socket[bytes], peer: bytes, frame: zmq.Frame, now: float) -> None:
-        """Take a message of a peer that has no session: it begins one, or loses its connection."""
-        entry = self._entries[side]
-        connection, wrong = entry.meet(peer, frame, now)
-        size_bytes = len(frame.buffer)
-        if connection is None or wrong or size_bytes > _MOST_STRANGER_BYTES[side]:
-            drop(socket, frame)  # without a copy of it
-            wrong = wrong or f"expected a peer to introduce itself, got {size_bytes} bytes or more"
-            frames = []
-        else:
-            frames = rest(socket, frame)
-        if connection is None:
-            return
-        frontend = side == FRONTEND
-        sessions: Container[bytes] = self._core.clients if frontend else self._core.registry.by_peer
-        identity = None if self._access is None else self._access.who(frame)
-        try:
-            if wrong:
-                raise ProtocolError(wrong)
-            message = decode(frames)
-            event: Event = (FromClient if frontend else FromWorker)(peer, message, frames, identity)
-        except ProtocolError as error:
-            event = BadClient(peer, error) if frontend else BadWorker(peer, error)
-        self._handle(event, now)
-        if peer in sessions:
-            entry.introduce(connection, peer, identity, now)
-        else:
-            entry.dismiss(connection, now)
+    def _hear(self, side: Side, peer: bytes, frame: zmq.Frame, now: float) -> None:
+        event = side.take(peer, frame, now)
+        if event is not None:
+            self._handle(event, now)
+            side.heard(peer, now)
+
+    def _is_deaf(self, side: Side, now: float) -> bool:
+        """Tell whether a message that nobody reads keeps a side from being heard; its peers are not to expire."""
+        excuse_s = side.go_on(now)
+        if excuse_s:
+            self._core.excuse(excuse_s, now)
+        return side.deaf
 
     def _handle(self, event: Event, now: float) -> None:
         self._touched = True
@@ -388,7 +364,7 @@ class BrokerServer:
             if isinstance(action, ToClient):
                 frames = action.frames or encode(action.message)
                 if type(action.message) is Disconnect:
-                    self._entries[FRONTEND].end(action.peer, now)
+                    self._frontend.entry.end(action.peer, now)
                 if not self._client_backlog.peers and send(self._clients, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._client_backlog, action.peer, frames, action.message, now)
@@ -397,7 +373,7 @@ class BrokerServer:
             elif isinstance(action, ToWorker):
                 frames = action.frames or encode(action.message)
                 if type(action.message) is Disconnect:
-                    self._entries[BACKEND].end(action.peer, now)
+                    self._backend.entry.end(action.peer, now)
                 if not self._worker_backlog.peers and send(self._workers, [action.peer, *frames]) is SENT:
                     continue
                 loss = self._send_kept(self._worker_backlog, action.peer, frames, action.message, now)

@@ -28,6 +28,7 @@ from ..protocol.messages import (
     Started,
 )
 from .accounts import Accounts
+from .clients import GARBAGE_BYTES
 from .disconnects import REVOKED, Disconnects, foreign, lost, outside, silent, unknown
 from .events import BadWorker, FromWorker, StrayChunks, WorkerGone
 from .exchange import Exchange
@@ -158,8 +159,10 @@ class Workers:
         worker = self._registry.by_peer.get(event.peer)
         if worker is None:
             self._disconnects.worker(event.peer, DisconnectCode.PROTOCOL, error.message)
-        else:
+        elif worker.account.refused(now, max(event.size_bytes, GARBAGE_BYTES)):
             self._disconnect(worker, DisconnectCode.PROTOCOL, error.message, now)
+        else:
+            self._cut(worker, error.message, now)
 
     def gone(self, event: WorkerGone, now: float) -> None:
         """Take the news that nothing can be sent to a worker."""
@@ -220,6 +223,8 @@ class Workers:
             if outside_s := self._accounts.outside_s(identity, now):
                 self._disconnects.worker(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
                 return
+            if not self._accounts.of(identity).refused(now):
+                self._accounts.punish(identity, now)
             self._register(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.worker(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "READY"))

@@ -106,7 +106,7 @@ class BusyError(TokenmqError):
 
 
 class RateLimitedError(TokenmqError):
-    """This client has more requests or bytes under way than the broker allows one; try again after `retry_after_s`."""
+    """This client has more under way than the broker allows one client; try again after `retry_after_s`."""
 
     default_code = ErrorCode.RATE_LIMITED
 

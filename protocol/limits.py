@@ -9,6 +9,8 @@ MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 #: A body other than a request's payload: the longest is a chunk list or a management answer.
 MAX_BODY_BYTES = 8 * 1024 * 1024
+#: The first frame of what a client says: names, numbers, arguments of a question.
+MAX_CLIENT_BYTES = 64 * 1024
 #: The part of a REQUEST that only the worker reads: two million characters of prompt fit.
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 #: Raw frames (images) behind a REQUEST.

@@ -13,6 +13,8 @@ import zmq
 
 #: Frames that one message can have at most, so that a peer cannot make one receive go on for ever.
 _MAX_FRAMES = 256
+#: Frames that are taken off at a time where nobody reads them: some milliseconds.
+_PORTION_FRAMES = 5_000
 #: No wait is longer: a lost wake-up costs a second and never a hang.
 MAX_WAIT_S = 1.0
 
@@ -41,24 +43,52 @@ class Outcome(Enum):
 SENT, FULL, GONE = Outcome.SENT, Outcome.FULL, Outcome.GONE
 
 
-def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes]:
+def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes] | None:
     """Return the frames of a message from this one on, which was received uncopied; it is there whole or not at all.
 
     An uncopied frame knows whether another one follows; to ask the socket takes twice the time of receiving it.
-    What has too many frames is cut after the first 256, which no codec accepts.
+
+    Returns:
+        None for a message that has more frames than any may have: then `Swallow` must take the others off the socket
+        before anything else is received.
     """
     frames = [frame.bytes]
     while frame.more:
+        if len(frames) >= _MAX_FRAMES:
+            return None
         frame = raw_recv(socket, DONTWAIT, False)
-        if len(frames) < _MAX_FRAMES:
-            frames.append(frame.bytes)
+        frames.append(frame.bytes)
     return frames
 
 
-def drop(socket: zmq.Socket[bytes], frame: Any) -> None:
-    """Take the frames of a message after this one off the socket, and look at none of them."""
-    while frame.more:
-        frame = raw_recv(socket, DONTWAIT, False)
+class Swallow:
+    """Takes what is left of a message off a socket, unread, and in portions.
+
+    A message may have millions of empty frames. It must be taken off frame by frame, and others wait meanwhile.
+
+    Attributes:
+        under_way: there is more to take; until then nothing else can be received.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        """Have nothing to take."""
+        self._socket = socket
+        self.under_way = False
+
+    def begin(self) -> None:
+        """Take the frames after one that is not the last: a portion now, the others with `go_on`."""
+        self.under_way = True
+        self.go_on()
+
+    def go_on(self) -> bool:
+        """Take another portion; tell whether that was the last one."""
+        socket = self._socket
+        if self.under_way:
+            for _ in range(_PORTION_FRAMES):
+                if not raw_recv(socket, DONTWAIT, False).more:
+                    self.under_way = False
+                    break
+        return not self.under_way
 
 
 def another(socket: zmq.Socket[bytes]) -> bool:
@@ -74,7 +104,12 @@ def receive(socket: zmq.Socket[bytes], limit: int) -> list[list[bytes]]:
     messages: list[list[bytes]] = []
     try:
         while len(messages) < limit:
-            messages.append(rest(socket, raw_recv(socket, DONTWAIT, False)))
+            frames = rest(socket, raw_recv(socket, DONTWAIT, False))
+            if frames is None:  # from whom this side has dialled; no codec accepts what is left of it
+                frames = [b""] * _MAX_FRAMES
+                while raw_recv(socket, DONTWAIT, False).more:
+                    pass
+            messages.append(frames)
             if len(messages) == 1 and not another(socket):
                 break  # a lone token; where there are two, there are mostly many
     except zmq.Again:

@@ -218,3 +218,32 @@ def test_no_penalty_lets_a_key_in_at_once() -> None:
     accounts = Accounts(ClientAccount, Limits(penalty_s=0))
     accounts.punish(ANN, 0.0)
     assert accounts.outside_s(ANN, 0.0) == 0
+
+
+def test_a_key_that_brings_garbage_again_and_again_stays_outside(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys")
+    for _ in range(100):
+        client, said = keyed(stage)
+        if not isinstance(said[0][1], Welcome):
+            break
+        codes = kinds(client.garbles())
+        assert codes in ([("ann", "DISCONNECT protocol")], [("ann", "DISCONNECT rate_limited")])
+    assert "let in again in" in cut_off(said).message
+    assert stage.core.counters.cut_off == 1
+
+
+def test_a_message_that_keeps_all_waiting_is_one_too_many(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys")
+    client, _ = keyed(stage)
+    said = stage.happens(BadClient(client.peer, ProtocolError("too many frames"), 1 << 40))
+    assert kinds(said) == [("ann", "DISCONNECT rate_limited")]
+    assert "let in again in" in cut_off(keyed(stage)[1]).message
+
+
+def test_a_key_that_begins_session_after_session_stays_outside(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(refusals_per_s=1))
+    welcomed = 0
+    while isinstance((said := keyed(stage)[1])[0][1], Welcome):
+        welcomed += 1
+    assert 10 <= welcomed <= 11
+    assert "let in again in" in cut_off(said).message

@@ -414,3 +414,13 @@ class Doors(RuleBasedStateMachine):
 
 TestDoors = Doors.TestCase
 TestDoors.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+def test_an_address_of_another_machine_has_its_rate() -> None:
+    doorman = Doorman(Limits(connections_per_s=2))
+    closed = [close.why for fd in range(25) for close in doorman.accepted((fd, fd), "10.0.0.7", 0.0)]
+    assert closed == [Why.RATE] * 5
+    assert doorman.accepted((100, 100), "10.0.0.8", 0.0) == doorman.accepted((101, 101), "127.0.0.1", 0.0) == []
+    assert doorman.accepted((102, 102), "10.0.0.7", 0.5) == []
+    assert [close.why for close in doorman.accepted((103, 103), "10.0.0.7", 0.5)] == [Why.RATE]
+    doorman.validate()
