@@ -181,6 +181,8 @@ class WorkerServer:
         self._take_inbox()
         for event in self._links.events(ready):
             self._tell(event)
+        if self._door is not None:
+            self._door.look(self._rounds.now)
         if self._door is not None and self._door.among(ready):
             for peer, message in self._door.receive():
                 self._tell(Came(peer, message))
