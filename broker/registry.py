@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..protocol.identity import Identity
+from ..protocol.limits import SLOWEST_TOKENS_PER_S
 from ..protocol.liveness import Liveness
 from ..protocol.messages import Load, Ready, WorkerState
 from .accounts import ClientAccount
@@ -366,7 +367,8 @@ class Registry:
 
     def _take_usual(self, now: float) -> None:
         """Take the usual speed anew where it differs, and rank those that are reckoned by it."""
-        before, usual = self._usual, self._measured_sum / self._measured
+        # Sums and differences of floats may come to less than any of them.
+        before, usual = self._usual, max(SLOWEST_TOKENS_PER_S, self._measured_sum / self._measured)
         if before is not None and abs(usual - before) <= _USUAL_CHANGE * before:
             return
         self._usual = usual

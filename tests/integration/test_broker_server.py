@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import zmq
 
+from tests.fuzz.zmtp import Raw, message
 from tokenmq.broker import core as core_module
 from tokenmq.broker import server as server_module
 from tokenmq.broker.events import FromClient, FromWorker, ToClient
@@ -581,3 +582,51 @@ def test_many_idle_workers_are_heard_together_and_a_request_ends_that(
     wait_for(lambda: client.status()["workers"] == 2)
     worker.say(Goodbye())
     wait_for(lambda: client.status()["workers"] == 1)
+
+
+@pytest.mark.parametrize("greeted", [True, False], ids=["in a session", "a stranger"])
+@pytest.mark.parametrize("side", ["client", "worker"])
+def test_a_message_of_very_many_frames_costs_the_connection_and_ends_nobody_else(
+    brokers: Callable[..., Running], side: str, greeted: bool
+) -> None:
+    broker = brokers(heartbeat_s=0.1, expiry_s=0.5)
+    client, worker = broker.client(), broker.worker()
+    route = open_stream(client, worker)
+    endpoint = (broker.server.frontend if side == "client" else broker.server.backend)[0]
+    raw = Raw(int(endpoint.rpartition(":")[2]))
+    try:
+        assert raw.handshake()
+        if greeted:
+            hello: Message = Hello("raw", "test/1")
+            if side == "worker":
+                hello = Ready("raw", 1, "test/1", (ModelInfo("other"),), 1, "test", Load(), 1.0)
+            assert raw.send(message(encode(hello)))
+            assert raw.message() is not None
+        assert raw.send(message([b""] * 300_000))
+        for number in range(100):
+            worker.say(Chunks(route, chunk(number)))
+            assert client.expect(Chunks).chunks == chunk(number)
+            for peer in (client, worker):
+                peer.say(Heartbeat(peer.said))
+        while raw.message() is not None:  # until the connection is closed
+            pass
+        client.say(Heartbeat(client.said))
+        assert client.status()["counters"]["malformed"] >= 1
+        assert (client.status()["clients"], client.status()["workers"]) == (1, 1)
+    finally:
+        raw.close()
+
+
+def test_a_peer_that_gives_itself_an_identity_is_sent_away(broker: Running) -> None:
+    named = broker.stranger("client", routing_id=b"somebody")  # type: ignore[arg-type]
+    named.say(Hello("client", "test/1"))
+    sent_away = named.expect(Disconnect)
+    assert sent_away.code is DisconnectCode.PROTOCOL
+    assert "must not give itself an identity" in sent_away.message
+    assert broker.client().status()["clients"] == 1
+
+
+def test_a_client_says_nothing_long_but_payloads(broker: Running) -> None:
+    client = broker.client()
+    client.say(Query(b"q" * 16, "status", {"x" * 70_000: 1}))
+    assert "expected at most 65536" in client.expect(Disconnect).message
