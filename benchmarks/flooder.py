@@ -218,7 +218,9 @@ class Flooder:
         """Connect a worker and a client that asks for this."""
         with self._connect(BACKEND) as worker, self._connect(FRONTEND) as client:
             self._shake(worker)
-            self._write(worker, wire(ready(slots=slots, incarnation=time.monotonic_ns())))
+            self._write(worker, wire(ready(slots=slots, incarnation=time.monotonic_ns())), reads=False)
+            while not self._await(worker):
+                pass  # before ACCEPTED nobody knows of what it serves
             self._shake(client)
             self._write(client, asks)
             yield worker, client
