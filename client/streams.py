@@ -22,6 +22,9 @@ from .settings import Settings
 #: Chunks without tokens are not bounded by credit. An engine sends one, for the text that it held back at the end;
 #: more than a few are a fault, which must not fill the memory.
 MAX_TAILS = 16
+#: Nor is text, which comes with tokens: the longest ones of known tokenizers have some hundred characters, and other
+#: servers may tell a whole burst as one. Before the first there may be the prompt's own text.
+MAX_CHARS_A_TOKEN = 65_536
 #: Seconds for which an end is held back because chunks that came another way are missing: these were sent before it.
 HELD_FINISH_S = 5.0
 #: A broker refuses in milliseconds: a request that it has had for so long was taken, and waited for a worker.
@@ -320,6 +323,9 @@ class OpenStream:
             window.receive(tokens)
         except ProtocolError as error:
             raise self._fault(ErrorCode.PROTOCOL, error.message) from error
+        chars = self.text_chars + len(chunk.text)
+        if chars > limits.MAX_PROMPT_CHARS + MAX_CHARS_A_TOKEN * (end + 1):
+            raise self._fault(ErrorCode.PROTOCOL, f"{chars} characters of text for {end} tokens")
         self.tokens.extend(chunk.token_ids)
         self.text_chars += len(chunk.text)
         attempt.heard_at = now

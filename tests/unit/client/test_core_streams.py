@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tokenmq.client import streams
 from tokenmq.client.events import Answered, Attempt, CancelStream, Deliver, Ended, Ending, Grant
 from tokenmq.client.streams import MAX_TAILS
 from tokenmq.protocol.errors import BusyError, ErrorCode, WorkerLostError
@@ -62,6 +63,16 @@ def test_text_without_tokens_cannot_go_on_for_ever(story: Story) -> None:
     actions = story.receive(tail)
     assert sent(actions) == [Cancel(key(1), 1)]
     assert failure(actions).code == ErrorCode.PROTOCOL.value
+
+
+def test_tokens_have_only_so_much_text(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams.limits, "MAX_PROMPT_CHARS", 10)
+    story.submit(1)
+    most = "x" * (10 + 2 * streams.MAX_CHARS_A_TOKEN)
+    assert story.receive(Chunks(NO_ID, (Chunk(key(1), 1, 0, 0, (7,), most),))) != []
+    actions = story.receive(Chunks(NO_ID, (Chunk(key(1), 1, 0, 1, (), "x" * (streams.MAX_CHARS_A_TOKEN + 1)),)))
+    assert sent(actions) == [Cancel(key(1), 1)]
+    assert "characters of text for 1 tokens" in failure(actions).message
 
 
 def test_a_repeat_is_dropped(story: Story) -> None:
