@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ class RawPeer:
         self.socket.connect(endpoint)
 
     def say(self, message: Message) -> None:
-        """Send a message."""
-        self.socket.send_multipart(encode(message))
+        """Send a message; where the handshake has failed already there is nobody to send it to."""
+        with suppress(zmq.Again):
+            self.socket.send_multipart(encode(message), zmq.DONTWAIT)
 
     def hear(self) -> Message | str:
         """Wait for the next message that is no heartbeat; without any more, return how the connection ended."""
