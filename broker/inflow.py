@@ -10,17 +10,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from ..protocol.limits import MAX_BODY_BYTES, MAX_MESSAGE_BYTES
 from ..transport.connections import ConnectionId
 
 #: How often to look: what a fast network brings meanwhile is some hundred megabytes at most.
 LOOK_S = 0.25
+#: The same while the process grows.
+CLOSE_LOOK_S = 0.05
+#: By how much the least of its memory is taken to rise from one look to the next: half a gigabyte is kept no more for
+#: growth after some seconds.
+_RISE_BYTES = 4 * 1024 * 1024
 #: The process grows: by so much since it was smallest lately.
 _GROWTH_BYTES = 64 * 1024 * 1024
 #: The longest message, with its envelope, and a margin for what comes around it.
 MOST_BYTES = MAX_MESSAGE_BYTES + 2 * MAX_BODY_BYTES
+#: Where memory grows between two looks by so much, and so many times of what all connections have brought meanwhile,
+#: the one with the most that is unread is cut, if that is so much.
+_TINY_GROWTH_BYTES = 16 * 1024 * 1024
+_TINY_FACTOR = 6
+_TINY_FRAMES_BYTES = 256 * 1024
 #: The same for who has not introduced himself.
 MOST_STRANGER_BYTES = 4 * 1024 * 1024
 
@@ -49,6 +59,8 @@ class Inflow:
         self._bytes_in = bytes_in
         self._memory = memory or resident_bytes
         self._least = self._memory()
+        #: The memory at the last look, and what each connection had brought by then.
+        self._before: tuple[int, Mapping[ConnectionId, int]] = (0, {})
         #: What each connection had brought when a message of it was read last, and how many had been read then.
         self._marks: dict[ConnectionId, tuple[int, int]] = {}
 
@@ -67,14 +79,18 @@ class Inflow:
         """
         if now < self.look_at:
             return []
-        self.look_at = now + LOOK_S
         memory = self._memory()
-        if memory < self._least + _GROWTH_BYTES:
-            # Slowly up: what the process has kept for a while is not what grows now.
-            self._least = min(memory, self._least + _GROWTH_BYTES // 64)
+        grows = memory >= self._least + _GROWTH_BYTES
+        # What the process has kept for a while is not what grows now; the system gets little of it back.
+        self._least = min(memory, self._least + _RISE_BYTES)
+        self.look_at = now + (CLOSE_LOOK_S if grows else LOOK_S)
+        if not grows:
             self._marks.clear()
+            self._before = 0, {}
             return []
         found, marks = [], {}
+        unread: dict[ConnectionId, int] = {}
+        brought_by: dict[ConnectionId, int] = {}
         for connection, read in connections():
             brought = self._bytes_in(connection)
             if brought is None:
@@ -86,10 +102,28 @@ class Inflow:
             if mark is None or mark[1] != messages:
                 mark = (brought, messages)
             marks[connection] = mark
+            unread[connection], brought_by[connection] = brought - mark[0], brought
             if brought - mark[0] > (MOST_STRANGER_BYTES if read is None else MOST_BYTES):
                 found.append(connection)
         self._marks = marks
+        if not found:
+            found = self._tiny_frames(memory, brought_by, unread)
+        self._before = memory, brought_by
         return found
+
+    def _tiny_frames(
+        self, memory: int, brought_by: Mapping[ConnectionId, int], unread: Mapping[ConnectionId, int]
+    ) -> list[ConnectionId]:
+        """Return the connection with the most unread where the process has grown by far more than all have brought.
+
+        A frame takes 64 bytes of memory, and as few as two on the wire.
+        """
+        memory_before, before = self._before
+        brought = sum(count - before.get(connection, 0) for connection, count in brought_by.items())
+        most = max(unread, key=unread.__getitem__, default=None)
+        if not before or most is None or unread[most] < _TINY_FRAMES_BYTES:
+            return []
+        return [most] if memory - memory_before > _TINY_GROWTH_BYTES + _TINY_FACTOR * brought else []
 
 
 def resident_bytes() -> int:

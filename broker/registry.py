@@ -13,11 +13,14 @@ from .accounts import ClientAccount
 from .breaker import Breaker
 from .dispatch import Policy
 from .limits import UNLIMITED
-from .meters import WorkerAccount
+from .meters import TokenBucket, WorkerAccount
 from .pool import Place, Pool
 from .requests import RequestRecord, key_of
 from .speed import Speed
 
+#: Changes of what a worker serves, a second, and how many there may be at once.
+READY_PER_S = 5
+READY_BURST = 50
 #: Requests that wait inside a worker because its cache is full weigh so much more the fuller it is above a half:
 #: vLLM's own balancer uses these figures.
 _CACHE_WEIGHT = 6.0
@@ -114,6 +117,7 @@ class WorkerSession(Session):
     Attributes:
         name: the worker's name.
         account: what it may do; that of all workers with its key.
+        readies: how often it may say what it serves.
         incarnation: which start of it.
         ready: its last READY: models, slots, speed.
         reported: its last load report; `report` takes a new one.
@@ -138,6 +142,7 @@ class WorkerSession(Session):
     incarnation: int
     ready: Ready
     reported: Load
+    readies: TokenBucket = field(default_factory=lambda: TokenBucket(READY_PER_S, READY_BURST))
     account: WorkerAccount = field(default_factory=lambda: WorkerAccount(UNLIMITED))
     draining: bool = False
     in_flight: dict[bytes, RequestRecord] = field(default_factory=dict)

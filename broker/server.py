@@ -54,10 +54,15 @@ from .side import Side
 
 logger = logging.getLogger("tokenmq.broker")
 
-#: Messages taken from one socket before the other gets its turn: about five milliseconds of work.
+#: Messages taken from one socket before the other gets its turn, and the time that they may take: what one peer
+#: floods keeps all others waiting for as long.
 _BATCH = 500
-#: Some messages take far longer to read; then heartbeats and the other socket come first after this time.
-_BATCH_S = 0.02
+_SLICE_S = 0.0005
+#: Chunks are so quick that the clock is looked at once in sixteen.
+_LOOK_MASK = 15
+
+#: Messages of one client that libzmq reads ahead. They may be megabytes each, and it counts no bytes.
+_UNREAD_REQUESTS = 64
 
 #: While nothing runs, many workers are heard after this time, or a tenth of the heartbeat interval where that is
 #: less.
@@ -109,7 +114,7 @@ class BrokerServer:
             )  # fmt: skip
             self._backend = Side(
                 *self._router(BACKEND, settings.backend, now), self._access, self._core.registry.by_peer,
-                FromWorker, BadWorker, _MAX_CHUNKS, _MOST_READY_BYTES,
+                FromWorker, BadWorker, _MAX_CHUNKS, _MOST_READY_BYTES, self._core.workers.too_much,
             )  # fmt: skip
         except BaseException:
             self._context.destroy(linger=0)
@@ -168,10 +173,16 @@ class BrokerServer:
     def _router(self, side: str, endpoints: Sequence[str], now: float) -> tuple[zmq.Socket[bytes], list[str], Entry]:
         """Return a ROUTER, where it listens, and who watches its connections."""
         made: list[Entry] = []
+
+        def prepare(socket: zmq.Socket[bytes]) -> None:
+            if side == FRONTEND:
+                socket.setsockopt(zmq.RCVHWM, _UNREAD_REQUESTS)
+            made.append(Entry(socket, side, self._settings.limits, now))
+
         pair = None if self._access is None else self._access.server
         socket, bound = router(
             self._context, endpoints, curve=pair, domain=side,
-            prepare=lambda socket: made.append(Entry(socket, side, self._settings.limits, now)),
+            prepare=prepare,
         )  # fmt: skip
         return socket, bound, made[0]
 
@@ -273,12 +284,14 @@ class BrokerServer:
         """
         workers, clients, route_chunks = self._workers, self._clients, self._core.route_chunks
         kept, sessions = self._client_backlog.peers, self._core.registry.by_peer
-        until = None
+        until = self._clock() + _SLICE_S
         if self._is_deaf(self._backend, now):
             return
         try:
             for number in range(_BATCH):
                 if number == 1 and not another(workers):
+                    return
+                if not number & _LOOK_MASK and self._clock() >= until:
                     return
                 peer = raw_recv(workers, DONTWAIT)
                 frame = raw_recv(workers, DONTWAIT, False)
@@ -290,7 +303,7 @@ class BrokerServer:
                 ):
                     client = route_chunks(peer, message[8:HEADER_BYTES], now)
                     if client is not None:
-                        if kept or type(client) is Guest:
+                        if type(client) is Guest or (kept and client.peer in kept):
                             self._forward(client, message, now)
                             continue
                         try:
@@ -303,9 +316,7 @@ class BrokerServer:
                         self._handle(StrayChunks(peer), now)
                         continue
                 self._hear(self._backend, peer, frame, now)
-                if until is None:
-                    until = self._clock() + _BATCH_S
-                elif self._clock() >= until or self._backend.deaf:
+                if self._clock() >= until or self._backend.deaf:
                     return
         except zmq.Again:
             return
@@ -324,8 +335,9 @@ class BrokerServer:
 
     def _from_clients(self, now: float) -> None:
         """Take what clients have sent, up to a bound."""
-        side, clients = self._frontend, self._clients
-        until = self._clock() + _BATCH_S
+        side, clients, workers = self._frontend, self._clients, self._workers
+        soon = self._clock() + _SLICE_S / 5
+        until = soon + _SLICE_S
         if self._is_deaf(side, now):
             return
         try:
@@ -334,7 +346,9 @@ class BrokerServer:
                     return
                 peer = raw_recv(clients, DONTWAIT)
                 self._hear(side, peer, raw_recv(clients, DONTWAIT, False), now)
-                if self._clock() >= until or side.deaf:
+                now_at = self._clock()
+                # Tokens that have come meanwhile are not to wait behind one client's thousand requests.
+                if side.deaf or now_at >= until or (now_at >= soon and another(workers)):
                     return
         except zmq.Again:
             return

@@ -23,6 +23,8 @@ from .events import Event
 _TOO_MANY_FRAMES = "a message of more frames than any has"
 #: As what a message counts that keeps all others waiting: nobody may send two.
 _COSTLY_BYTES = 1 << 40
+#: Messages that are read in no time, whatever they are.
+_SMALL_BYTES = 1024
 #: While a side is deaf, its peers are excused this often.
 _EXCUSE_S = 0.1
 
@@ -47,6 +49,7 @@ class Side:
         bad: Callable[[bytes, ProtocolError, int], Event],
         most_bytes: int,
         most_stranger_bytes: int,
+        too_much: Callable[[bytes, bytes, float], str] = lambda _peer, _message, _now: "",
     ) -> None:
         """Have heard nobody.
 
@@ -60,6 +63,7 @@ class Side:
             bad: makes the event for what is none.
             most_bytes: bytes that the first frame of a message may have.
             most_stranger_bytes: the same for who has no session.
+            too_much: says of a peer, a message's first frame and the time why it is not even read; "" where it is.
         """
         self.socket = socket
         self.endpoints = endpoints
@@ -69,6 +73,7 @@ class Side:
         self._good, self._bad = good, bad
         self._most_bytes = most_bytes
         self._most_stranger_bytes = most_stranger_bytes
+        self._too_much = too_much
         self._swallow = Swallow(socket)
         self._deaf_since: float | None = None
         #: Who is being heard without a session, its connection and whose key it has shown.
@@ -82,13 +87,15 @@ class Side:
         """
         if peer not in self._sessions:
             return self._from_stranger(peer, frame, now)
-        frames = rest(self.socket, frame)
+        frames = rest(self.socket, frame, uncopied=True)
         try:
             if frames is None:
                 self._swallow.begin()
                 raise ProtocolError(_TOO_MANY_FRAMES)
             if len(frames[0]) > self._most_bytes:
                 raise ProtocolError(f"a message of {len(frames[0])} bytes, expected at most {self._most_bytes}")
+            if len(frames[0]) > _SMALL_BYTES and (why := self._too_much(peer, frames[0], now)):
+                return self._bad(peer, ProtocolError(why), _COSTLY_BYTES)
             return self._good(peer, decode(frames), frames, None)
         except ProtocolError as error:
             return self._bad(peer, error, _COSTLY_BYTES if frames is None else sum(map(len, frames)))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ..protocol.codec import PREFIX
 from ..protocol.identity import Allowed, Identity, Role
 from ..protocol.liveness import Liveness, negotiate
 from ..protocol.messages import (
     Accepted,
+    Command,
     DisconnectCode,
     Drain,
     Draining,
@@ -37,10 +39,11 @@ from .meters import WorkerAccount
 from .metrics import Counters
 from .outbox import Outbox
 from .probe import WORKER_DELAYS_S, Probe
-from .registry import Registry, WorkerSession
+from .registry import READY_PER_S, Registry, WorkerSession
 from .rota import Rota
 from .settings import BrokerSettings
 
+_READY_PREFIX = PREFIX[Command.READY]
 #: Whose keys open a session at a backend: those of brokers below this one, too.
 ROLES = (Role.WORKER,)
 
@@ -145,6 +148,16 @@ class Workers:
             self._cut(
                 worker, f"more than {limit} messages a second with tokens of requests that it does not hold", now
             )
+
+    def too_much(self, peer: bytes, message: bytes, now: float) -> str:
+        """Return why a longer message of a peer is not to be read at all, "" where it may be.
+
+        A READY of a thousand models takes milliseconds, and an honest worker has few occasions for one.
+        """
+        worker = self._registry.by_peer.get(peer)
+        if worker is None or not message.startswith(_READY_PREFIX) or not worker.readies.take(1, now):
+            return ""
+        return f"more than {READY_PER_S} READY a second"
 
     def _cut(self, worker: WorkerSession, why: str, now: float) -> None:
         """End the session of a worker that keeps on, and let its key not in for a while."""

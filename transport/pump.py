@@ -13,6 +13,8 @@ import zmq
 
 #: Frames that one message can have at most, so that a peer cannot make one receive go on for ever.
 _MAX_FRAMES = 256
+#: Shorter frames are copied: a view costs more than the copy.
+_UNCOPIED_BYTES = 65_536
 #: Frames that are taken off at a time where nobody reads them: some milliseconds.
 _PORTION_FRAMES = 5_000
 #: No wait is longer: a lost wake-up costs a second and never a hang.
@@ -43,10 +45,15 @@ class Outcome(Enum):
 SENT, FULL, GONE = Outcome.SENT, Outcome.FULL, Outcome.GONE
 
 
-def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes] | None:
+def rest(socket: zmq.Socket[bytes], frame: Any, *, uncopied: bool = False) -> list[bytes] | None:
     """Return the frames of a message from this one on, which was received uncopied; it is there whole or not at all.
 
     An uncopied frame knows whether another one follows; to ask the socket takes twice the time of receiving it.
+
+    Args:
+        socket: where the message comes from.
+        frame: its first frame that counts.
+        uncopied: long frames behind it come as views of what libzmq has. Whoever only sends them on needs no more.
 
     Returns:
         None for a message that has more frames than any may have: then `Swallow` must take the others off the socket
@@ -57,7 +64,7 @@ def rest(socket: zmq.Socket[bytes], frame: Any) -> list[bytes] | None:
         if len(frames) >= _MAX_FRAMES:
             return None
         frame = raw_recv(socket, DONTWAIT, False)
-        frames.append(frame.bytes)
+        frames.append(frame.buffer if uncopied and len(frame) > _UNCOPIED_BYTES else frame.bytes)
     return frames
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenmq.broker.inflow import LOOK_S, MOST_BYTES, MOST_STRANGER_BYTES, Inflow, resident_bytes
+from tokenmq.broker.inflow import CLOSE_LOOK_S, LOOK_S, MOST_BYTES, MOST_STRANGER_BYTES, Inflow, resident_bytes
 
 MIB = 1024 * 1024
 ONE, TWO = (5, 1), (6, 2)
@@ -82,13 +82,36 @@ def test_memory_that_stays_is_growth_no_more() -> None:
     assert place.looked == before
 
 
+def test_many_small_frames_are_seen_by_the_memory_that_they_take() -> None:
+    place = Place()
+    place.memory += 100 * MIB
+    place.brought |= {ONE: MIB, TWO: 8 * MIB}
+    assert place.look() == [] == place.look()
+    place.brought[ONE] = 2 * MIB
+    place.brought[TWO] = 10 * MIB
+    place.memory += 30 * MIB
+    assert place.look() == [], "that much may be honest"
+    place.brought[TWO] = 13 * MIB
+    place.memory += 100 * MIB
+    assert place.look() == [TWO]
+
+
+def test_memory_that_is_kept_is_looked_at_no_more_after_a_while() -> None:
+    place = Place()
+    place.memory += 500 * MIB
+    looks = 0
+    while place.look() == [] and place.inflow.look_at == place.now + CLOSE_LOOK_S:
+        looks += 1
+    assert 50 < looks < 200
+
+
 def test_it_looks_in_its_time_only() -> None:
     place = Place()
     place.memory += 100 * MIB
     place.look()
-    assert place.inflow.look_at == place.now + LOOK_S
+    assert place.inflow.look_at == place.now + CLOSE_LOOK_S
     before = place.looked
-    assert place.inflow.look(place.now + LOOK_S / 2, lambda: list(place.read.items())) == []
+    assert place.inflow.look(place.now + CLOSE_LOOK_S / 2, lambda: list(place.read.items())) == []
     assert place.looked == before
 
 
