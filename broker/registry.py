@@ -18,9 +18,10 @@ from .pool import Place, Pool
 from .requests import RequestRecord, key_of
 from .speed import Speed
 
-#: Changes of what a worker serves, a second, and how many there may be at once.
-READY_PER_S = 5
-READY_BURST = 50
+#: How often a worker may tell that it serves many models, a second and at once: to read the READY of a thousand takes
+#: some milliseconds, in which all others wait.
+READY_PER_S = 2
+READY_BURST = 10
 #: Requests that wait inside a worker because its cache is full weigh so much more the fuller it is above a half:
 #: vLLM's own balancer uses these figures.
 _CACHE_WEIGHT = 6.0

@@ -157,7 +157,7 @@ class Workers:
         worker = self._registry.by_peer.get(peer)
         if worker is None or not message.startswith(_READY_PREFIX) or not worker.readies.take(1, now):
             return ""
-        return f"more than {READY_PER_S} READY a second"
+        return f"more than {READY_PER_S} READY of many models a second"
 
     def _cut(self, worker: WorkerSession, why: str, now: float) -> None:
         """End the session of a worker that keeps on, and let its key not in for a while."""

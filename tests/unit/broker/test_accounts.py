@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tokenmq.broker.accounts import FORGET_S, MAX_PENALTY_S, Accounts, ClientAccount
-from tokenmq.broker.events import BadClient, FromClient, FromWorker
+from tokenmq.broker.events import BadClient, BadWorker, FromClient, FromWorker
 from tokenmq.broker.limits import Limits
+from tokenmq.broker.registry import READY_BURST
+from tokenmq.protocol.codec import encode
 from tokenmq.protocol.errors import ErrorCode, ProtocolError
 from tokenmq.protocol.identity import Allowed, Identity, Role
 from tokenmq.protocol.messages import (
@@ -21,6 +24,7 @@ from tokenmq.protocol.messages import (
     FinishReason,
     Heartbeat,
     Hello,
+    ModelInfo,
     Query,
     Welcome,
 )
@@ -247,3 +251,18 @@ def test_a_key_that_begins_session_after_session_stays_outside(stages: Callable[
         welcomed += 1
     assert 10 <= welcomed <= 11
     assert "let in again in" in cut_off(said).message
+
+
+def test_what_a_worker_serves_is_not_read_again_and_again(stages: Callable[..., Stage]) -> None:
+    stage = stages()
+    worker = stage.worker("w1")
+    ready = encode(replace(worker.ready, models=tuple(ModelInfo(f"model {number}") for number in range(1000))))[0]
+    read = 0
+    while not (why := stage.core.workers.too_much(worker.peer, ready, stage.now)):
+        read += 1
+    assert "READY of many models a second" in why
+    assert read == READY_BURST
+    assert stage.core.workers.too_much(worker.peer, encode(Heartbeat(1))[0], stage.now) == ""
+    assert stage.core.workers.too_much(b"nobody", ready, stage.now) == ""
+    said = stage.happens(BadWorker(worker.peer, ProtocolError(why), 1 << 40))
+    assert kinds(said)[0] in (("w1", "DISCONNECT protocol"), ("w1", "DISCONNECT rate_limited"))
