@@ -18,7 +18,7 @@ from .registry import Session
 #: Malformed messages are logged at most once in this time, with their number: a flood must not fill the disk.
 _MALFORMED_LOG_S = 1.0
 #: What a peer is told whose key was taken off the list while it was here.
-REVOKED = "its key was revoked"
+REVOKED = "its key was revoked, or has another role or name now"
 #: Who begins a session at the wrong socket, a HELLO at the workers' or a READY at the clients', is told of the other.
 _STRAYS: dict[type[Message], str] = {
     Ready: "; this is a frontend, for clients: workers, and brokers with --uplink, belong at a broker's backend",

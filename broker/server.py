@@ -18,6 +18,7 @@ from ..protocol.limits import MAX_BODY_BYTES, MAX_CLIENT_BYTES
 from ..protocol.log import Log, write
 from ..protocol.messages import Disconnect, Message
 from ..transport.curves import curves
+from ..transport.endpoints import is_local
 from ..transport.links import Links
 from ..transport.pump import (
     DONTWAIT,
@@ -145,7 +146,10 @@ class BrokerServer:
             started["uplink"] = ",".join(self._settings.uplinks)
         write(logger, Log("broker_started", {"name": self._settings.name, **started}))
         if self._settings.insecure:
-            write(logger, Log("insecure", {"why": "--insecure was given"}, level=logging.WARNING))
+            open_to_all = ",".join(each for each in (*self.frontend, *self.backend) if not is_local(each))
+            means = "whoever reaches these may register workers and read prompts"
+            told = {"why": "--insecure was given", "open": open_to_all or "none", "means": means}
+            write(logger, Log("insecure", told, level=logging.WARNING))
         try:
             self._core.log_level(logger.getEffectiveLevel())
             while not self._core.stopped:

@@ -16,7 +16,9 @@ import zmq
 from ..broker.settings import BrokerSettings
 from ..client.local import LocalClusterError, free_ports
 from ..protocol.log import Log, write
+from ..transport.curves import curves
 from ..transport.endpoints import EndpointError, check_endpoint
+from ..transport.keyring import Keyring
 from ..transport.sockets import router
 from .processes import LOGGER, Supervisor, Team
 
@@ -40,6 +42,9 @@ def supervise(context: click.Context, settings: BrokerSettings, count: int) -> N
     """
     shards = divide(settings, count, settings.group or secrets.token_hex(_GROUP_BYTES), free_ports)
     _try_to_listen(shards)
+    if settings.curve:
+        Keyring(settings.curve)
+    curves(settings.uplink_server_keys, settings.uplink_key, settings.uplinks)
     teams = [_team(context, shard) for shard in shards]
     for frontends, backends in zip_longest(
         zip(*(shard.frontend for shard in shards), strict=True),

@@ -46,6 +46,8 @@ ATTEMPT_S = 1.0
 GREETING_S = 2.0
 #: Handshakes that have to break off before keys are taken for the reason: with the pauses between, 0.2 s.
 BREAKS_IN_A_ROW = 3
+#: The same where we have no keys: a forwarder hangs up, too, while its broker is not there yet.
+BREAKS_WITHOUT_KEYS = 5
 #: Pause after a broker has cut us off for sending too much: longer than any back-off, so that it notices.
 LIMITED_PAUSE_S = 3.0
 
@@ -275,12 +277,13 @@ class Session:
         """Return what a failed handshake says of our keys; None for nothing.
 
         One that breaks off may be that of a broker that ends just then, or has too many of them. Several in a row,
-        at a broker that has never welcomed us, and with keys, are a wrong public key: of that, libzmq tells no more.
+        at a broker that has never welcomed us, are a wrong public key, or one that wants keys: of that, libzmq often
+        tells no more.
         """
         if handshake is not Refusal.BROKEN_OFF:
             return handshake
-        sure = self._broken_off >= BREAKS_IN_A_ROW and not self._welcomed
-        return handshake if sure and self._settings.curves else None
+        enough = BREAKS_IN_A_ROW if self._settings.curves else BREAKS_WITHOUT_KEYS
+        return handshake if self._broken_off >= enough and not self._welcomed else None
 
     def close(self) -> None:
         """Be done for good."""

@@ -45,4 +45,4 @@ def explain(refusal: Refusal, endpoint: str, *, keyed: bool, place: str) -> str:
             f"the handshake with {endpoint} broke off: the broker has no CURVE, "
             "or its public key is another one than --server-key"
         )
-    return f"the handshake with {endpoint} broke off: the broker has just ended or wants keys, or is no broker"
+    return f"the handshake with {endpoint} broke off: it wants keys (give --server-key and --key), or is no broker"

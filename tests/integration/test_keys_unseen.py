@@ -67,6 +67,14 @@ def test_a_port_for_other_machines_needs_keys_or_insecure(keys: KeyFolder, side:
     assert "--insecure" in done.stderr
 
 
+@pytest.mark.parametrize("shards", [(), ("--shards", "2")])
+def test_a_broker_without_its_keys_does_not_start(tmp_path: Path, shards: tuple[str, ...]) -> None:
+    command = broker(*shards, "--curve", str(tmp_path / "none"), "--frontend", ANY, "--backend", ANY)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "is no folder of keys: make one with `zmq-broker keys init" in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--insecure", "--insecure-admin"])
 def test_keys_and_insecure_exclude_each_other(keys: KeyFolder, flag: str) -> None:
     command = broker("--curve", str(keys.path), flag, "--frontend", ANY, "--backend", ANY)
