@@ -16,14 +16,14 @@ from ..protocol.limits import MAX_BODY_BYTES, MAX_MESSAGE_BYTES
 from ..transport.connections import ConnectionId
 
 #: How often to look: what a fast network brings meanwhile is some hundred megabytes at most.
-LOOK_S = 0.25
+LOOK_S = 0.1
 #: The same while the process grows.
 CLOSE_LOOK_S = 0.05
 #: By how much the least of its memory is taken to rise from one look to the next: half a gigabyte is kept no more for
 #: growth after some seconds.
 _RISE_BYTES = 4 * 1024 * 1024
 #: The process grows: by so much since it was smallest lately.
-_GROWTH_BYTES = 64 * 1024 * 1024
+_GROWTH_BYTES = 32 * 1024 * 1024
 #: The longest message, with its envelope, and a margin for what comes around it.
 MOST_BYTES = MAX_MESSAGE_BYTES + 2 * MAX_BODY_BYTES
 #: Where memory grows between two looks by so much, and so many times of what all connections have brought meanwhile,
