@@ -178,7 +178,7 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     help="Seconds that running requests get after SIGINT or SIGTERM, or when a broker asks the worker to leave.",
 )  # fmt: skip
 @option(
-    "--log-prompts", is_flag=True,
+    "--log-prompts", is_flag=True, show_default="off",
     help="Log the first 1,000 characters of each prompt, with its request's id. Else no prompt is logged.",
 )  # fmt: skip
 @logging_options
