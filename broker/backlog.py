@@ -87,11 +87,15 @@ class Backlog:
         self._count(queue, _size(frames))
         return None
 
-    def send_last(self, frames: Sequence[bytes]) -> None:
-        """Send the last message of a session, if it can be sent; what is kept of the session is dropped."""
+    def send_last(self, frames: Sequence[bytes]) -> bool:
+        """Send the last message of a session, if it can be sent; what is kept of the session is dropped.
+
+        Returns:
+            Whether it was sent.
+        """
         if frames[0] in self.peers:
             self._drop(frames[0])
-        self._send(frames)
+        return self._send(frames) is Outcome.SENT
 
     def retry(self, now: float) -> list[Loss]:
         """Send again what is due, a bounded number of messages; return the peers that are lost."""

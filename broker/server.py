@@ -130,6 +130,8 @@ class BrokerServer:
         #: Workers that cannot be sent to any more, and of which the core does not know yet.
         self._gone: dict[bytes, Loss] = {}
         self._give_up_at = 0.0
+        #: Who could be sent to since this was cleared.
+        self._reached: set[bytes] = set()
         #: The core, or a backlog, has had something to do since `_deadline` was asked for.
         self._touched = True
         self._deadline = 0.0
@@ -360,8 +362,9 @@ class BrokerServer:
     def _hear(self, side: Side, peer: bytes, frame: zmq.Frame, now: float) -> None:
         event = side.take(peer, frame, now)
         if event is not None:
+            self._reached.clear()
             self._handle(event, now)
-            side.heard(peer, now)
+            side.heard(peer, peer in self._reached, now)
 
     def _is_deaf(self, side: Side, now: float) -> bool:
         """Tell whether a message that nobody reads keeps a side from being heard; its peers are not to expire."""
@@ -384,6 +387,7 @@ class BrokerServer:
                 if type(action.message) is Disconnect:
                     self._frontend.entry.end(action.peer, now)
                 if not self._client_backlog.peers and send(self._clients, [action.peer, *frames]) is SENT:
+                    self._reached.add(action.peer)
                     continue
                 loss = self._send_kept(self._client_backlog, action.peer, frames, action.message, now)
                 if loss is not None:
@@ -393,6 +397,7 @@ class BrokerServer:
                 if type(action.message) is Disconnect:
                     self._backend.entry.end(action.peer, now)
                 if not self._worker_backlog.peers and send(self._workers, [action.peer, *frames]) is SENT:
+                    self._reached.add(action.peer)
                     continue
                 loss = self._send_kept(self._worker_backlog, action.peer, frames, action.message, now)
                 if loss is not None:
@@ -414,9 +419,13 @@ class BrokerServer:
         whole = [peer, *frames]
         if isinstance(message, Disconnect):
             # There is no session any more. Where it finds no room, the peer hears it when it speaks again.
-            backlog.send_last(whole)
+            if backlog.send_last(whole):
+                self._reached.add(peer)
             return None
-        return backlog.send(whole, now)
+        loss = backlog.send(whole, now)
+        if loss is None:
+            self._reached.add(peer)
+        return loss
 
 
 def _received(session: Session | None) -> int | None:

@@ -15,7 +15,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.identity import Identity
 from ..protocol.messages import Message
 from ..transport.connections import ConnectionId
-from ..transport.pump import Swallow, rest
+from ..transport.pump import Swallow, another, rest
 from .access import Access
 from .entry import Entry
 from .events import Event
@@ -100,16 +100,23 @@ class Side:
         except ProtocolError as error:
             return self._bad(peer, error, _COSTLY_BYTES if frames is None else sum(map(len, frames)))
 
-    def heard(self, peer: bytes, now: float) -> None:
-        """Draw the conclusions for a peer's connection, when the core has taken what it said."""
+    def heard(self, peer: bytes, reached: bool, now: float) -> None:
+        """Draw the conclusions for a peer's connection, when the core has taken what it said.
+
+        Args:
+            peer: who was heard.
+            reached: an answer to it could be sent. If not, its connection is gone, and what is known of it may be
+                another's by now: nothing is done to that.
+            now: the time.
+        """
         stranger, self._stranger = self._stranger, None
-        if peer not in self._sessions:
-            if stranger is None:
+        if stranger is None:
+            if peer not in self._sessions:
                 self.entry.end(peer, now)
-            else:
-                self.entry.dismiss(stranger[0], now)
-        elif stranger is not None:
+        elif reached and peer in self._sessions:
             self.entry.introduce(stranger[0], peer, stranger[1], now)
+        elif reached:
+            self.entry.dismiss(stranger[0], now)
 
     def go_on(self, now: float) -> float | None:
         """Take more of a message off that nobody reads, if there is one; it keeps all others of this side waiting.
@@ -135,6 +142,9 @@ class Side:
 
     def _from_stranger(self, peer: bytes, frame: zmq.Frame, now: float) -> Event | None:
         connection, wrong = self.entry.meet(peer, frame, now)
+        # Libzmq closes a descriptor after it has told so; this has it take note. Whoever can be sent to after this
+        # line has had its connection still when the one above looked at the descriptor.
+        another(self.socket)
         size_bytes = len(frame.buffer)
         frames: list[bytes] | None = []
         if connection is None or wrong or size_bytes > self._most_stranger_bytes:
