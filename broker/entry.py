@@ -13,6 +13,7 @@ import zmq
 
 from ..protocol.identity import Identity
 from ..protocol.log import Log, write
+from ..transport.claims import Claims
 from ..transport.connections import ConnectionId, Entrance, id_of
 from .doorman import Close, Doorman, Why
 from .inflow import Inflow
@@ -22,9 +23,6 @@ logger = logging.getLogger("tokenmq.broker")
 
 #: Connections that are closed are logged at most once in this time, with their number.
 _CLOSED_LOG_S = 1.0
-#: Ids that a ROUTER gives: a zero and a number that grows by one with each connection.
-_ID_BYTES = 5
-_ID_NUMBERS = 2**32
 _NO_IDENTITY = "a peer must not give itself an identity (ZMQ_ROUTING_ID): leave that to the broker"
 
 
@@ -45,7 +43,7 @@ class Entry:
             now: the time.
         """
         self._side = side
-        self._first_id = _draw_id(router)
+        self._claims = Claims(router)  # first: what watches must not see it draw
         self._entrance = Entrance(router)
         self._doorman = Doorman(limits)
         self._inflow = Inflow(self._entrance.bytes_in, now)
@@ -77,9 +75,9 @@ class Entry:
         connection = id_of(frame)
         if connection is None or self._doorman.is_leaving(connection):
             return None, ""
-        if not self._is_drawn(peer):
+        if not self._claims.drawn(peer, self._entrance.accepted):
             self.look(now)  # the connection may be younger than the last look
-            if not self._is_drawn(peer):
+            if not self._claims.drawn(peer, self._entrance.accepted):
                 return connection, _NO_IDENTITY
         return connection, ""
 
@@ -130,17 +128,6 @@ class Entry:
         """Stop watching; before the ROUTER is closed."""
         self._entrance.close()
 
-    def _is_drawn(self, peer: bytes) -> bool:
-        """Tell whether a routing id is one that the ROUTER can have given.
-
-        Others were claimed. libzmq aborts the process when a claimed one is drawn later (4.3.5, socket_base.cpp:
-        "Assertion failed: ok"), so nobody keeps one.
-        """
-        if len(peer) != _ID_BYTES or peer[0]:
-            return False
-        drawn = (int.from_bytes(peer[1:], "big") - self._first_id) % _ID_NUMBERS
-        return drawn <= self._entrance.accepted
-
     def _close(self, closes: Iterable[Close], now: float) -> None:
         for close in closes:
             self._entrance.cut(close.connection)
@@ -154,17 +141,3 @@ class Entry:
             told = {"side": self._side, "why": why, "whose": who, "count": self._closed}
             write(logger, Log("connections_closed", told, level=logging.WARNING))
             self._closed, self._closed_logged_at = 0, now
-
-
-def _draw_id(router: zmq.Socket[bytes]) -> int:
-    """Return the number of the first id that a ROUTER gives, by having it given to a connection of our own."""
-    endpoint = f"inproc://tokenmq-first-{id(router)}"
-    router.bind(endpoint)
-    probe = router.context.socket(zmq.DEALER)
-    try:
-        probe.connect(endpoint)
-        probe.send(b"")
-        return int.from_bytes(router.recv_multipart()[0][1:], "big")
-    finally:
-        probe.close(linger=0)
-        router.unbind(endpoint)
