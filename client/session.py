@@ -44,10 +44,10 @@ BACKOFF_MAX_S = 2.0
 ATTEMPT_S = 1.0
 #: Time for WELCOME after HELLO: a busy broker answers within its loop's lag.
 GREETING_S = 2.0
-#: Handshakes that have to break off before keys are taken for the reason: with the pauses between, 0.2 s.
-BREAKS_IN_A_ROW = 3
-#: The same where we have no keys: a forwarder hangs up, too, while its broker is not there yet.
-BREAKS_WITHOUT_KEYS = 5
+#: Handshakes that have to break off in a row, and for how long, before waiting is taken to be in vain: a broker that
+#: is full for a moment, or restarted, and a forwarder whose broker is not there yet, hang up, too.
+BREAKS_IN_A_ROW = 5
+BREAKING_FOR_S = 1.5
 #: Pause after a broker has cut us off for sending too much: longer than any back-off, so that it notices.
 LIMITED_PAUSE_S = 3.0
 
@@ -92,8 +92,8 @@ class Session:
         tried: it has been open, or a try has failed.
         draining: the broker shuts down, and wants no new requests.
         failure: why the last try to get a session failed; "" while there is one.
-        refusal: how the broker refuses this client, whose keys it will not have as they are; None where it does not,
-            or may only have ended in the middle of a handshake.
+        refusal: how the broker refuses this client, whose keys it may not have as they are; None where it does not,
+            or has not broken off handshakes for long.
         limited: the broker has ended the session because this client sent too much; until the next one.
         gate: how fast requests may leave for this broker.
         sent: messages sent in this session.
@@ -114,6 +114,7 @@ class Session:
         self._opened_at: float = 0.0
         self._welcomed = False
         self._broken_off = 0
+        self._breaking_since: float = 0.0
         self._liveness: Liveness | None = None
         self.phase = Phase.PAUSED
         self.endpoint = endpoint
@@ -257,8 +258,7 @@ class Session:
             handshake: how it failed, or what a DISCONNECT says that means the same; None where neither did.
             limited: the broker has enough of us for now.
         """
-        self._broken_off = self._broken_off + 1 if handshake is Refusal.BROKEN_OFF else 0
-        self.refusal = self._judged(handshake)
+        self.refusal = self._judged(handshake, now)
         self.limited = limited
         if self.open and now - self._opened_at >= BACKOFF_MAX_S:
             self._backoff_s = BACKOFF_S
@@ -273,17 +273,21 @@ class Session:
         self._deadline = now + self._backoff_s * (0.5 + self._random() / 2)
         self._backoff_s = min(2 * self._backoff_s, self._backoff_max_s)
 
-    def _judged(self, handshake: Refusal | None) -> Refusal | None:
-        """Return what a failed handshake says of our keys; None for nothing.
+    def _judged(self, handshake: Refusal | None, now: float) -> Refusal | None:
+        """Count a try that has failed; return what that says of us, None for nothing.
 
-        One that breaks off may be that of a broker that ends just then, or has too many of them. Several in a row,
-        at a broker that has never welcomed us, are a wrong public key, or one that wants keys: of that, libzmq often
-        tells no more.
+        A handshake that breaks off may be that of a broker that ends just then, or has too many connections. If they
+        all do, for a while, at a broker that has never welcomed us, a wrong public key, or none, is more likely: of
+        that, libzmq often tells no more.
         """
         if handshake is not Refusal.BROKEN_OFF:
+            self._broken_off = 0
             return handshake
-        enough = BREAKS_IN_A_ROW if self._settings.curves else BREAKS_WITHOUT_KEYS
-        return handshake if self._broken_off >= enough and not self._welcomed else None
+        self._broken_off += 1
+        if self._broken_off == 1:
+            self._breaking_since = now
+        lasting = self._broken_off >= BREAKS_IN_A_ROW and now - self._breaking_since >= BREAKING_FOR_S
+        return handshake if lasting and not self._welcomed else None
 
     def close(self) -> None:
         """Be done for good."""

@@ -13,16 +13,22 @@ class Refusal(Enum):
     #: One side speaks CURVE and the other does not.
     MISMATCH = "mismatch"
     #: It broke off. Under CURVE a broker does that to who has another public key for it than its own. It also happens
-    #: when a broker ends at that moment, with what is no broker, and in a mismatch that the other side saw first.
+    #: when a broker has too many connections or ends at that moment, with what is no broker, and in a mismatch that
+    #: the other side saw first.
     BROKEN_OFF = "broken off"
 
 
-#: Whose keys are let in, by the kind of endpoint.
-AT_FRONTEND = "this is a frontend: clients and admins"
-AT_BACKEND = "this is a backend: workers"
+#: Whose keys are let in, by the kind of endpoint that we take it for.
+AT_FRONTEND = "expected the key of a client or an admin; or is this not a frontend?"
+AT_BACKEND = "expected the key of a worker; or is this not a backend?"
+#: What the options are called that give the other side's public key and one's own secret one.
+KEY_OPTIONS = ("--server-key", "--key")
+UPLINK_KEY_OPTIONS = ("--uplink-server-key", "--uplink-key")
 
 
-def explain(refusal: Refusal, endpoint: str, *, keyed: bool, place: str) -> str:
+def explain(
+    refusal: Refusal, endpoint: str, *, keyed: bool, place: str, options: tuple[str, str] = KEY_OPTIONS
+) -> str:
     """Return what happened at the endpoint and what to look at.
 
     Args:
@@ -30,7 +36,9 @@ def explain(refusal: Refusal, endpoint: str, *, keyed: bool, place: str) -> str:
         endpoint: where.
         keyed: we speak CURVE.
         place: AT_FRONTEND or AT_BACKEND.
+        options: KEY_OPTIONS, or where a broker is the one that connects, UPLINK_KEY_OPTIONS.
     """
+    server_key, key = options
     if refusal is Refusal.FORBIDDEN:
         return (
             f"the broker at {endpoint} does not admit this key: "
@@ -38,11 +46,11 @@ def explain(refusal: Refusal, endpoint: str, *, keyed: bool, place: str) -> str:
         )
     if refusal is Refusal.MISMATCH:
         if keyed:
-            return f"the broker at {endpoint} has no CURVE: give it --curve, or leave out --server-key and --key"
-        return f"the broker at {endpoint} wants keys: give --server-key and --key"
-    if keyed:
-        return (
-            f"the handshake with {endpoint} broke off: the broker has no CURVE, "
-            "or its public key is another one than --server-key"
-        )
-    return f"the handshake with {endpoint} broke off: it wants keys (give --server-key and --key), or is no broker"
+            return f"the broker at {endpoint} has no CURVE: give it --curve, or leave out {server_key} and {key}"
+        return f"the broker at {endpoint} wants keys: give {server_key} and {key}"
+    why = (
+        f"it has another public key than {server_key}, or no CURVE at all"
+        if keyed
+        else f"it wants keys (give {server_key} and {key})"
+    )
+    return f"the handshake with {endpoint} broke off: {why}, or has too many connections, or is no broker"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokenmq.client.events import Action, Answered, Ended, Malformed, Refused
-from tokenmq.client.session import BACKOFF_MAX_S, BREAKS_IN_A_ROW, LIMITED_PAUSE_S
+from tokenmq.client.session import BACKOFF_MAX_S, BREAKING_FOR_S, BREAKS_IN_A_ROW, LIMITED_PAUSE_S
 from tokenmq.client.settings import Settings, settings_from
 from tokenmq.protocol.errors import (
     BadRequestError,
@@ -55,7 +55,7 @@ def test_a_refused_key_fails_what_waits_and_what_comes_at_once() -> None:
     assert (error.code, error.retryable) == ("forbidden", False)
     assert ONE in error.message
     assert "does not admit this key" in error.message
-    assert "clients and admins" in error.message
+    assert "expected the key of a client or an admin; or is this not a frontend?" in error.message
     assert isinstance(failure(story.submit(2)), ForbiddenError)  # in the pause
     assert isinstance(answer(story.ask(3)), ForbiddenError)
     retry(story)
@@ -120,22 +120,45 @@ def test_two_ways_to_speak_are_told_apart_at_once(curves: tuple[Curve, ...], say
     assert says in error.message
 
 
-def test_handshakes_that_break_off_in_a_row_are_a_wrong_server_key() -> None:
-    story = keyed()
+@pytest.mark.parametrize(
+    ("curves", "says"),
+    [((), "wants keys (give --server-key and --key)"), ((CURVE,), "another public key than --server-key")],
+)
+def test_handshakes_that_break_off_for_a_while_are_told_with_all_that_may_be_the_cause(
+    curves: tuple[Curve, ...], says: str
+) -> None:
+    story = Story(curves=curves, connect_timeout_s=600.0)
+    story.tick()
     story.submit(1)
-    for _ in range(BREAKS_IN_A_ROW - 1):
-        assert not any(isinstance(action, Ended) for action in refuse(story, Refusal.BROKEN_OFF))
+    began, breaks, actions = story.now, 1, refuse(story, Refusal.BROKEN_OFF)
+    while not any(isinstance(action, Ended) for action in actions):
         retry(story)
-    error = failure(refuse(story, Refusal.BROKEN_OFF))
+        breaks, actions = breaks + 1, refuse(story, Refusal.BROKEN_OFF)
+    assert breaks >= BREAKS_IN_A_ROW
+    assert BREAKING_FOR_S <= story.now - began <= 2 * BREAKING_FOR_S + BACKOFF_MAX_S
+    error = failure(actions)
     assert isinstance(error, NoBrokerError)
     assert error.retryable
-    assert "public key is another one than --server-key" in error.message
+    for part in (says, "too many connections", "is no broker"):
+        assert part in error.message
+
+
+@pytest.mark.parametrize("curves", [(), (CURVE,)], ids=["no keys", "keys"])
+def test_a_broker_that_is_full_for_a_moment_is_waited_for(curves: tuple[Curve, ...]) -> None:
+    story = Story(curves=curves)
+    story.tick()
+    story.submit(1)
+    until = story.now + 0.9 * BREAKING_FOR_S
+    while story.now < until:
+        assert not any(isinstance(action, Ended) for action in refuse(story, Refusal.BROKEN_OFF))
+        retry(story)
+    assert request(story.open())
 
 
 def test_a_broker_that_ended_in_the_handshake_is_waited_for() -> None:
-    story = keyed()
+    story = keyed(connect_timeout_s=600.0)
     story.submit(1)
-    for _ in range(BREAKS_IN_A_ROW):
+    for _ in range(2 * BREAKS_IN_A_ROW):
         refuse(story, Refusal.BROKEN_OFF)
         retry(story)
         story.lose()  # nobody listens now
