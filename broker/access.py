@@ -23,6 +23,8 @@ FRONTEND, BACKEND = "frontend", "backend"
 _ROLES = {FRONTEND: CLIENT_ROLES, BACKEND: WORKER_ROLES}
 #: The folder is looked at so often: who is revoked is to be gone within a second.
 LOOK_S = 0.25
+#: Names in one line of the log.
+_MOST_NAMES = 8
 #: Refused keys are logged at most once in this time, with their number.
 _REFUSED_LOG_S = 1.0
 
@@ -69,9 +71,13 @@ class Access:
         if not changed:
             return None
         before, self.allowed = self.allowed, self._keyring.allowed
-        gone = before.by_key.keys() - self.allowed.by_key.keys()
-        new = self.allowed.by_key.keys() - before.by_key.keys()
-        write(logger, Log("keys_changed", {"keys": len(self.allowed.by_key), "new": len(new), "gone": len(gone)}))
+        told = {
+            "keys": len(self.allowed.by_key),
+            "new": _names(before, self.allowed),
+            "gone": _names(self.allowed, before),
+        }
+        level = logging.INFO if self.allowed.by_key else logging.ERROR
+        write(logger, Log("keys_changed", told, level=level))
         return self.allowed
 
     def who(self, frame: Any) -> Identity | None:
@@ -98,3 +104,12 @@ class Access:
     def _complain(self) -> None:
         for complaint in self._keyring.complaints():
             write(logger, Log("key_left_out", {"why": complaint}, level=logging.WARNING))
+
+
+def _names(before: Allowed, after: Allowed) -> str:
+    """Return who is on a list that was not on another one, or not as the same: the first few by name."""
+    names = sorted(
+        f"{one.role.value}:{one.name}" for key, one in after.by_key.items() if before.by_key.get(key) != one
+    )
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ",".join(names[:_MOST_NAMES]) + more or "none"

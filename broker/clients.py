@@ -32,7 +32,7 @@ from .disconnects import REVOKED, Disconnects, foreign, lost, outside, silent, u
 from .events import BadClient, ClientGone, FromClient
 from .exchange import Exchange
 from .management import Management
-from .meters import Refusal
+from .meters import Refusal, Refusals
 from .metrics import Counters
 from .outbox import Outbox, clip
 from .probe import CLIENT_DELAYS_S, Probe
@@ -40,8 +40,6 @@ from .registry import ClientSession
 from .rota import Rota
 from .settings import BrokerSettings
 
-#: As what a message without any meaning counts among refusals at least: a key may try some twenty in a row.
-GARBAGE_BYTES = 25 * 1024 * 1024
 #: Whose keys open a session at a frontend.
 ROLES = (Role.CLIENT, Role.ADMIN)
 
@@ -134,7 +132,7 @@ class Clients:
             client.liveness.heard(now)
             answer = Error(error.subject, 0, ErrorCode.BAD_REQUEST.value, clip(error.message))
             self._refuse(client, answer, event.size_bytes, now)
-        elif client.account.refused(now, max(event.size_bytes, GARBAGE_BYTES)):
+        elif self._accounts.garbage(client.identity, event.size_bytes, now):
             self._disconnect(client, DisconnectCode.PROTOCOL, error.message)
         else:
             self._cut(client, error.message, now)
@@ -181,10 +179,10 @@ class Clients:
 
     def _refuse(self, client: ClientSession, answer: Error, size_bytes: int, now: float) -> None:
         """Refuse something; who has it done again and again is cut off."""
-        if client.account.refused(now, size_bytes):
+        if client.refusals.take(now, size_bytes):
             self._outbox.to_client(client, answer)
         else:
-            self._cut(client, f"it goes on after thousands of refusals; the last: {answer.message}", now)
+            self._cut(client, f"it goes on after many refusals; the last: {answer.message}", now)
 
     def _cut(self, client: ClientSession, why: str, now: float) -> None:
         """End the session of a client that keeps on, and let its key not in for a while."""
@@ -244,9 +242,9 @@ class Clients:
             if outside_s := self._accounts.outside_s(identity, now):
                 self._disconnects.client(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
                 return
-            if not self._accounts.of(identity).refused(now):
-                # Handshakes cost much: a key that begins session after session does nothing else.
-                self._accounts.punish(identity, now)
+            if too_many := self._accounts.begin(identity, now):
+                self._disconnects.client(peer, DisconnectCode.RATE_LIMITED, too_many)
+                return
             self._connect(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.client(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "HELLO"))
@@ -260,9 +258,11 @@ class Clients:
             identity=identity,
             name=identity.name if identity else hello.client,
             route=self.new_route(),
+            refusals=Refusals(settings.limits),
             account=self._accounts.of(identity),
             direct=hello.direct,
         )
+        client.account.sessions += 1
         self.by_peer[peer] = client
         welcome = Welcome(settings.name, self._software, heartbeat_s, expiry_s, settings.group)
         self._outbox.to_client(client, welcome)
@@ -278,6 +278,7 @@ class Clients:
 
     def _drop(self, client: ClientSession, why: str, *, level: int = logging.INFO) -> None:
         del self.by_peer[client.peer]
+        client.account.sessions -= 1
         self._outbox.log("client_left", level=level, client=client.name, why=why, requests=len(client.requests))
         self._exchange.client_lost(client)
         self._management.asker_lost(client)

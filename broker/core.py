@@ -15,7 +15,7 @@ this broker is to brokers above it, in `uplink.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import Random
 from secrets import token_hex
 from typing import Any
@@ -316,9 +316,9 @@ class BrokerCore:
         asker = Asker(parent, parent, lambda answer: self.uplink.answer(parent, answer), True, MAX_OF_PARENT)
         self.management.ask(asker, query, now)
 
-    def excuse(self, seconds: float, now: float) -> None:
-        """Take so many seconds, which are just over, off all peers' silence: they were not listened to."""
-        for session in self._sessions():
+    def excuse(self, sessions: Iterable[Session], seconds: float, now: float) -> None:
+        """Take so many seconds, which are just over, off the silence of peers that were not listened to."""
+        for session in sessions:
             # At most up to now: who was heard since is not to be taken for alive in times to come.
             session.liveness.forgive(max(0.0, min(seconds, now - session.liveness.heard_at)))
 
@@ -328,7 +328,7 @@ class BrokerCore:
         if lag_s > self._tick_s:
             self._outbox.log("loop_late", level=logging.WARNING, s=lag_s)
             self.uplink.forgive(lag_s)
-            self.excuse(lag_s, now)
+            self.excuse(self._sessions(), lag_s, now)
 
     def _sessions(self) -> list[Session]:
         return [*self.clients.values(), *self.registry]

@@ -185,6 +185,7 @@ class Doorman:
         record.peer, record.account = peer, account
         self._by_peer[peer] = connection
         if account is not None:
+            self._leave_machine(record)  # it counts by its key from now on: many may share an address
             of_account = self._by_account.setdefault(account, {})
             of_account[connection] = None
             if len(of_account) > self._most_of_one:
@@ -285,11 +286,15 @@ class Doorman:
         self._strangers.pop(connection, None)
         self._leaving.pop(connection, None)
         self._forget_peer(connection, record)
+        self._leave_machine(record)
+        return record
+
+    def _leave_machine(self, record: _Connection) -> None:
         if record.machine:
             self._by_machine[record.machine] -= 1
             if not self._by_machine[record.machine]:
                 del self._by_machine[record.machine]
-        return record
+            record.machine = ""
 
     def _forget_peer(self, connection: ConnectionId, record: _Connection) -> None:
         if record.peer is not None and self._by_peer.get(record.peer) == connection:

@@ -16,7 +16,6 @@ from ..protocol.log import Log, write
 from ..transport.claims import Claims
 from ..transport.connections import ConnectionId, Entrance, id_of
 from .doorman import Close, Doorman, Why
-from .inflow import Inflow
 from .limits import Limits
 
 logger = logging.getLogger("tokenmq.broker")
@@ -46,7 +45,6 @@ class Entry:
         self._claims = Claims(router)  # first: what watches must not see it draw
         self._entrance = Entrance(router)
         self._doorman = Doorman(limits)
-        self._inflow = Inflow(self._entrance.bytes_in, now)
         self.socket = self._entrance.socket
         self._closed = 0
         self._closed_logged_at = now - _CLOSED_LOG_S
@@ -96,27 +94,32 @@ class Entry:
         if connection is not None:
             self._doorman.dismiss(connection, now)
 
-    def tick(self, now: float, received: Callable[[bytes], int | None]) -> None:
-        """Close the connections whose time is up, and those that bring a message without an end.
+    def tick(self, now: float) -> None:
+        """Close the connections whose time is up."""
+        self._close(self._doorman.tick(now), now)
+
+    def connections(self, received: Callable[[bytes], int | None]) -> Iterator[tuple[ConnectionId, int | None]]:
+        """Go through all connections, each with how many messages of it were read in its session, None without one.
 
         Args:
-            now: the time.
-            received: returns how many messages of a peer were read in its session, None where it has none.
+            received: returns that for a peer.
         """
-        self._close(self._doorman.tick(now), now)
-        for connection in self._inflow.look(now, lambda: self._received(received)):
-            self._entrance.cut(connection)
-            self._closed += 1
-            self._tell("it brings a message without an end", "", now)
-
-    def _received(self, received: Callable[[bytes], int | None]) -> Iterator[tuple[ConnectionId, int | None]]:
         for connection, peer in self._doorman.peers():
             yield connection, None if peer is None else received(peer)
 
-    def next_deadline(self) -> float:
-        """Return when to call `tick`."""
-        deadline = self._doorman.next_deadline()
-        return self._inflow.look_at if deadline is None else min(deadline, self._inflow.look_at)
+    def bytes_in(self, connection: ConnectionId) -> int | None:
+        """Return how many bytes a connection of either side has brought, None where that is not known."""
+        return self._entrance.bytes_in(connection)
+
+    def cut_endless(self, connection: ConnectionId, now: float) -> None:
+        """Close a connection that brings a message without an end."""
+        self._entrance.cut(connection)
+        self._closed += 1
+        self._tell("it brings a message without an end", "", now)
+
+    def next_deadline(self) -> float | None:
+        """Return when to call `tick`, None for never."""
+        return self._doorman.next_deadline()
 
     def figures(self) -> dict[str, int]:
         """Return how many connections there are, how many were closed, and how many handshakes have failed."""

@@ -60,9 +60,13 @@ class BadWorker:
 
 @value
 class StrayChunks:
-    """A peer of the backend sent CHUNKS for a client that it holds no request of; nobody has read them."""
+    """A peer of the backend sent CHUNKS for a client that it holds no request of; nobody has read them.
+
+    `route` is what the client is called in their header.
+    """
 
     peer: bytes
+    route: bytes = b""
 
 
 @value

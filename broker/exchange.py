@@ -185,7 +185,11 @@ class Exchange:
         if record is None:
             return
         if record.worker is not None:
-            self._outbox.to_worker(record.worker, message)
+            if (
+                message.limit > record.granted
+            ):  # else it says nothing new, and workers are not to hear it again and again
+                record.granted = message.limit
+                self._outbox.to_worker(record.worker, message)
         elif record.message is not None and message.limit > record.message.envelope.credit:
             envelope = replace(record.message.envelope, credit=message.limit)
             record.message = replace(record.message, envelope=envelope)
@@ -532,6 +536,7 @@ class Exchange:
         assert client is not None
         assert message is not None
         record.worker, record.holder, record.dispatched_at = worker, worker.name, now
+        record.granted = message.envelope.credit
         if record.queue_until is not None:
             self._watch(record)
         worker.charge(record)

@@ -19,6 +19,8 @@ from ..transport.connections import ConnectionId
 LOOK_S = 0.1
 #: The same while the process grows.
 CLOSE_LOOK_S = 0.05
+#: What a look at one connection takes.
+_LOOK_AT_ONE_S = 12e-6
 #: By how much the least of its memory is taken to rise from one look to the next: half a gigabyte is kept no more for
 #: growth after some seconds.
 _RISE_BYTES = 4 * 1024 * 1024
@@ -106,6 +108,8 @@ class Inflow:
             if brought - mark[0] > (MOST_STRANGER_BYTES if read is None else MOST_BYTES):
                 found.append(connection)
         self._marks = marks
+        # A look at ten thousand takes a tenth of a second: a tenth of the time at most is spent so.
+        self.look_at = max(self.look_at, now + 10 * _LOOK_AT_ONE_S * len(marks))
         if not found:
             found = self._tiny_frames(memory, brought_by, unread)
         self._before = memory, brought_by

@@ -71,9 +71,10 @@ class Limits:
     connections_per_peer: int = 1_024
     #: A thousand programs start again together, and then stay.
     connections_per_s: int = 200
-    #: An honest peer introduces itself in its first milliseconds.
-    handshakes: int = 256
-    greeting_s: float = 5.0
+    #: An honest peer introduces itself in its first milliseconds; when thousands come back at once with keys, their
+    #: handshakes keep a core busy for seconds, and to close them would only make them come again.
+    handshakes: int = 4_096
+    greeting_s: float = 10.0
     #: As long as a person needs to see it in a log, and a program that does it by mistake not to storm.
     penalty_s: float = 10.0
 

@@ -100,7 +100,7 @@ class TokenBucket:
 class Account:
     """What one client may do: the holder of a key with all its connections, or one connection."""
 
-    __slots__ = ("_bytes", "_controls", "_limits", "_most_open", "_queries", "_refusals", "_requests")
+    __slots__ = ("_bytes", "_controls", "_limits", "_most_open", "_queries", "_requests")
 
     def __init__(self, limits: Limits) -> None:
         """Have used nothing."""
@@ -111,7 +111,6 @@ class Account:
         self._bytes = TokenBucket(limits.bytes_per_s, max(limits.bytes_per_s, limits.message_bytes))
         self._queries = _bucket(limits.queries_per_s, _QUERIES_BURST_S)
         self._controls = _bucket(limits.messages_per_s)
-        self._refusals = _bucket(limits.refusals_per_s, _REFUSALS_BURST_S)
 
     def request(self, size_bytes: int, open_requests: int, now: float) -> Refusal | None:
         """Account for a request of this size, or tell why it is refused; then nothing but `refused` is to count it.
@@ -143,38 +142,53 @@ class Account:
         """Account for a message that no ERROR can answer; False when there are too many: drop it, as `refused`."""
         return not self._controls.take(1, now)
 
-    def refused(self, now: float, size_bytes: int = 0) -> bool:
-        """Account for a refusal, or for bad input; False when the peer has had too many and is to be cut off.
+
+class Refusals:
+    """How often one session may be refused, or bring what is of no use, before it is cut off."""
+
+    __slots__ = ("_bucket", "_most")
+
+    def __init__(self, limits: Limits) -> None:
+        """Have used nothing."""
+        self._bucket = _bucket(limits.refusals_per_s, _REFUSALS_BURST_S)
+        self._most = max(1.0, limits.refusals_per_s * _REFUSALS_BURST_S)
+
+    def take(self, now: float, size_bytes: int = 0) -> bool:
+        """Account for one; False when the peer has had too many and is to be cut off.
 
         Args:
             now: seconds of a monotonic clock.
-            size_bytes: how large the refused message was.
+            size_bytes: how large the message was. None counts for more than all that may come at once.
         """
-        return not self._refusals.take(1 + size_bytes / _REFUSED_BYTES, now)
+        return not self._bucket.take(min(self._most, 1 + size_bytes / _REFUSED_BYTES), now)
 
 
 class WorkerAccount:
-    """What one worker may do."""
+    """What one worker may do: the holder of a key with all its workers, or one connection."""
 
-    __slots__ = ("_messages", "_refusals", "_strays")
+    __slots__ = ("_messages",)
 
     def __init__(self, limits: Limits) -> None:
         """Have used nothing."""
         self._messages = _bucket(limits.worker_messages_per_s)
-        self._strays = _bucket(limits.stray_chunks_per_s, _STRAYS_BURST_S)
-        self._refusals = _bucket(limits.refusals_per_s, _REFUSALS_BURST_S)
 
     def message(self, now: float) -> bool:
         """Account for a message that is not CHUNKS; False when there are too many."""
         return not self._messages.take(1, now)
 
-    def stray(self, now: float) -> bool:
-        """Account for CHUNKS of a request that the worker does not hold; False when there are too many."""
-        return not self._strays.take(1, now)
 
-    def refused(self, now: float, size_bytes: int = 0) -> bool:
-        """Account for a refusal, or for bad input; False when the peer has had too many and is to be cut off."""
-        return not self._refusals.take(1 + size_bytes / _REFUSED_BYTES, now)
+class Strays:
+    """How many CHUNKS one worker may send of requests that it does not hold."""
+
+    __slots__ = ("_bucket",)
+
+    def __init__(self, limits: Limits) -> None:
+        """Have used nothing."""
+        self._bucket = _bucket(limits.stray_chunks_per_s, _STRAYS_BURST_S)
+
+    def take(self, now: float) -> bool:
+        """Account for one; False when there are too many."""
+        return not self._bucket.take(1, now)
 
 
 def _bucket(rate: int, burst_s: int = 1) -> TokenBucket:

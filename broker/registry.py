@@ -9,11 +9,11 @@ from ..protocol.identity import Identity
 from ..protocol.limits import SLOWEST_TOKENS_PER_S
 from ..protocol.liveness import Liveness
 from ..protocol.messages import Load, Ready, WorkerState
-from .accounts import ClientAccount
+from .accounts import ClientAccount, KeyedWorker
 from .breaker import Breaker
 from .dispatch import Policy
 from .limits import UNLIMITED
-from .meters import TokenBucket, WorkerAccount
+from .meters import Refusals, Strays, TokenBucket
 from .pool import Place, Pool
 from .requests import RequestRecord, key_of
 from .speed import Speed
@@ -58,6 +58,7 @@ class ClientSession(Session):
         name: what its key is called, or where there are no keys, what it calls itself.
         route: what workers put into the header of CHUNKS for it.
         account: what it may do, and has under way; that of all sessions with its key.
+        refusals: how often it may be refused. A session's own: of many with one key, one may be broken.
         direct: it takes chunks from workers itself, where these offer it.
         requests: its submissions that have no answer yet, by key.
         attempts: the same by the request's id: one, or two where the client hedges.
@@ -66,6 +67,7 @@ class ClientSession(Session):
     name: str
     route: bytes
     account: ClientAccount = field(default_factory=lambda: ClientAccount(UNLIMITED))
+    refusals: Refusals = field(default_factory=lambda: Refusals(UNLIMITED))
     direct: bool = False
     requests: dict[bytes, RequestRecord] = field(default_factory=dict)
     attempts: dict[bytes, list[RequestRecord]] = field(default_factory=dict)
@@ -118,6 +120,7 @@ class WorkerSession(Session):
     Attributes:
         name: the worker's name.
         account: what it may do; that of all workers with its key.
+        strays: how many CHUNKS it may send of requests that it does not hold.
         readies: how often it may say what it serves.
         incarnation: which start of it.
         ready: its last READY: models, slots, speed.
@@ -143,8 +146,9 @@ class WorkerSession(Session):
     incarnation: int
     ready: Ready
     reported: Load
+    strays: Strays = field(default_factory=lambda: Strays(UNLIMITED))
     readies: TokenBucket = field(default_factory=lambda: TokenBucket(READY_PER_S, READY_BURST))
-    account: WorkerAccount = field(default_factory=lambda: WorkerAccount(UNLIMITED))
+    account: KeyedWorker = field(default_factory=lambda: KeyedWorker(UNLIMITED))
     draining: bool = False
     in_flight: dict[bytes, RequestRecord] = field(default_factory=dict)
     parked: int = 0

@@ -59,6 +59,7 @@ class RequestRecord:
         dispatched_at: when it went to the worker.
         cancelled: a CANCEL went to the worker.
         parked: only the reader's credit is missing; no slot is charged for it.
+        granted: the greatest credit that its worker was told.
         key: what it is filed under.
         cost_tokens: what it costs a worker at most, as its client's share counts it; 1 or more.
     """
@@ -88,6 +89,7 @@ class RequestRecord:
     dispatched_at: float = 0.0
     cancelled: bool = False
     parked: bool = False
+    granted: int = 0
     key: bytes = field(init=False)
     cost_tokens: int = field(init=False)
 

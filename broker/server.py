@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import zmq
@@ -17,6 +17,7 @@ from ..protocol.codec import CHUNKS_PREFIX, HEADER_BYTES, encode
 from ..protocol.limits import MAX_BODY_BYTES, MAX_CLIENT_BYTES
 from ..protocol.log import Log, write
 from ..protocol.messages import Disconnect, Message
+from ..transport.connections import ConnectionId
 from ..transport.curves import curves
 from ..transport.endpoints import is_local
 from ..transport.links import Links
@@ -49,6 +50,7 @@ from .events import (
     WorkerGone,
 )
 from .guests import Guest
+from .inflow import Inflow
 from .registry import ClientSession, Session
 from .settings import BrokerSettings
 from .side import Side
@@ -124,6 +126,7 @@ class BrokerServer:
         self._clients, self.frontend = self._frontend.socket, self._frontend.endpoints
         self._workers, self.backend = self._backend.socket, self._backend.endpoints
         clients, workers = self._frontend.entry, self._backend.entry
+        self._inflow = Inflow(clients.bytes_in, now)
         self._core.connections = lambda: {FRONTEND: clients.figures(), BACKEND: workers.figures()}
         self._client_backlog = self._backlog(self._clients)
         self._worker_backlog = self._backlog(self._workers)
@@ -143,7 +146,9 @@ class BrokerServer:
 
     def run(self) -> None:
         """Serve until `drain` has been called and everything has ended; then close."""
-        started = {"frontend": ",".join(self.frontend), "backend": ",".join(self.backend)}
+        started: dict[str, Any] = {"frontend": ",".join(self.frontend), "backend": ",".join(self.backend)}
+        if self._access is not None:
+            started |= {"curve": self._settings.curve, "keys": len(self._access.allowed.by_key)}
         if self._settings.uplinks:
             started["uplink"] = ",".join(self._settings.uplinks)
         write(logger, Log("broker_started", {"name": self._settings.name, **started}))
@@ -216,8 +221,10 @@ class BrokerServer:
         self._retry(now)
         if self._gone:
             self._give_up_workers(now)
-        self._frontend.entry.tick(now, lambda peer: _received(self._core.clients.get(peer)))
-        self._backend.entry.tick(now, lambda peer: _received(self._core.registry.by_peer.get(peer)))
+        self._frontend.entry.tick(now)
+        self._backend.entry.tick(now)
+        for connection in self._inflow.look(now, self._connections):
+            self._frontend.entry.cut_endless(connection, now)
         if self._access is not None and (allowed := self._access.look(now)) is not None:
             self._perform(self._core.allow(allowed, now), now)
         self._touched = False
@@ -257,10 +264,16 @@ class BrokerServer:
 
     def _next_deadline(self) -> float:
         others = [self._client_backlog.next_deadline(), self._worker_backlog.next_deadline()]
-        others += [self._frontend.entry.next_deadline(), self._backend.entry.next_deadline()]
+        others += [self._frontend.entry.next_deadline(), self._backend.entry.next_deadline(), self._inflow.look_at]
         if self._access is not None:
             others.append(self._access.look_at)
         return min([self._core.next_deadline(), *(time for time in others if time is not None)])
+
+    def _connections(self) -> Iterator[tuple[ConnectionId, int | None]]:
+        """Go through the connections of both sides: what one brings and what the process grows by belong together."""
+        clients, workers = self._core.clients, self._core.registry.by_peer
+        yield from self._frontend.entry.connections(lambda peer: _received(clients.get(peer)))
+        yield from self._backend.entry.connections(lambda peer: _received(workers.get(peer)))
 
     def _retry(self, now: float) -> None:
         for loss in self._worker_backlog.retry(now):
@@ -319,7 +332,7 @@ class BrokerServer:
                             self._forward(client, message, now)
                         continue
                     if peer in sessions:
-                        self._handle(StrayChunks(peer), now)
+                        self._handle(StrayChunks(peer, message[8:HEADER_BYTES]), now)
                         continue
                 self._hear(self._backend, peer, frame, now)
                 if self._clock() >= until or self._backend.deaf:
@@ -370,7 +383,8 @@ class BrokerServer:
         """Tell whether a message that nobody reads keeps a side from being heard; its peers are not to expire."""
         excuse_s = side.go_on(now)
         if excuse_s:
-            self._core.excuse(excuse_s, now)
+            sessions = self._core.clients.values() if side is self._frontend else self._core.registry
+            self._core.excuse(sessions, excuse_s, now)
         return side.deaf
 
     def _handle(self, event: Event, now: float) -> None:

@@ -49,7 +49,7 @@ from .summary import Summarizer, load_of
 #: What is told above is looked at again after this time at the earliest: a look costs as much as there are workers,
 #: and what it finds is wrong for hardly longer than a message takes.
 LOOK_AGAIN_S = 0.05
-MANY_MODELS = 10
+MANY_MODELS = 4
 LOOK_AT_MANY_S = 0.6
 #: What an operator does about a parent that has sent this broker away: it is not dialled again.
 _START_ANEW = "start this broker anew to come back"
@@ -124,7 +124,8 @@ class Uplink:
         """Note that something may have changed of what parents are told."""
         if self._guests and self._look_at == math.inf:
             # Parents bound how often they read of many models.
-            many = len(self._summarizer.summary.models) > MANY_MODELS
+            summary = self._summarizer.summary
+            many = len(summary.models) + len(summary.brokers) > MANY_MODELS
             self._look_at = max(now, self._looked_at + (LOOK_AT_MANY_S if many else LOOK_AGAIN_S))
 
     def tick(self, now: float) -> None:

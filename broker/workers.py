@@ -29,13 +29,12 @@ from ..protocol.messages import (
     Reply,
     Started,
 )
-from .accounts import Accounts
-from .clients import GARBAGE_BYTES
+from .accounts import Accounts, KeyedWorker
 from .disconnects import REVOKED, Disconnects, foreign, lost, outside, silent, unknown
 from .events import BadWorker, FromWorker, StrayChunks, WorkerGone
 from .exchange import Exchange
 from .management import Management
-from .meters import WorkerAccount
+from .meters import Strays
 from .metrics import Counters
 from .outbox import Outbox
 from .probe import WORKER_DELAYS_S, Probe
@@ -81,7 +80,7 @@ class Workers:
             counters: what has happened so far.
         """
         self.probe = Probe(WORKER_DELAYS_S)
-        self._accounts = Accounts(WorkerAccount, settings.limits)
+        self._accounts = Accounts(KeyedWorker, settings.limits)
         self._id = id
         self._software = software
         self._settings = settings
@@ -143,7 +142,8 @@ class Workers:
         worker.received += 1
         worker.liveness.heard_at = now
         self._counters.chunk_messages_dropped += 1
-        if not worker.account.stray(now):
+        # Of a client that is gone some are on their way still, until the worker has heard of it.
+        if event.route not in worker.routes and not worker.strays.take(now):
             limit = self._settings.limits.stray_chunks_per_s
             self._cut(
                 worker, f"more than {limit} messages a second with tokens of requests that it does not hold", now
@@ -172,7 +172,7 @@ class Workers:
         worker = self._registry.by_peer.get(event.peer)
         if worker is None:
             self._disconnects.worker(event.peer, DisconnectCode.PROTOCOL, error.message)
-        elif worker.account.refused(now, max(event.size_bytes, GARBAGE_BYTES)):
+        elif self._accounts.garbage(worker.identity, event.size_bytes, now):
             self._disconnect(worker, DisconnectCode.PROTOCOL, error.message, now)
         else:
             self._cut(worker, error.message, now)
@@ -236,8 +236,9 @@ class Workers:
             if outside_s := self._accounts.outside_s(identity, now):
                 self._disconnects.worker(peer, DisconnectCode.RATE_LIMITED, outside(outside_s))
                 return
-            if not self._accounts.of(identity).refused(now):
-                self._accounts.punish(identity, now)
+            if too_many := self._accounts.begin(identity, now, len(message.models)):
+                self._disconnects.worker(peer, DisconnectCode.RATE_LIMITED, too_many)
+                return
             self._register(peer, message, identity, now)
         elif not isinstance(message, Goodbye):
             self._disconnects.worker(peer, DisconnectCode.UNKNOWN_PEER, unknown(message, "READY"))
@@ -268,12 +269,14 @@ class Workers:
             identity=identity,
             name=ready.worker,
             account=self._accounts.of(identity),
+            strays=Strays(settings.limits),
             incarnation=ready.incarnation,
             ready=ready,
             reported=ready.load,
         )
         if known is not None:
             worker.measured = known.measured
+        worker.account.sessions += 1
         self._registry.add(worker, now)
         models = [info.name for info in ready.models]
         self._exchange.registered(worker)
@@ -346,6 +349,7 @@ class Workers:
         self._left(worker, why, now, level=level)
 
     def _left(self, worker: WorkerSession, why: str, now: float, *, level: int = logging.INFO) -> None:
+        worker.account.sessions -= 1
         self._outbox.log("worker_left", level=level, worker=worker.name, why=why, in_flight=len(worker.in_flight))
         self._exchange.worker_lost(worker, why, now)
         self._management.worker_lost(worker, why)

@@ -161,7 +161,9 @@ def main(
     """
     context = click.get_current_context()
     if context.invoked_subcommand is not None:
-        return  # the options are those of a broker that runs
+        if curve:  # before `keys` it means what it does behind
+            context.default_map = {"keys": {name: {"folder": curve} for name in keys.commands}}
+        return  # the others are those of a broker that runs
     # Here, since --help and a mistake in the options are to be answered at once, without most of tokenmq.
     from ..broker.server import BrokerServer
 

@@ -21,8 +21,9 @@ PEER_QUEUE_MESSAGES = 10_000
 ROUTER_QUEUE_MESSAGES = 1_000
 #: Connections that wait for accept: many clients may start at once, or come back after a restart (default 100).
 _BACKLOG = 1024
-#: A peer that connects and does not speak ZMTP holds a file descriptor no longer than this (default 30 s).
-_HANDSHAKE_MS = 5_000
+#: A peer that connects and does not speak ZMTP holds a file descriptor no longer than this (default 30 s). Thousands
+#: that come back at once with keys need seconds.
+_HANDSHAKE_MS = 10_000
 #: Reconnection starts quickly and backs off, so that a thousand peers do not storm a broker that is down.
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1_000

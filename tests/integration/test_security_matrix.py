@@ -370,7 +370,8 @@ def test_who_may_say_what(stage: Stage, who: str, side: str, standing: str) -> N
         wanted = dict.fromkeys(wanted, way_in)
     if standing != STRANGER:
         wanted = {command: "taken" if cell == "dropped" else cell for command, cell in wanted.items()}
-    heard_of = ("disconnected", "malformed", "late_answers", "chunk_messages_dropped")
+    # Not those sent away: on a machine that is busy elsewhere, a session of another row may expire meanwhile.
+    heard_of = ("malformed", "late_answers", "chunk_messages_dropped")
     before = stage.counters(*heard_of)
     with ExitStack() as stack:
         victims = {}

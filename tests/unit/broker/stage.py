@@ -109,7 +109,7 @@ class WorkerPeer(Peer):
     def says(self, message: Message) -> list[Said]:
         self.said += 1
         if isinstance(message, Chunks):  # of whose client `route_chunks` knows nothing
-            return self.stage.happens(StrayChunks(self.peer))
+            return self.stage.happens(StrayChunks(self.peer, message.route))
         return self.stage.happens(FromWorker(self.peer, message))
 
     def garbles(self) -> list[Said]:

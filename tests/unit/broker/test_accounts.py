@@ -123,7 +123,7 @@ def test_who_goes_on_after_refusals_loses_the_session(stages: Callable[..., Stag
     for number in range(2, 12):
         refused(client.asks(number, payload=b""))
     said = client.asks(12, payload=b"")
-    assert "it goes on after thousands of refusals" in cut_off(said).message
+    assert "it goes on after many refusals" in cut_off(said).message
     assert kinds(said)[1:] == [("w1", "CANCEL")]
     assert client.peer not in stage.core.clients
     assert stage.core.counters.cut_off == 1
@@ -199,6 +199,13 @@ def test_a_key_that_was_cut_off_stays_outside_for_a_while_longer_each_time(stage
         stage.now += 1.0
 
 
+def test_sessions_that_end_together_are_one_offence() -> None:
+    accounts = Accounts(ClientAccount, Limits(penalty_s=10.0))
+    for _ in range(9):
+        accounts.punish(ANN, 0.0)
+    assert accounts.outside_s(ANN, 0.0) == 10.0
+
+
 def test_penalties_have_a_bound_and_are_forgotten() -> None:
     accounts = Accounts(ClientAccount, Limits(penalty_s=100.0))
     now = 0.0
@@ -236,21 +243,80 @@ def test_a_key_that_brings_garbage_again_and_again_stays_outside(stages: Callabl
     assert stage.core.counters.cut_off == 1
 
 
-def test_a_message_that_keeps_all_waiting_is_one_too_many(stages: Callable[..., Stage]) -> None:
+def test_messages_that_keep_all_waiting_count_for_more(stages: Callable[..., Stage]) -> None:
     stage = stages(curve="keys")
-    client, _ = keyed(stage)
-    said = stage.happens(BadClient(client.peer, ProtocolError("too many frames"), 1 << 40))
-    assert kinds(said) == [("ann", "DISCONNECT rate_limited")]
+    heard = []
+    for _ in range(3):
+        client, _ = keyed(stage)
+        heard += kinds(stage.happens(BadClient(client.peer, ProtocolError("too many frames"), 1 << 40)))
+    assert heard == [("ann", "DISCONNECT protocol")] * 2 + [("ann", "DISCONNECT rate_limited")]
     assert "let in again in" in cut_off(keyed(stage)[1]).message
+    stage.passes(30.0)
+    assert kinds(keyed(stage)[1]) == [("ann", "WELCOME")]
 
 
-def test_a_key_that_begins_session_after_session_stays_outside(stages: Callable[..., Stage]) -> None:
-    stage = stages(curve="keys", limits=Limits(refusals_per_s=1))
+def test_a_key_that_begins_session_after_session_has_to_wait(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(connections_per_peer=0))
     welcomed = 0
     while isinstance((said := keyed(stage)[1])[0][1], Welcome):
         welcomed += 1
-    assert 10 <= welcomed <= 11
-    assert "let in again in" in cut_off(said).message
+    assert welcomed == 8192
+    assert "begins too many sessions: try again in" in cut_off(said).message
+    stage.now += 1.0
+    assert isinstance(keyed(stage)[1][0][1], Welcome)
+
+
+def test_workers_with_one_key_tell_of_so_many_models(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys")
+    identity = Identity(Role.WORKER, "gpu", "G" * 40)
+    models = tuple(ModelInfo(f"m{number}") for number in range(1000))
+    said: list[Said] = []
+    for number in range(201):
+        worker = stage.stranger_worker(f"w{number}")
+        said = stage.happens(FromWorker(worker.peer, replace(worker.ready, models=models), None, identity))
+    assert "try again in" in cut_off(said).message
+    assert len(stage.core.registry) == 200
+
+
+def test_a_key_has_so_many_sessions(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(connections_per_peer=2))
+    first, _ = keyed(stage)
+    keyed(stage)
+    assert "too many connections with this key: at most 2" in cut_off(keyed(stage)[1]).message
+    first.vanishes()
+    assert kinds(keyed(stage)[1]) == [("ann", "WELCOME")]
+
+
+def test_of_many_sessions_with_one_key_only_the_one_that_goes_on_is_cut(stages: Callable[..., Stage]) -> None:
+    stage = stages(curve="keys", limits=Limits(open_requests=1, refusals_per_s=1))
+    worker = stage.stranger_worker("w1")
+    stage.happens(FromWorker(worker.peer, worker.ready, None, Identity(Role.WORKER, "gpu", "G" * 40)))
+    clients = [keyed(stage)[0] for _ in range(20)]
+    clients[0].asks(1)
+    for number, client in enumerate(clients):
+        refused(client.asks(100 + number, payload=b""))
+    assert stage.core.counters.cut_off == 0
+
+
+def test_chunks_for_a_client_that_has_just_gone_are_honest(stages: Callable[..., Stage]) -> None:
+    stage = make(stages, stray_chunks_per_s=1)
+    client = stage.client()
+    worker = stage.busy_worker("w1", client)
+    [route] = stage.core.registry.by_name["w1"].routes
+    client.vanishes()
+    for _ in range(100):
+        assert stage.core.route_chunks(worker.peer, route, stage.now) is None
+        assert worker.says(Chunks(route, (Chunk(request_id(1), 1, 0, 0, (1,), "a"),))) == []
+    assert stage.core.counters.chunk_messages_dropped == 100
+
+
+def test_credit_that_says_nothing_new_ends_at_the_broker(stages: Callable[..., Stage]) -> None:
+    stage = stages()
+    client = stage.client()
+    stage.busy_worker("w1", client)
+    assert client.grants(1, 8) == client.grants(1, 3) == []
+    assert kinds(client.grants(1, 9)) == [("w1", "CREDIT")]
+    assert client.grants(1, 9) == []
 
 
 def test_what_a_worker_serves_is_not_read_again_and_again(stages: Callable[..., Stage]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tokenmq.broker.limits import UNLIMITED, Limits
-from tokenmq.broker.meters import Account, TokenBucket, WorkerAccount
+from tokenmq.broker.meters import Account, Refusals, Strays, TokenBucket, WorkerAccount
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -139,33 +139,40 @@ def lasts(use: Callable[[], bool]) -> int:
 def test_messages_refusals_and_strays_are_cut_off_in_the_end() -> None:
     limits = Limits(messages_per_s=100, refusals_per_s=20, worker_messages_per_s=300, stray_chunks_per_s=40)
     client, worker = Account(limits), WorkerAccount(limits)
+    refusals, strays = Refusals(limits), Strays(limits)
     assert lasts(lambda: client.control(0.0)) == 100
-    assert lasts(lambda: client.refused(0.0)) == lasts(lambda: worker.refused(0.0)) == 200
+    assert lasts(lambda: refusals.take(0.0)) == 200
     assert lasts(lambda: worker.message(0.0)) == 300
-    assert lasts(lambda: worker.stray(0.0)) == 400
+    assert lasts(lambda: strays.take(0.0)) == 400
     assert client.control(0.1)
-    assert client.refused(0.1)
-    assert worker.refused(0.1)
+    assert refusals.take(0.1)
     assert worker.message(0.1)
-    assert worker.stray(0.1)
+    assert strays.take(0.1)
 
 
 def test_large_refusals_count_more() -> None:
-    client, worker = Account(Limits()), WorkerAccount(Limits())
-    assert lasts(lambda: client.refused(0.0, 64 * MIB)) == lasts(lambda: worker.refused(0.0, 64 * MIB)) == 7
-    assert lasts(lambda: Account(Limits()).refused(0.0, 64 * MIB) and client.refused(0.0)) < 2_000
+    refusals = Refusals(Limits())
+    assert lasts(lambda: refusals.take(0.0, 64 * MIB)) == 7
+    assert lasts(lambda: refusals.take(0.0)) < 2_000
+
+
+def test_no_message_costs_more_than_all_that_may_come_at_once() -> None:
+    refusals = Refusals(Limits(refusals_per_s=1))
+    assert refusals.take(0.0, 1 << 40)
+    assert not refusals.take(0.0)
+    assert refusals.take(10.0, 1 << 40)
 
 
 def test_without_limits_everything_passes() -> None:
     client, worker = Account(UNLIMITED), WorkerAccount(UNLIMITED)
+    refusals, strays = Refusals(UNLIMITED), Strays(UNLIMITED)
     for _ in range(1_000):
         assert client.request(MIB, 1_000_000, 0.0) is None
         assert client.query(0.0) is None
         assert client.control(0.0)
-        assert client.refused(0.0, MIB)
+        assert refusals.take(0.0, MIB)
         assert worker.message(0.0)
-        assert worker.stray(0.0)
-        assert worker.refused(0.0, MIB)
+        assert strays.take(0.0)
 
 
 def test_a_rate_of_one_lets_one_pass() -> None:
