@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ import zmq
 from ..protocol.links import Open, Send, Shut
 from ..protocol.log import Log, write
 from ..protocol.messages import ModelInfo
-from ..transport.door import Door
+from ..transport.door import MOST_CONNECTIONS, Door
 from ..transport.endpoints import check_destination, is_local
 from ..transport.links import Links
 from ..transport.pump import Outcome, Pump
@@ -41,6 +42,10 @@ from .settings import WorkerSettings
 LOGGER = logging.getLogger("tokenmq.worker")
 #: At the end: time for the engine to end its step.
 _ENGINE_STOP_S = 2.0
+#: Open files that clients leave to everything else: brokers, the engine, the model's files.
+_FILES_FOR_OTHERS = 256
+#: Clients that are let in however few files there may be.
+_LEAST_CONNECTIONS = 16
 
 
 class WorkerServer:
@@ -165,7 +170,8 @@ class WorkerServer:
     def _open_door(self, settings: WorkerSettings) -> Door:
         """Listen for clients; where that fails, nothing is left open."""
         try:
-            return Door(self._context, settings.direct, self._pump, settings.pair)
+            most = most_connections(_open_files())
+            return Door(self._context, settings.direct, self._pump, settings.pair, most=most)
         except BaseException:
             self._context.destroy(linger=0)
             self._pump.close()
@@ -230,3 +236,21 @@ class WorkerServer:
                 write(LOGGER, action)
             else:
                 self._stop = action
+
+
+def most_connections(files: int) -> int:
+    """Return how many connections of clients there may be at a time where so many files may be open.
+
+    Where none is left, libzmq takes no connection and tries to without a pause, and the engine can open nothing.
+    """
+    return max(_LEAST_CONNECTIONS, min(MOST_CONNECTIONS, files - _FILES_FOR_OTHERS))
+
+
+def _open_files() -> int:
+    """Return how many files this process may have open now."""
+    if sys.platform == "win32":
+        return sys.maxsize  # no such limit
+    import resource  # not there on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit < 0 else limit
