@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 
-from .connections import ConnectionId
+#: A connection: file descriptor and inode.
+ConnectionId = tuple[int, int]
 
 #: Time for the first word. Clients have it ready as soon as they are connected.
 GREETING_S = 5.0

@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmq.transport.connections import ConnectionId
-from tokenmq.transport.visitors import GREETING_S, Visitors
+from tokenmq.transport.visitors import GREETING_S, ConnectionId, Visitors
 
 
 def conn(number: int) -> ConnectionId:
