@@ -72,6 +72,8 @@ class Exchange:
         self._random = random
         self._streams: dict[bytes, OpenStream] = {}
         self._line = Line()
+        #: How many streams each broker has.
+        self._sent: Counter[str] = Counter()
         #: When each stream needs a look: the end of a wait or a rest, its deadline, its worker's silence.
         self._timers = Timers()
 
@@ -170,7 +172,7 @@ class Exchange:
         found = self._find(message.id, message.attempt, endpoint)
         if found is None:
             return
-        self._sessions[endpoint].gate.moved(now)
+        self._sessions[endpoint].gate.freed(now)
         stream, attempt = found
         if message.chunks <= attempt.chunks:
             self._finish(stream, attempt, message, now)
@@ -206,6 +208,8 @@ class Exchange:
             limited = message.code == ErrorCode.RATE_LIMITED.value and not message.worker
             if limited:
                 self._sessions[endpoint].gate.refused(message.retry_after_s, stream.left_at, now)
+            else:
+                self._sessions[endpoint].gate.freed(now)
             self._fault(stream, attempt, error_from(message), now, limited=limited)
 
     def _find(self, key: bytes, number: int, endpoint: str) -> tuple[OpenStream, OpenAttempt] | None:
@@ -259,7 +263,7 @@ class Exchange:
                 self._end(stream, too_late(stream))
             elif stream.place is Place.RESTING:
                 self._send(stream, now)
-            elif (until := self._held_until()) > now:
+            elif (until := self._held_until(now)) > now:
                 stream.waits_until = until
                 self._set_timer(stream, until, stream.deadline)
             else:
@@ -268,8 +272,10 @@ class Exchange:
                 error = self._sessions.none_came(key.hex(), waited_s)
                 self._end(stream, unserved(stream, error))
 
-    def _held_until(self) -> float:
-        """Return how long requests wait for a broker that limits this client, as long as it takes some of them."""
+    def _held_until(self, now: float) -> float:
+        """Return how long requests wait for a broker that limits this client, as long as it takes or has some."""
+        for endpoint in self._sent:
+            self._sessions[endpoint].gate.moved(now)
         since = self._sessions.held_since()
         return -math.inf if since is None else since + self._settings.recovery_timeout_s
 
@@ -320,6 +326,7 @@ class Exchange:
         except BadRequestError as error:  # only with tokens: what broke the stream is what its reader should know
             self._end(stream, cannot_resume(stream, error))
             return
+        self._sent[session.endpoint] += 1
         self._sessions.submit(session.endpoint, request, now)
         self._watch(stream)
 
@@ -353,7 +360,7 @@ class Exchange:
     def _prefer(self, stream: OpenStream, winner: OpenAttempt, now: float) -> None:
         """Of two open attempts, close the one beside the one that has brought something."""
         (loser,) = (attempt for attempt in stream.open if attempt is not winner)
-        self._sessions.send(stream.endpoint, stream.cancel(loser), now)
+        self._cancel(stream, loser, now)
         self._close(stream, loser, None)
 
     def _patience_s(self, stream: OpenStream) -> float:
@@ -378,7 +385,7 @@ class Exchange:
 
     def _give_up(self, stream: OpenStream, attempt: OpenAttempt, error: TokenmqError, now: float) -> None:
         """Fail an attempt that its worker believes to go on."""
-        self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
+        self._cancel(stream, attempt, now)
         self._fault(stream, attempt, error, now)
 
     def _fault(
@@ -401,6 +408,7 @@ class Exchange:
         if final is not None:
             self._end(stream, final)
             return
+        self._left(stream)
         stream.fail(error, now, limited=limited)
         level = logging.DEBUG if limited else logging.WARNING  # of a burst it would be thousands of lines
         self._orders.log(
@@ -426,15 +434,29 @@ class Exchange:
     def _tell_cancel(self, stream: OpenStream, now: float) -> None:
         if stream.place is Place.SENT:
             for attempt in stream.open:
-                self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
+                self._cancel(stream, attempt, now)
+
+    def _cancel(self, stream: OpenStream, attempt: OpenAttempt, now: float) -> None:
+        """Tell the broker that an attempt is not wanted any more."""
+        self._sessions.send(stream.endpoint, stream.cancel(attempt), now)
+        if attempt.finish is None:  # else its end has been counted
+            self._sessions[stream.endpoint].gate.freed(now)
 
     def _end(self, stream: OpenStream, outcome: Ending | TokenmqError) -> None:
         del self._streams[stream.id]
         self._timers.drop(stream.id)
+        self._left(stream)
         if stream.place is Place.WAITING:
             self._line.leave(stream.id)
         error = None if isinstance(outcome, Ending) else outcome
         self._orders.add(Ended(stream.id, stream.attempts(error), outcome))
+
+    def _left(self, stream: OpenStream) -> None:
+        """Count a stream that is at its broker no more; one that is at none counts nowhere."""
+        if stream.endpoint:
+            self._sent[stream.endpoint] -= 1
+            if not self._sent[stream.endpoint]:
+                del self._sent[stream.endpoint]
 
     def validate(self) -> None:
         """Check every invariant.
@@ -469,5 +491,7 @@ class Exchange:
             bounded = not sent or stream.deadline is not None or stream.due_at(self._settings) is not None
             assert key in self._timers or not bounded, "a wait without a bound"
             timed += key in self._timers
+        endpoints = Counter(stream.endpoint for stream in self._streams.values() if stream.endpoint)
+        assert self._sent == endpoints, "what brokers have is miscounted"
         assert timed == len(self._timers), "a stray timer"
         assert not self._sessions.closed or not self._streams, "the closed client holds requests"

@@ -10,12 +10,17 @@ A gate is open until the broker refuses a request for the client's rate. From th
 The rate falls by a part at a refusal and grows while there is none, so that it stays about where the broker's limit
 is: a burst of many requests costs few refusals, and takes the time that the limit gives it.
 
+Where the limit is on how many are open at a time, a place is free as soon as one of our own has ended. Which limit
+it was, a refusal does not say. So for each request that ends, one more may pass early, before its time. One of these
+that is refused nevertheless says nothing of the rate, but keeps others from trying for a while.
+
 It knows no broker and no request, only times.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 #: A broker that names no time means: soon.
 DEFAULT_PAUSE_S = 0.1
@@ -29,6 +34,11 @@ _LEAST_RATE = 1.0
 _MOST_RATE = 20_000.0
 #: What a loop that is late may catch up on at once.
 _CATCH_UP_S = 0.02
+#: Nobody passes early for so long after one that did and was refused; doubled each time that this happens again soon.
+_EARLY_PAUSE_S = 0.1
+_EARLY_PAUSE_MAX_S = 3.2
+#: Places that wait for somebody to pass early: of a rate that is limited, they know nothing, so no burst.
+_MOST_PLACES = 16
 
 
 class Gate:
@@ -49,6 +59,13 @@ class Gate:
         self._rate = 0.0
         self._refused_at = -math.inf
         self._growth_s = _FIRST_GROWTH_S
+        #: Requests that have ended, and whose places nobody has taken early.
+        self._places = 0
+        #: From when on requests may pass early, and when the last ones did.
+        self._early_from = -math.inf
+        self._early_at: deque[float] = deque(maxlen=_MOST_PLACES)
+        self._early_refused_at = -math.inf
+        self._early_pause_s = _EARLY_PAUSE_S
 
     @property
     def free(self) -> bool:
@@ -68,9 +85,19 @@ class Gate:
             self.moved_at = now
             # One request may leave in the time that the broker named: the best guess there is.
             self._fall(1 / pause_s, _FIRST_GROWTH_S, now)
+        elif left_at in self._early_at:
+            self._no_more_early(now)
         elif left_at > self._refused_at:
             self._fall(self._present(now) * _FALL, _GROWTH_S, now)
         self._shut(max(self._opens_at, now + pause_s), now)
+
+    def _no_more_early(self, now: float) -> None:
+        if now >= self._early_from:  # of some that passed together, once
+            again = now < self._early_refused_at + 4 * self._early_pause_s
+            self._early_pause_s = min(2 * self._early_pause_s, _EARLY_PAUSE_MAX_S) if again else _EARLY_PAUSE_S
+            self._early_refused_at = now
+            self._early_from = now + self._early_pause_s
+        self._places = 0
 
     def _fall(self, rate: float, growth_s: float, now: float) -> None:
         self._rate = min(max(rate, _LEAST_RATE), _MOST_RATE)
@@ -88,24 +115,39 @@ class Gate:
         rate = self._present(now)
         if rate >= _MOST_RATE:
             self._rate = 0.0
-            return
-        self._shut(max(self._opens_at, now - _CATCH_UP_S) + 1 / rate, now)
+            self._places = 0
+        elif now < self._opens_at:
+            self._places -= 1
+            self._early_at.append(now)
+            self._shut(max(self._opens_at, now + 1 / rate), now)
+        else:
+            self._shut(max(self._opens_at, now - _CATCH_UP_S) + 1 / rate, now)
 
     def _shut(self, until: float, now: float) -> None:
         self._opens_at = until
-        self.open = until <= now
+        self.open = self._due_at() <= now
+
+    def _due_at(self) -> float:
+        """Return when the next request may pass."""
+        return min(self._opens_at, self._early_from) if self._places else self._opens_at
 
     def moved(self, now: float) -> None:
-        """Note that the broker has taken a request."""
+        """Note that the broker has taken a request, or has one of ours."""
         self.moved_at = now
+
+    def freed(self, now: float) -> None:
+        """Note that a request has ended which the broker had taken; `tick` lets another one have its place."""
+        self.moved_at = now
+        if not self.free:
+            self._places = min(self._places + 1, _MOST_PLACES)
 
     def tick(self, now: float) -> bool:
         """Open it if it is time; tell whether that was now."""
-        if self.open or now < self._opens_at:
+        if self.open or now < self._due_at():
             return False
         self.open = True
         return True
 
     def next_deadline(self) -> float | None:
         """Return when `tick` opens it; None for never."""
-        return None if self.open else self._opens_at
+        return None if self.open else self._due_at()

@@ -71,9 +71,13 @@ class Limit:
         return (1.0 - self.level) / self.rate
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["long ones", "short ones"])
 @pytest.mark.parametrize(("rate", "count"), [(5.0, 100), (100.0, 3_000), (1_000.0, 10_000)])
-def test_a_burst_takes_the_time_that_the_limit_gives_it_and_few_refusals(rate: float, count: int) -> None:
-    """What is under way at the first refusal is refused, since nobody knew better; what follows is hardly ever."""
+def test_a_burst_takes_the_time_that_the_limit_gives_it_and_few_refusals(rate: float, count: int, ends: bool) -> None:
+    """What is under way at the first refusal is refused, since nobody knew better; what follows is hardly ever.
+
+    Short ones end meanwhile, and each of them lets another one try.
+    """
     limit, gate, now, delay = Limit(rate, rate), Gate(), 0.0, 0.002
     a_millisecond, waiting, flying, refused = 20, count, deque[tuple[float, float]](), 0
     while waiting or flying:
@@ -85,6 +89,8 @@ def test_a_burst_takes_the_time_that_the_limit_gives_it_and_few_refusals(rate: f
                 gate.refused(pause_s, left_at, now)
                 refused += 1
                 waiting += 1
+            elif ends:
+                gate.freed(now)
         gate.tick(now)
         for _ in range(min(a_millisecond, waiting)):
             if gate.open:
@@ -92,8 +98,67 @@ def test_a_burst_takes_the_time_that_the_limit_gives_it_and_few_refusals(rate: f
                 flying.append((now + delay, now))
                 waiting -= 1
         assert now < 10 * count / rate + 60
-    assert refused < 4 * a_millisecond + 0.15 * count
+    assert refused < 4 * a_millisecond + (0.6 if ends else 0.15) * count
     assert now < 1.7 * count / rate + 5.0
+
+
+@pytest.mark.parametrize(("places", "count"), [(1, 12), (1, 100), (8, 400), (64, 2_000)])
+def test_a_limit_of_open_requests_costs_hardly_any_time(places: int, count: int) -> None:
+    """What ends makes room for the next one, and no pause that the broker asks for keeps that one away."""
+    draw, gate, now, takes, delay = random.Random(7), Gate(), 0.0, 0.05, 0.002
+    waiting, refused, done = count, 0, 0
+    flying, running = deque[tuple[float, float]](), list[float]()
+    while done < count:
+        now += 0.001
+        for end in [end for end in running if end <= now]:
+            running.remove(end)
+            done += 1
+            gate.freed(now)
+        while flying and flying[0][0] <= now:
+            _, left_at = flying.popleft()
+            if len(running) < places:
+                running.append(now + takes * (0.5 + draw.random()))
+            else:
+                gate.refused(1.0, left_at, now)
+                refused += 1
+                waiting += 1
+        gate.tick(now)
+        while gate.open and waiting:
+            gate.passed(now)
+            flying.append((now + delay, now))
+            waiting -= 1
+        assert now < 600
+    assert now < 1.5 * takes * count / places + 0.5
+    assert refused < count + 2 * now + 10, "the first burst, and a few"
+
+
+def test_each_request_that_ends_lets_one_pass_early() -> None:
+    gate = Gate()
+    gate.refused(1.0, 9.9, 10.0)
+    gate.freed(10.1)
+    assert gate.next_deadline() != 11.0
+    assert gate.tick(10.1)
+    gate.passed(10.1)
+    assert not gate.open
+    assert gate.next_deadline() == pytest.approx(11.0, abs=0.2)
+
+
+def test_who_passed_early_and_was_refused_keeps_others_from_it_longer_each_time() -> None:
+    gate, now, pauses = Gate(), 10.0, []
+    gate.refused(60.0, 9.9, now)
+    for _ in range(5):
+        gate.freed(now)
+        assert gate.tick(now)
+        gate.passed(now)
+        gate.refused(60.0, now, now + 0.002)
+        gate.freed(now + 0.003)
+        due = gate.next_deadline()
+        assert due is not None
+        pauses.append(due - now)
+        now = due
+    assert pauses == sorted(pauses)
+    assert pauses[-1] > 10 * pauses[0]
+    assert pauses[-1] < 60.0
 
 
 def test_a_line_keeps_to_turns_whatever_happens() -> None:
@@ -177,6 +242,40 @@ def test_a_worker_has_no_word_in_what_its_broker_takes() -> None:
     story.submit(1)
     story.error("rate_limited", retry_after_s=60.0, worker="w1")  # the broker has added the name
     assert request(story.submit(2)).id == key(2)
+
+
+@pytest.mark.parametrize("how", ["finish", "error", "cancel"])
+def test_what_ends_lets_the_next_in_line_go(how: str) -> None:
+    story = Story()
+    story.open_sessions()
+    for number in (1, 2, 3):
+        story.submit(number)
+    story.started(number=1)
+    for number in (2, 3):
+        story.error("rate_limited", number=number, retry_after_s=60.0)
+    assert requests(story.tick(0.5)) == []
+    if how == "finish":
+        story.finish(0)
+    elif how == "error":
+        story.error("internal", retryable=False, worker="w1")
+    else:
+        story.cancel(1)
+    assert request(story.tick()).id == key(2)
+    assert requests(story.tick(0.5)) == [], "one for one"
+
+
+def test_who_waits_behind_ones_own_long_answers_is_not_given_up() -> None:
+    story = Story(connect_timeout_s=1.0, recovery_timeout_s=10.0, first_token_timeout_s=None)
+    story.open_sessions()
+    story.submit(1)
+    story.started(number=1)
+    story.submit(2)
+    story.error("rate_limited", number=2, retry_after_s=60.0)
+    assert requests(patience(story, 50.0)) == []
+    assert story.finish(0, number=1)
+    assert request(story.tick()).id == key(2)
+    story.error("rate_limited", number=2, attempt=2, retry_after_s=60.0)
+    assert isinstance(failure(patience(story, 11.0)), RateLimitedError), "with none there, it is"
 
 
 def test_another_broker_takes_requests_meanwhile() -> None:
