@@ -27,9 +27,13 @@ def curves(server_keys: Sequence[str], key: str, endpoints: Sequence[str]) -> tu
         raise KeyFileError("a key is given, and no server key: --server-key is needed, too, the broker's public key")
     if len(server_keys) not in (1, len(endpoints)):
         raise KeyFileError(
-            f"{len(server_keys)} server keys for {len(endpoints)} endpoints: "
+            f"{len(server_keys)} server keys for {_counted(len(endpoints), 'endpoint')}: "
             "expected one for all of them, or one for each"
         )
     pair = load_pair(key)
     publics = [public_key(each) for each in server_keys]
     return tuple(Curve(pair, publics[index % len(publics)]) for index in range(len(endpoints)))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

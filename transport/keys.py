@@ -13,7 +13,6 @@ import os
 import shlex
 import stat
 import string
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -102,10 +101,13 @@ def load_pair(path: str) -> KeyPair:
         KeyFileError: it is not there, others can read or write it, it has no key pair in it, or its halves are not of
             one pair; the message says what to do.
     """
-    content = _read(path, _check_private)
+    content, status = _read(path)
     if content.secret is None:
-        what = "only a public key" if content.public else "no key"
-        raise KeyFileError(f"{shown(path)} has {what} in it: give the file with the secret key")
+        what = "only a public key" if content.public else "no secret key"
+        raise KeyFileError(
+            f"{shown(path)} has {what} in it: give the file with the secret key, NAME{PUBLIC_SUFFIX}{PRIVATE_SUFFIX}"
+        )
+    _check_private(path, status)  # of what holds no secret, the mode matters to nobody
     if content.public is None:
         raise KeyFileError(f"{shown(path)} has no public key in it beside the secret one")
     for half, key in (("public", content.public), ("secret", content.secret)):
@@ -147,7 +149,9 @@ def read_public(path: str, *, guarded: bool = False) -> str:
     """
     if path.endswith(PRIVATE_SUFFIX):
         raise KeyFileError(_give_the_public_one(path))
-    content = _read(path, check_guarded if guarded else None)
+    content, status = _read(path)
+    if guarded:
+        check_guarded(path, status)
     if content.secret is not None:
         raise KeyFileError(_give_the_public_one(path))
     if content.public is None:
@@ -226,8 +230,8 @@ def _check_owner(path: str, status: os.stat_result) -> None:
         )
 
 
-def _read(path: str, check: Callable[[str, os.stat_result], None] | None) -> _Content:
-    """Read a key file that `check` does not refuse: it gets the opened file's status, as a path can change hands."""
+def _read(path: str) -> tuple[_Content, os.stat_result]:
+    """Read a key file; return what is in it, and the opened file's own status, as a path can change hands."""
     try:
         # Not waiting: whoever opens a named pipe would hang until somebody writes to it.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -236,8 +240,6 @@ def _read(path: str, check: Callable[[str, os.stat_result], None] | None) -> _Co
             if not stat.S_ISREG(status.st_mode):
                 what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
                 raise KeyFileError(f"{shown(path)} is {what}: expected a key file")
-            if check:
-                check(path, status)
             with open(descriptor, "rb", closefd=False) as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         finally:
@@ -250,7 +252,7 @@ def _read(path: str, check: Callable[[str, os.stat_result], None] | None) -> _Co
         raise KeyFileError(f"{shown(path)} is no path of a file") from error  # a null character in it
     if len(content) > MAX_FILE_BYTES:
         raise KeyFileError(f"{shown(path)} is longer than {MAX_FILE_BYTES} bytes: expected a key file")
-    return _parse(path, content.decode("latin-1"))  # which takes any byte; what is no Z85 is found later
+    return _parse(path, content.decode("latin-1")), status  # which takes any byte; what is no Z85 is found later
 
 
 def _why_unread(path: str, error: OSError) -> str:

@@ -241,7 +241,7 @@ def test_a_secret_is_in_no_repr() -> None:
     [
         ({"server_key": "x"}, "no key of one's own"),
         ({"key": "x"}, "no server key"),
-        ({"server_key": ["a", "b", "c"], "key": "x"}, "3 server keys for 1 endpoints"),
+        ({"server_key": ["a", "b", "c"], "key": "x"}, "3 server keys for 1 endpoint:"),
         ({"server_key": 5, "key": "x"}, "expected strings or paths"),
         ({"server_key": [5], "key": "x"}, "expected a string or path, or several"),
         ({"server_key": "b" * 40, "key": "/nowhere/key"}, "/nowhere/key"),
@@ -257,7 +257,7 @@ def test_the_environment_gives_what_the_program_does_not(monkeypatch: pytest.Mon
     with pytest.raises(BadRequestError, match="no server key"):
         settings_from(None, name=None)
     monkeypatch.setenv("TOKENMQ_CLIENT_SERVER_KEY", f"{'b' * 40} {'c' * 40}")
-    with pytest.raises(BadRequestError, match="2 server keys for 1 endpoints"):
+    with pytest.raises(BadRequestError, match="2 server keys for 1 endpoint:"):
         settings_from(None, name=None)
     with pytest.raises(BadRequestError, match="/nowhere/key"):
         settings_from([ONE, TWO], name=None)

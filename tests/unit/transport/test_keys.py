@@ -223,10 +223,19 @@ def test_a_long_file_is_not_read(pair: tuple[Path, Path]) -> None:
         load_pair(str(pair[1]))
 
 
-def test_a_public_file_is_no_secret_one(pair: tuple[Path, Path]) -> None:
-    pair[0].chmod(0o600)
-    with pytest.raises(KeyFileError, match=r"a\.key has only a public key in it: give the file with the secret key"):
-        load_pair(str(pair[0]))
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
+def test_a_file_without_a_secret_is_told_so_whoever_can_read_it(
+    pair: tuple[Path, Path], tmp_path: Path, mode: int
+) -> None:
+    (tmp_path / "other").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    for path, words in (
+        (pair[0], r"a\.key has only a public key in it: give the file with the secret key, NAME\.key_secret"),
+        (tmp_path / "other", "other has no secret key in it"),
+    ):
+        path.chmod(mode)
+        with pytest.raises(KeyFileError, match=words) as caught:
+            load_pair(str(path))
+        assert "chmod" not in str(caught.value)
 
 
 def test_halves_of_two_pairs_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -246,8 +255,8 @@ def test_malformed_files_are_refused_and_show_no_secret(pair: tuple[Path, Path],
         (made.public, "", "", "secret key is not 40"),
         (made.public[1:], made.secret, "", "public key is not 40"),
         (None, made.secret, "", "no public key in it"),
-        (None, None, "secret-key", "no key in it"),
-        (None, None, "\0\xff" * 99, "no key in it"),
+        (None, None, "secret-key", "no secret key in it"),
+        (None, None, "\0\xff" * 99, "no secret key in it"),
         (made.public, made.secret, f"secret-key = {made.secret[::-1]}", "more than one secret-key"),
     ]
     for public, secret, more, words in cases:
