@@ -240,7 +240,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     keys.new("revoked_client", CLIENT)
     keys.new("revoked_worker", WORKER)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with LocalCluster("--curve", str(keys.path), folder=folder) as cluster:
+    with LocalCluster("--curve", str(keys.path), "--expiry", "60", folder=folder) as cluster:
         cluster.start_worker(*PACED, *keys.options("gpu"))
         with closing(Stage(cluster, keys, context)) as made:
             yield made
