@@ -7,11 +7,15 @@
             print(client.generate("toy", prompt="Hello", max_tokens=8).text())
 
 The processes are the commands zmq-broker and zmq-worker, with the options that these take.
+
+Keys in the environment are those of another cluster: this one leaves them out, unless its brokers are given --curve.
+A Client takes them, so where there are any, one for this cluster needs `server_key=""` and `key=""`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +39,11 @@ _POLL_S = 0.05
 _CONNECT_TIMEOUT_S = 1.0
 _LOG_TAIL_LINES = 20
 _PORTS = range(20_000, 32_000)
+#: Where the commands and clients find keys that no option names.
+_KEY_VARIABLES = frozenset(
+    ["TOKENMQ_BROKER_CURVE", "TOKENMQ_BROKER_UPLINK_KEY", "TOKENMQ_BROKER_UPLINK_SERVER_KEYS"]
+    + [f"TOKENMQ_{part}_{key}" for part in ("CLIENT", "WORKER") for key in ("KEY", "SERVER_KEY")]
+)
 
 
 class LocalClusterError(RuntimeError):
@@ -49,10 +58,13 @@ class LocalProcess:
         log: where its standard error goes.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
-        """Start the command."""
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start the command; None as its environment stands for ours at each start."""
         self.name = name
         self.log = log
+        self._environment = environment
         self._command = list(command)
         self._start()
 
@@ -60,7 +72,12 @@ class LocalProcess:
         with self.log.open("ab") as sink:
             # In a session of its own: Ctrl-C is for the program that started it, and that ends it in order.
             self._process = subprocess.Popen(  # noqa: S603 (our own commands, no shell)
-                self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                env=self._environment,
             )
 
     @property
@@ -154,12 +171,13 @@ class LocalCluster:
         self.frontends = tuple(endpoints[::2])
         self.backends = tuple(endpoints[1::2])
         self.workers: list[LocalProcess] = []
+        self._keyed = any(option == "--curve" or option.startswith("--curve=") for option in broker_options)
         self.brokers = [self._start_broker(number, *broker_options) for number in range(brokers)]
 
     def _start_broker(self, number: int, *options: str) -> LocalProcess:
         name = "broker" if len(self.frontends) == 1 else f"broker-{number + 1}"
         own = ("--name", name, "--frontend", self.frontends[number], "--backend", self.backends[number])
-        return LocalProcess(name, _command("broker", *own, *options), self.folder / f"{name}.log")
+        return self._process(name, _command("broker", *own, *options))
 
     @property
     def broker(self) -> LocalProcess:
@@ -186,8 +204,12 @@ class LocalCluster:
         known = [] if "--worker-name" in options else ["--worker-name", name]
         if "--broker" not in options:
             known += [part for endpoint in self.backends for part in ("--broker", endpoint)]
-        self.workers.append(LocalProcess(name, _command("worker", *known, *options), self.folder / f"{name}.log"))
+        self.workers.append(self._process(name, _command("worker", *known, *options)))
         return self.workers[-1]
+
+    def _process(self, name: str, command: Sequence[str]) -> LocalProcess:
+        kept = None if self._keyed else {each: os.environ[each] for each in os.environ if each not in _KEY_VARIABLES}
+        return LocalProcess(name, command, self.folder / f"{name}.log", kept)
 
     def wait_ready(self, model: str, workers: int = 1, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Wait until each broker has so many workers of the model that are ready.
@@ -198,10 +220,16 @@ class LocalCluster:
         end = time.monotonic() + timeout_s
         for frontend in self.frontends:
             # Asked anew each second, so that a broker that has died is not waited for.
-            with Client(frontend, connect_timeout_s=min(timeout_s, _CONNECT_TIMEOUT_S)) as client:
+            connect_timeout_s = min(timeout_s, _CONNECT_TIMEOUT_S)
+            with Client(frontend, connect_timeout_s=connect_timeout_s, **self._client_keys) as client:
                 while self._ready(client, model) < workers:
                     self._check(f"waiting for {workers} workers of {model}", timeout_s, end)
                     time.sleep(_POLL_S)
+
+    @property
+    def _client_keys(self) -> dict[str, str]:
+        """What our own clients are told of keys: nothing, so that they look into the environment, or to have none."""
+        return {} if self._keyed else {"server_key": "", "key": ""}
 
     def _check(self, what: str, timeout_s: float, end: float) -> None:
         processes = (*self.brokers, *self.workers)

@@ -85,6 +85,20 @@ def test_waiting_ends_when_one_of_the_brokers_lacks_a_worker(brokers: MakeCluste
         cluster.wait_ready(MODEL, timeout_s=0.2)
 
 
+def test_keys_of_another_cluster_in_the_environment_disturb_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = ("CLIENT_KEY", "CLIENT_SERVER_KEY", "WORKER_KEY", "WORKER_SERVER_KEY")
+    for each in (*parts, "BROKER_UPLINK_KEY", "BROKER_UPLINK_SERVER_KEYS"):
+        monkeypatch.setenv(f"TOKENMQ_{each}", "/nowhere/key")
+    monkeypatch.setenv("TOKENMQ_BROKER_CURVE", "/nowhere")
+    with LocalCluster(folder=tmp_path) as cluster:
+        cluster.start_worker(*SYNTHETIC)
+        cluster.wait_ready(MODEL, timeout_s=PATIENCE_S)
+        with Client(cluster.frontend, server_key="", key="") as client:
+            assert client.generate(MODEL, "x", max_tokens=2).text()
+
+
 def test_a_cluster_has_a_broker() -> None:
     with pytest.raises(ValueError, match="brokers: expected 1 or more, got 0"):
         LocalCluster(brokers=0)
