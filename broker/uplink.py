@@ -38,6 +38,7 @@ from ..protocol.messages import (
     Request,
     WorkerState,
 )
+from ..protocol.refusal import UPLINK_KEY_OPTIONS
 from .exchange import Exchange
 from .guests import Guest, guest_of
 from .outbox import Outbox
@@ -95,7 +96,9 @@ class Uplink:
         self._new_route = new_route
         self._query = query
         self._asker_lost = asker_lost
-        self._membership = Membership(settings.uplinks, self, outbox, keyed=bool(settings.uplink_key))
+        self._membership = Membership(
+            settings.uplinks, self, outbox, keyed=bool(settings.uplink_key), key_options=UPLINK_KEY_OPTIONS
+        )
         #: Guests by their parent's route, by parent.
         self._guests: dict[str, dict[bytes, Guest]] = {parent: {} for parent in settings.uplinks}
         self._summarizer = Summarizer(id, registry)

@@ -42,7 +42,9 @@ def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator
         broker: endpoints in the place of those that the group of commands was given; none for these.
         direct: networks in which workers are dialled for their tokens.
     """
-    from ..client import Client  # here, since --help and a mistake in the options need nothing of it
+    # Here, since --help and a mistake in the options need nothing of it.
+    from ..client import Client
+    from ..client.settings import KEYS_PREFIX
 
     chosen: dict[str, Any] = dict(click.get_current_context().obj)
     if broker:
@@ -55,7 +57,8 @@ def connected(broker: tuple[str, ...], direct: tuple[str, ...] = ()) -> Iterator
             yield client
     except TokenmqError as error:
         request = f" [request {error.request_id}]" if error.request_id else ""
-        fail(f"{error.message} ({error.code}){request}")
+        # A program is told which arguments of Client were wrong; here the options are named in the text.
+        fail(f"{error.message.removeprefix(KEYS_PREFIX)} ({error.code}){request}")
     except EndpointError as error:
         fail(str(error))
     except BrokenPipeError:

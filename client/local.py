@@ -221,15 +221,11 @@ class LocalCluster:
         for frontend in self.frontends:
             # Asked anew each second, so that a broker that has died is not waited for.
             connect_timeout_s = min(timeout_s, _CONNECT_TIMEOUT_S)
-            with Client(frontend, connect_timeout_s=connect_timeout_s, **self._client_keys) as client:
+            keys = None if self._keyed else ""  # None: from the environment
+            with Client(frontend, connect_timeout_s=connect_timeout_s, server_key=keys, key=keys) as client:
                 while self._ready(client, model) < workers:
                     self._check(f"waiting for {workers} workers of {model}", timeout_s, end)
                     time.sleep(_POLL_S)
-
-    @property
-    def _client_keys(self) -> dict[str, str]:
-        """What our own clients are told of keys: nothing, so that they look into the environment, or to have none."""
-        return {} if self._keyed else {"server_key": "", "key": ""}
 
     def _check(self, what: str, timeout_s: float, end: float) -> None:
         processes = (*self.brokers, *self.workers)

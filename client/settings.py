@@ -49,6 +49,8 @@ _OPTIONAL_SECONDS = (
 #: Where the keys come from that the program does not give.
 SERVER_KEY_VARIABLE = "TOKENMQ_CLIENT_SERVER_KEY"
 KEY_VARIABLE = "TOKENMQ_CLIENT_KEY"
+#: What an error about them begins with: the arguments' names.
+KEYS_PREFIX = "server_key, key: "
 #: Nobody counts further, and pauses double only so often.
 _MOST_ATTEMPTS = 1_000_000
 
@@ -192,4 +194,4 @@ def _curves(
     try:
         return curves([str(each) for each in given if str(each)], str(key), endpoints)
     except KeyFileError as error:
-        raise BadRequestError(f"server_key, key: {error}") from error
+        raise BadRequestError(f"{KEYS_PREFIX}{error}") from error

@@ -21,7 +21,7 @@ from .enlistment import LIMITED_PAUSE_S, UNREACHED_AGAIN_S, Enlistment, Phase
 from .links import Connected, LinkEvent, Lost, Malformed, Open, Received, Refused, Send, Shut
 from .messages import Accepted, Disconnect, DisconnectCode, Draining, Goodbye, Heartbeat, Load, Message, Ready
 from .orders import Orders
-from .refusal import AT_BACKEND, explain
+from .refusal import AT_BACKEND, KEY_OPTIONS, explain
 
 #: Least time between two reports to a broker: what others have here is then wrong for hardly longer than a message
 #: takes, and the reports cost a broker at most 20 small messages a second and member.
@@ -61,7 +61,15 @@ class Membership:
         sessions: the session with each broker, or the pause between two, by endpoint.
     """
 
-    def __init__(self, brokers: Iterable[str], member: Member, orders: Orders[Any], *, keyed: bool = False) -> None:
+    def __init__(
+        self,
+        brokers: Iterable[str],
+        member: Member,
+        orders: Orders[Any],
+        *,
+        keyed: bool = False,
+        key_options: tuple[str, str] = KEY_OPTIONS,
+    ) -> None:
         """Have no session yet; the first `tick` opens sockets.
 
         Args:
@@ -69,8 +77,10 @@ class Membership:
             member: whom the sessions are for.
             orders: takes what is to be done (LinkAction), in order.
             keyed: they are connected to with CURVE.
+            key_options: what the options are called that give the keys for that.
         """
         self._keyed = keyed
+        self._key_options = key_options
         self.sessions = {broker: Enlistment(broker) for broker in brokers}
         self._member = member
         self._orders = orders
@@ -258,7 +268,9 @@ class Membership:
         """Try again after a pause: the key may be enrolled later, and the broker that ended come back."""
         if not session.has_socket:
             return
-        reason = explain(event.refusal, session.broker, keyed=self._keyed, place=AT_BACKEND)
+        reason = explain(
+            event.refusal, session.broker, keyed=self._keyed, place=AT_BACKEND, options=self._key_options
+        )
         if session.phase is not Phase.OPENING:  # no handshake comes behind another one; but if it did
             self._end(session, reason, now)
             return

@@ -12,7 +12,8 @@ from tokenmq.broker.events import FromWorker
 from tokenmq.broker.settings import BrokerSettings
 from tokenmq.protocol.errors import ErrorCode
 from tokenmq.protocol.limits import MAX_HOPS
-from tokenmq.protocol.links import Connected, Received, Send, Shut
+from tokenmq.protocol.links import Connected, Received, Refused, Send, Shut
+from tokenmq.protocol.log import Log
 from tokenmq.protocol.messages import (
     Accepted,
     Cancel,
@@ -39,6 +40,7 @@ from tokenmq.protocol.messages import (
     Started,
     WorkerState,
 )
+from tokenmq.protocol.refusal import Refusal
 from tokenmq.transport.endpoints import EndpointError
 
 from .stage import request_id
@@ -94,6 +96,14 @@ def test_a_broker_registers_before_it_has_workers_and_is_ready_when_it_has(tree:
     assert child.state is WorkerState.READY
     assert (child.ready.slots, child.ready.brokers) == (3, ("mid-2",))
     assert tree.cores["root"].registry.models() == ["a", "b"]
+
+
+def test_a_broker_above_that_wants_keys_is_told_with_this_commands_options() -> None:
+    core = BrokerCore(BrokerSettings(name="mid", uplinks=(endpoint("root"),)), software="test/1", now=0.0)
+    core.tick(0.0)
+    logs = [each for each in core.handle(Refused(endpoint("root"), Refusal.MISMATCH), 0.0) if isinstance(each, Log)]
+    (told,) = [log.fields["reason"] for log in logs if log.event == "connection_refused"]
+    assert "give --uplink-server-key and --uplink-key" in told
 
 
 def test_what_changes_below_is_told_through_every_level(tree: Tree) -> None:

@@ -305,7 +305,7 @@ def test_who_is_refused_tries_again_after_a_pause_and_says_so_once_a_minute(fres
     [told] = refusals(fresh)
     assert told.fields["broker"] == say.broker
     assert "does not admit this key" in told.fields["reason"]
-    assert "workers" in told.fields["reason"]
+    assert "expected the key of a worker" in told.fields["reason"]
     fresh.tell(Refused(say.broker, Refusal.MISMATCH))  # that is news
     assert "wants keys" in refusals(fresh)[-1].fields["reason"]
 
