@@ -15,6 +15,7 @@ from ..protocol.identity import Identity
 from ..protocol.log import Log, write
 from ..transport.claims import Claims
 from ..transport.connections import ConnectionId, Entrance, id_of
+from ..transport.pump import another
 from .doorman import Close, Doorman, Why
 from .limits import Limits
 
@@ -30,6 +31,7 @@ class Entry:
 
     Attributes:
         socket: becomes readable when connections have come or gone.
+        broke: one has gone, and nobody has asked since.
     """
 
     def __init__(self, router: zmq.Socket[bytes], side: str, limits: Limits, now: float) -> None:
@@ -46,17 +48,23 @@ class Entry:
         self._entrance = Entrance(router)
         self._doorman = Doorman(limits)
         self.socket = self._entrance.socket
+        self.broke = False
         self._closed = 0
         self._closed_logged_at = now - _CLOSED_LOG_S
 
     def look(self, now: float) -> bool:
-        """Take note of the connections that have come and gone; tell whether any has gone."""
+        """Take note of the connections that have come and gone; tell whether any has gone since this was asked last."""
+        self._read(now)
+        broke, self.broke = self.broke, False
+        return broke
+
+    def _read(self, now: float) -> None:
         seen = self._entrance.look()
         for connection in seen.closed:
             self._doorman.closed(connection)
         for arrival in seen.arrived:
             self._close(self._doorman.accepted(arrival.connection, arrival.address, now), now)
-        return seen.broken
+        self.broke = self.broke or seen.broken
 
     def meet(self, peer: bytes, frame: zmq.Frame, now: float) -> tuple[ConnectionId | None, str]:
         """Look at who has sent a message without having a session.
@@ -73,10 +81,10 @@ class Entry:
         connection = id_of(frame)
         if connection is None or self._doorman.is_leaving(connection):
             return None, ""
-        if not self._claims.drawn(peer, self._entrance.accepted):
-            self.look(now)  # the connection may be younger than the last look
-            if not self._claims.drawn(peer, self._entrance.accepted):
+        while not self._claims.drawn(peer, self._entrance.accepted):
+            if not another(self.socket):
                 return connection, _NO_IDENTITY
+            self._read(now)  # the connection may be younger than the last look
         return connection, ""
 
     def introduce(self, connection: ConnectionId, peer: bytes, identity: Identity | None, now: float) -> None:

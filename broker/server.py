@@ -61,6 +61,8 @@ logger = logging.getLogger("tokenmq.broker")
 #: floods keeps all others waiting for as long.
 _BATCH = 500
 _SLICE_S = 0.0005
+#: Where it is chunks, a shorter time would cost a tenth of their rate.
+_CHUNKS_SLICE_S = 0.002
 #: Chunks are so quick that the clock is looked at once in sixteen.
 _LOOK_MASK = 15
 
@@ -254,9 +256,9 @@ class BrokerServer:
         if self._access is not None and self._access.socket in ready:
             self._access.answer(now)
         clients, workers = self._frontend.entry, self._backend.entry
-        if workers.socket in ready and workers.look(now):
+        if (workers.socket in ready or workers.broke) and workers.look(now):
             self._perform(self._core.probe_workers(now), now)
-        if clients.socket in ready and clients.look(now):
+        if (clients.socket in ready or clients.broke) and clients.look(now):
             self._perform(self._core.probe_clients(now), now)
         if self._drain_wish is not None:
             grace_s, self._drain_wish = self._drain_wish, None
@@ -303,7 +305,7 @@ class BrokerServer:
         """
         workers, clients, route_chunks = self._workers, self._clients, self._core.route_chunks
         kept, sessions = self._client_backlog.peers, self._core.registry.by_peer
-        until = self._clock() + _SLICE_S
+        until = self._clock() + _CHUNKS_SLICE_S
         if self._is_deaf(self._backend, now):
             return
         try:

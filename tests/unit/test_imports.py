@@ -15,6 +15,7 @@ PURE = (
     "tokenmq.broker.core",
     "tokenmq.broker.doorman",
     "tokenmq.broker.meters",
+    "tokenmq.transport.visitors",
     "tokenmq.worker.core",
     "tokenmq.cli.supervisor",
     "tokenmq.client.core",
