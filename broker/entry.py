@@ -53,7 +53,7 @@ class Entry:
         self._closed_logged_at = now - _CLOSED_LOG_S
 
     def look(self, now: float) -> bool:
-        """Take note of the connections that have come and gone; tell whether any has gone since this was asked last."""
+        """Take note of the connections that have come and gone; tell whether any has gone since it was asked last."""
         self._read(now)
         broke, self.broke = self.broke, False
         return broke
