@@ -16,6 +16,7 @@ import zmq
 import zmq.auth
 from click.testing import CliRunner, Result
 
+from tokenmq.cli.broker import main as broker
 from tokenmq.cli.keys import MAX_NAME_BYTES, keys
 from tokenmq.transport.keyring import Keyring
 from tokenmq.transport.keys import load_pair, public_key
@@ -292,3 +293,15 @@ def test_its_help_needs_no_zmq() -> None:
     code = "import sys; sys.modules['zmq'] = None; from tokenmq.cli.keys import keys; keys(['new', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_folder_may_stand_before_the_command_as_for_a_broker(tmp_path: Path) -> None:
+    folder = str(tmp_path / "elsewhere")
+    assert CliRunner().invoke(broker, ["keys", "init", folder]).exit_code == 0
+    made = CliRunner().invoke(
+        broker, ["--curve", folder, "keys", "new", "ann", "--role", "client", "--public", "0" * 40]
+    )
+    assert made.exit_code == 0, made.output
+    assert "ann" in CliRunner().invoke(broker, ["--curve", folder, "keys", "list"]).output
+    assert CliRunner().invoke(broker, ["--curve", folder, "keys", "revoke", "ann"]).exit_code == 0
+    assert not (tmp_path / "elsewhere" / "clients" / "ann.key").exists()
