@@ -140,4 +140,6 @@ def test_no_prompt_is_in_a_log_or_in_an_answer(cluster: LocalCluster) -> None:
         assert SECRET not in text, log
         assert "\x1b" not in text, log
         assert not any(" forged" in line and line.endswith("forged") for line in text.splitlines()), log
-        assert all(line.startswith(("20", "  ")) for line in text.splitlines()), log
+        # Besides: transformers' own progress, where a model is converted for the first time.
+        ours = ("20", "  ", "Converting and de-quantizing")
+        assert all(line.startswith(ours) for line in text.splitlines()), log
