@@ -263,8 +263,8 @@ def test_a_burst_is_spread_over_the_time_that_the_limit_gives_it() -> None:
         with Client(broker.endpoint, connect_timeout_s=20.0, recovery_timeout_s=1.5) as client:
             streams = [client.generate("m", "x") for _ in range(count)]
             assert [stream.text() for stream in streams] == [""] * count
-    # All that leave before the client knows of the limit may be refused once; then hardly any, but that each that ends
-    # lets another one try early.
+    # All that leave before the client knows of the limit may be refused once; then hardly any, but that each that
+    # ends lets another one try early.
     assert refused < 2 * count
 
 
