@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,7 @@ def test_the_guard_works(guarded: tuple[dict[str, str], Path, list[str]]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("transformers") is None, reason="some modules need the extra `transformers`")
 def test_no_module_reaches_for_the_network_when_it_is_imported(
     guarded: tuple[dict[str, str], Path, list[str]],
 ) -> None:
