@@ -8,7 +8,6 @@ back, and others may share that: there the new connection begins anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..protocol.identity import Allowed, Identity
@@ -65,19 +64,6 @@ class KeyedWorker(WorkerAccount):
         self.sessions = 0
 
 
-@dataclass(slots=True)
-class _Penalty:
-    """How long a key stays outside.
-
-    Attributes:
-        until: when it may come in again.
-        seconds: how long that was this time.
-    """
-
-    until: float
-    seconds: float
-
-
 #: Messages without any meaning, of all sessions with a key: one program in a fleet may be broken. One that keeps all
 #: others waiting counts for more.
 _GARBAGE_PER_S = 2
@@ -93,6 +79,29 @@ _MODELS_BURST = 200_000
 AccountT = TypeVar("AccountT", ClientAccount, KeyedWorker)
 
 
+class _Key(Generic[AccountT]):
+    """What is known of a key.
+
+    Attributes:
+        account: what all its sessions may do.
+        garbage: how often it has brought what means nothing.
+        begun: how many sessions it has begun.
+        models: how much it has told of models in that.
+        outside_until: when it may come in again, None where it was never cut off.
+        penalty_s: for how long it was to stay outside the last time.
+    """
+
+    __slots__ = ("account", "begun", "garbage", "models", "outside_until", "penalty_s")
+
+    def __init__(self, account: AccountT) -> None:
+        self.account: AccountT = account
+        self.garbage = TokenBucket(_GARBAGE_PER_S, _GARBAGE_BURST)
+        self.begun = TokenBucket(_SESSIONS_PER_S, _SESSIONS_BURST)
+        self.models = TokenBucket(_MODELS_PER_S, _MODELS_BURST)
+        self.outside_until: float | None = None
+        self.penalty_s = 0.0
+
+
 class Accounts(Generic[AccountT]):
     """The accounts of one side: all clients', or all workers'."""
 
@@ -105,13 +114,14 @@ class Accounts(Generic[AccountT]):
         """
         self._make: Callable[[Limits], AccountT] = kind
         self._limits = limits
-        #: By key; as many as there are keys on the list.
-        self._by_key: dict[str, AccountT] = {}
-        self._penalties: dict[str, _Penalty] = {}
-        #: How often each key has brought what means nothing.
-        self._garbage: dict[str, TokenBucket] = {}
-        #: How many sessions each key has begun, and how much it has told of models in that.
-        self._begun: dict[str, tuple[TokenBucket, TokenBucket]] = {}
+        #: By public key; as many as there are on the list.
+        self._keys: dict[str, _Key[AccountT]] = {}
+
+    def _key(self, identity: Identity) -> _Key[AccountT]:
+        key = self._keys.get(identity.key)
+        if key is None:
+            key = self._keys[identity.key] = _Key(self._make(self._limits))
+        return key
 
     def begin(self, identity: Identity | None, now: float, models: int = 0) -> str:
         """Account for a session that a key begins; return why it may not, "" where it may.
@@ -123,14 +133,10 @@ class Accounts(Generic[AccountT]):
         """
         if identity is None:
             return ""
-        most = self._limits.connections_per_peer
-        if most and self.of(identity).sessions >= most:
+        key, most = self._key(identity), self._limits.connections_per_peer
+        if most and key.account.sessions >= most:
             return f"too many connections with this key: at most {most}"
-        begun = self._begun.get(identity.key)
-        if begun is None:
-            begun = TokenBucket(_SESSIONS_PER_S, _SESSIONS_BURST), TokenBucket(_MODELS_PER_S, _MODELS_BURST)
-            self._begun[identity.key] = begun
-        wait_s = begun[0].take(1, now) or begun[1].take(models, now)
+        wait_s = key.begun.take(1, now) or key.models.take(models, now)
         return f"this key begins too many sessions: try again in {wait_s:.1f} s" if wait_s else ""
 
     def garbage(self, identity: Identity | None, size_bytes: int, now: float) -> bool:
@@ -143,44 +149,30 @@ class Accounts(Generic[AccountT]):
         """
         if identity is None:
             return True
-        bucket = self._garbage.get(identity.key)
-        if bucket is None:
-            bucket = self._garbage[identity.key] = TokenBucket(_GARBAGE_PER_S, _GARBAGE_BURST)
-        return not bucket.take(_COSTLY if size_bytes > MAX_MESSAGE_BYTES else 1, now)
+        return not self._key(identity).garbage.take(_COSTLY if size_bytes > MAX_MESSAGE_BYTES else 1, now)
 
     def of(self, identity: Identity | None) -> AccountT:
         """Return the account of a session that begins."""
-        if identity is None:
-            return self._make(self._limits)
-        account = self._by_key.get(identity.key)
-        if account is None:
-            account = self._by_key[identity.key] = self._make(self._limits)
-        return account
+        return self._make(self._limits) if identity is None else self._key(identity).account
 
     def punish(self, identity: Identity | None, now: float) -> None:
         """Let a key that was cut off not in for a while."""
         if identity is None or not self._limits.penalty_s:
             return
-        former = self._penalties.get(identity.key)
-        if former is not None and now < former.until:
-            return  # another session of those that were there: it has not come back
-        seconds = self._limits.penalty_s
-        if former is not None and now < former.until + FORGET_S:
-            seconds = min(2 * former.seconds, max(MAX_PENALTY_S, seconds))
-        self._penalties[identity.key] = _Penalty(now + seconds, seconds)
+        key, seconds = self._key(identity), self._limits.penalty_s
+        if key.outside_until is not None:
+            if now < key.outside_until:
+                return  # another session of those that were there: it has not come back
+            if now < key.outside_until + FORGET_S:
+                seconds = min(2 * key.penalty_s, max(MAX_PENALTY_S, seconds))
+        key.outside_until, key.penalty_s = now + seconds, seconds
 
     def outside_s(self, identity: Identity | None, now: float) -> float:
         """Return for how many seconds more a key is not let in, 0 where it is."""
-        penalty = None if identity is None else self._penalties.get(identity.key)
-        return 0.0 if penalty is None else max(0.0, penalty.until - now)
+        key = None if identity is None else self._keys.get(identity.key)
+        return 0.0 if key is None or key.outside_until is None else max(0.0, key.outside_until - now)
 
     def keep(self, allowed: Allowed) -> None:
         """Forget the keys that are on no list any more."""
-        for key in self._by_key.keys() - allowed.by_key.keys():
-            del self._by_key[key]
-        for key in self._garbage.keys() - allowed.by_key.keys():
-            del self._garbage[key]
-        for key in self._begun.keys() - allowed.by_key.keys():
-            del self._begun[key]
-        for key in self._penalties.keys() - allowed.by_key.keys():
-            del self._penalties[key]
+        for key in self._keys.keys() - allowed.by_key.keys():
+            del self._keys[key]
